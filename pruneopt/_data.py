@@ -1,0 +1,110 @@
+"""Batches: any re-iterable of pytrees whose arrays share a leading axis of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pruneopt import _tree
+
+Batch = Any
+Source = Iterable[Batch] | Callable[[], Iterable[Batch]]
+
+
+def examples(batch: Batch) -> int:
+    """Number of examples in a batch: the length of the first axis of its first array."""
+    for leaf in jax.tree.leaves(batch):
+        if _tree.is_array(leaf) and leaf.ndim:
+            return leaf.shape[0]
+    raise ValueError("batches holds a batch without an array; each batch needs arrays whose first axis is examples")
+
+
+class Batches:
+    """Checked access to the user's batches.
+
+    `source` is a re-iterable (a list, a data loader) or a zero-argument callable that returns a new iterator.
+    The first pass checks that batches have one structure and finite floats; later passes that none is missing.
+
+    Raises: TypeError for a one-shot iterator, an array or None; ValueError for an empty source, a batch of
+    another structure, a NaN or an infinity (naming the batch), a pass that ends before the first one did.
+    """
+
+    def __init__(self, source: Source | Batches):
+        self._known: int | None = None
+        if isinstance(source, Batches):
+            self._known, source = source._known, source._source
+        if source is None:
+            raise TypeError("batches is None, but this method reads data; pass a list of batches")
+        if isinstance(source, Iterator):
+            raise TypeError(
+                f"batches is a one-shot iterator ({type(source).__name__}), which a second pass would find empty; "
+                "pass a list, or a function that returns a new iterator: batches=lambda: iter(...)"
+            )
+        if isinstance(source, (jax.Array, np.ndarray, dict, str)) or not (
+            callable(source) or isinstance(source, Iterable)
+        ):
+            raise TypeError(
+                f"batches is one {type(source).__name__}, not a sequence of batches; pass [batch] for a single one"
+            )
+        self._source = source
+
+    def __iter__(self) -> Iterator[Batch]:
+        source = self._source
+        stream = source() if callable(source) else source
+        first, structure, seen = self._known is None, None, 0
+        for batch in stream:
+            if first:
+                structure = structure or jax.tree.structure(batch)
+                _check(batch, seen, structure)
+            seen += 1
+            yield batch
+        if seen == 0 and first:
+            raise ValueError("batches is empty; pass at least one batch")
+        if not first and seen < (self._known or 0):
+            raise ValueError(
+                f"batches ended after {seen} of {self._known} batches on a later pass; pass a list, or a function "
+                "that returns a new full iterator each time"
+            )
+        self._known = seen
+
+    def __len__(self) -> int:
+        """Number of batches in a pass; makes one if none has been made."""
+        if self._known is None:
+            for _ in self:
+                pass
+        return self._known or 0
+
+    def mean(self, fn: Callable[[Batch], Any]) -> Any:
+        """Mean over examples of `fn(batch)`, itself a mean over the examples of a batch; a tree of arrays."""
+        total, n = None, 0
+        for batch in self:
+            size = examples(batch)
+            total = _scaled(fn(batch), float(size)) if total is None else _added(total, fn(batch), float(size))
+            n += size
+        return _scaled(total, 1.0 / n)
+
+
+def _check(batch: Batch, index: int, structure: Any) -> None:
+    if jax.tree.structure(batch) != structure:
+        raise ValueError(
+            f"batches: batch {index} has structure {jax.tree.structure(batch)}, batch 0 has {structure}; "
+            "give all batches the same structure"
+        )
+    path = _tree.first_nonfinite(batch)
+    if path is not None:
+        where = f" (leaf '{path}')" if path else ""
+        raise ValueError(f"batches: batch {index}{where} holds a NaN or an infinity; remove or repair it")
+
+
+@jax.jit
+def _scaled(tree: Any, factor: float) -> Any:
+    return jax.tree.map(lambda x: x * jnp.asarray(factor, x.dtype), tree)
+
+
+@jax.jit
+def _added(total: Any, tree: Any, factor: float) -> Any:
+    return jax.tree.map(lambda t, x: t + x * jnp.asarray(factor, x.dtype), total, tree)

@@ -1,0 +1,103 @@
+"""Checking a solution from its problem and its evidence alone; no solver is imported here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pruneopt import _tree
+from pruneopt.constraints.support import Support
+from pruneopt.objectives.base import QuadraticObjective
+from pruneopt.problem import Problem
+from pruneopt.solution import Evidence, Separable, Solution, Status, StrongConvexity
+
+Tree = Any
+_OPTIMAL_GAP = 1e-6
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a check found: violation in units, nonzeros outside the support, objective, bound, gap and status."""
+
+    violation: int
+    outside: int
+    objective: float
+    bound: float
+    gap: float
+    status: Status
+
+
+def certify(problem: Problem, solution: Solution) -> Certificate:
+    """Re-derive feasibility, objective and bound of `solution`, in float64 for quadratics.
+
+    Raises ValueError for a value or a support of another structure than the problem's variable.
+    """
+    return verify(problem, solution.value, solution.support, solution.evidence)
+
+
+def verify(problem: Problem, value: Tree, support: Tree, evidence: Evidence) -> Certificate:
+    """The one check behind `solve` and `certify`."""
+    for what, tree in (("value", value), ("support", support)):
+        shapes = jax.tree.map(jnp.shape, tree)
+        if shapes != jax.tree.map(jnp.shape, problem.objective.center):
+            raise ValueError(f"{what} does not have the structure and shapes of the problem's variable")
+    violation, outside = problem.violation(support), _tree.outside(value, support)
+    finite = _tree.first_nonfinite(value) is None
+    objective = problem.value(value) if finite else math.nan
+    bound = lower_bound(problem, value, support, evidence) if finite else -math.inf
+    gap = _gap(objective, bound)
+    if not math.isfinite(objective):
+        status = Status.NONFINITE
+    elif violation or outside:
+        status = Status.INFEASIBLE
+    else:
+        status = Status.OPTIMAL if gap <= _OPTIMAL_GAP else Status.FEASIBLE
+    return Certificate(violation, outside, objective, bound, gap, status)
+
+
+def lower_bound(problem: Problem, value: Tree, support: Tree, evidence: Evidence) -> float:
+    """A lower bound on the objective of every feasible point, or -inf where the evidence proves none."""
+    f = problem.objective
+    if evidence is None or problem.penalty is not None or not isinstance(f, QuadraticObjective):
+        return -math.inf
+    if isinstance(evidence, Separable):
+        return _separable_bound(problem, f)
+    assert isinstance(evidence, StrongConvexity)
+    return _convexity_bound(problem, f, value)
+
+
+def _separable_bound(problem: Problem, f: QuadraticObjective) -> float:
+    constraint = problem.subject_to
+    if constraint is None:
+        return f.constant if f.is_separable else -math.inf
+    if not (f.is_separable and constraint.exact):
+        return -math.inf
+    best = constraint.select(f.saliency())
+    return f.value(_tree.masked(f.center, best))
+
+
+def _convexity_bound(problem: Problem, f: QuadraticObjective, value: Tree) -> float:
+    ridge = float(f.ridge())
+    if not (isinstance(problem.subject_to, Support) and f.gradient is None and f.curvature and ridge > 0):
+        return -math.inf
+    # Valid where H is positive semidefinite, which every Curvature but an indefinite diagonal is.
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (f.curvature, value, f.center))
+        curvature, w, center = wide
+        difference = jax.tree.map(jnp.subtract, w, center)
+        residual = jax.tree.map(lambda hd, d: hd + ridge * d, curvature.mv(difference), difference)
+        residual = _tree.masked(residual, problem.subject_to.select(jax.tree.map(jnp.zeros_like, w)))
+        square = sum(float(np.sum(np.square(r))) for r in jax.tree.leaves(residual))
+    return f.value(value) - square / (2 * ridge)
+
+
+def _gap(objective: float, bound: float) -> float:
+    if not (math.isfinite(objective) and math.isfinite(bound)):
+        return math.inf
+    scale = max(abs(objective), abs(bound))
+    return max(objective - bound, 0.0) / scale if scale else 0.0

@@ -1,0 +1,11 @@
+"""What is allowed: sets of supports."""
+
+from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.block import Blocks, Slices, Units
+from pruneopt.constraints.by_path import ByPath
+from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.constraints.intersection import Intersection
+from pruneopt.constraints.nm import NM
+from pruneopt.constraints.support import Support
+
+__all__ = ["NM", "Blocks", "ByPath", "Cardinality", "Constraint", "Intersection", "Slices", "Support", "Units"]

@@ -1,0 +1,56 @@
+"""What a constraint is: a set of allowed supports."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+Tree = Any
+
+
+class Constraint(abc.ABC):
+    """A set C of supports (trees of boolean masks) over the leaves of a variable.
+
+    Floors aside, every set here is closed downwards: a support inside a feasible one is feasible.
+    Subclasses are final frozen dataclasses; a set never refers to the variable that it will constrain.
+    """
+
+    @property
+    @abc.abstractmethod
+    def exact(self) -> bool:
+        """Whether `select` is optimal: no feasible support of its size has a larger sum of scores."""
+
+    @property
+    def allows_empty(self) -> bool:
+        """Whether a leaf may lose all its weights without an error (layer collapse)."""
+        return False
+
+    @abc.abstractmethod
+    def check(self, variable: Tree) -> None:
+        """Raise ValueError unless the constraint makes sense for these leaves. Looks at shapes only."""
+
+    @abc.abstractmethod
+    def select(self, scores: Tree) -> Tree:
+        """The best support for additive `scores` (larger = keep), with as many units as are allowed.
+
+        +inf marks what is already kept and counts against the budget, -inf (and NaN) what is already cut and is
+        never kept. Ties: larger score, then leaf order, then index. Traceable by JAX.
+        """
+
+    @abc.abstractmethod
+    def violation(self, support: Tree) -> int:
+        """By how many units (weights, blocks, slices) `support` breaks the constraint; 0 if and only if feasible."""
+
+    @abc.abstractmethod
+    def density(self, variable: Tree) -> float:
+        """The largest fraction of units that may live, in [0, 1]."""
+
+    @abc.abstractmethod
+    def relaxed(self, cut: float) -> Constraint:
+        """The looser constraint that asks for the fraction `cut` in (0, 1] of the removals; `relaxed(1)` is self."""
+
+
+def check_cut(cut: float) -> None:
+    """Raise ValueError unless 0 < cut <= 1."""
+    if not 0 < cut <= 1:
+        raise ValueError(f"cut={cut!r} is outside (0, 1]; pass the fraction of the removals to make")

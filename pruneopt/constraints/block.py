@@ -1,0 +1,146 @@
+"""Whole units live or die together: blocks of any shape, and slices (rows, neurons, filters)."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Shaped
+
+from pruneopt import _tree
+from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.cardinality import Cardinality
+
+Tree = Any
+
+
+class Units(Constraint):
+    """A budget over units, boxes that tile each leaf; a subclass says how large the boxes are.
+
+    The score of a unit is the sum over its weights, where one +inf keeps the whole unit and weights at -inf stay
+    cut. `budget` counts units: its scopes and axes are those of the grid of units, which has the leaf's axes.
+    `select` is exact for weights that nobody has cut; a partly cut unit counts as one.
+    """
+
+    budget: Cardinality
+
+    @abc.abstractmethod
+    def box(self, shape: tuple[int, ...], path: str = "") -> tuple[int, ...]:
+        """The shape of a unit in a leaf of `shape`. Raises ValueError where it does not tile the leaf."""
+
+    @property
+    def exact(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def allows_empty(self) -> bool:
+        """As the budget says."""
+        return self.budget.allows_empty
+
+    def check(self, variable: Tree) -> None:
+        """Raise ValueError unless boxes tile every leaf and the budget fits their grids."""
+        self.budget.check(_tree.map_named(self._grid, variable))
+
+    def select(self, scores: Tree) -> Tree:
+        """The units with the largest sums; traceable by JAX."""
+        chosen = self.budget.select(jax.tree.map(self._pooled, scores))
+        return jax.tree.map(
+            lambda mask, leaf: self._spread(mask, leaf.shape) & (leaf > -jnp.inf), chosen, scores
+        )
+
+    def violation(self, support: Tree) -> int:
+        """Units above the budget, where a unit lives if any of its weights does."""
+        return self.budget.violation(jax.tree.map(self._alive, support))
+
+    def density(self, variable: Tree) -> float:
+        """Living over all units."""
+        return self.budget.density(_tree.map_named(self._grid, variable))
+
+    def _grid(self, path: str, leaf: Shaped[Array, "..."]) -> jax.ShapeDtypeStruct:
+        box = self.box(leaf.shape, path)
+        return jax.ShapeDtypeStruct(tuple(s // b for s, b in zip(leaf.shape, box, strict=True)), jnp.float32)
+
+    def _boxed(self, leaf: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], tuple[int, ...]]:
+        """The leaf with each axis split into (grid, box), and the positions of the box axes."""
+        box = self.box(leaf.shape)
+        split = [n for s, b in zip(leaf.shape, box, strict=True) for n in (s // b, b)]
+        return leaf.reshape(split), tuple(range(1, 2 * leaf.ndim, 2))
+
+    def _pooled(self, scores: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        boxed, axes = self._boxed(scores)
+        finite = jnp.where(jnp.isfinite(boxed), boxed, jnp.zeros((), boxed.dtype))
+        infinity = jnp.asarray(jnp.inf, boxed.dtype)
+        total = jnp.sum(finite, axis=axes)
+        total = jnp.where(jnp.any(boxed > -infinity, axis=axes), total, -infinity)
+        return jnp.where(jnp.any(boxed == infinity, axis=axes), infinity, total)
+
+    def _alive(self, support: Bool[Array, "..."]) -> Bool[Array, "..."]:
+        boxed, axes = self._boxed(support)
+        return jnp.any(boxed, axis=axes)
+
+    def _spread(self, mask: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+        box = self.box(shape)
+        split = [n for s, b in zip(shape, box, strict=True) for n in (s // b, b)]
+        return jnp.broadcast_to(jnp.expand_dims(mask, tuple(range(1, 2 * len(shape), 2))), split).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Blocks(Units):
+    """At most so many blocks of a fixed shape are nonzero.
+
+    shape: of a block, along the last axes of a leaf (blocks are 1 long on earlier axes); -1 spans an axis.
+        (4, 4) are square blocks of a matrix, (4, 1) runs of 4 inputs of one output.
+    budget: how many blocks live, and in which scopes.
+    """
+
+    shape: tuple[int, ...]
+    budget: Cardinality
+
+    def __post_init__(self) -> None:
+        if not self.shape or any(not isinstance(s, int) or (s < 1 and s != -1) for s in self.shape):
+            raise ValueError(f"shape={self.shape!r}: block lengths are whole numbers >= 1, or -1 for a whole axis")
+
+    def box(self, shape: tuple[int, ...], path: str = "") -> tuple[int, ...]:
+        """`self.shape`, with ones before it and -1 filled in."""
+        if len(self.shape) > len(shape):
+            raise ValueError(f"shape={self.shape} has more axes than leaf '{path}' of shape {shape}; drop some")
+        box = (1,) * (len(shape) - len(self.shape)) + self.shape
+        box = tuple(s if b == -1 else b for s, b in zip(shape, box, strict=True))
+        if any(s % b for s, b in zip(shape, box, strict=True)):
+            raise ValueError(
+                f"shape={self.shape}: blocks do not tile leaf '{path}' of shape {shape}; choose lengths that divide "
+                "it, or leave that leaf out with leaves="
+            )
+        return box
+
+    def relaxed(self, cut: float) -> Blocks:
+        """The same blocks with a relaxed budget."""
+        return replace(self, budget=self.budget.relaxed(cut))
+
+
+@dataclass(frozen=True)
+class Slices(Units):
+    """At most so many whole slices along `axis` are nonzero: neurons and filters (axis=-1), inputs (axis=-2).
+
+    axis: each index along it is one unit, spanning all other axes. JAX's layout puts outputs last; for PyTorch's
+        (n_out, n_in, ...) pass axis=0.
+    budget: how many slices live; per="tree" ranks the slices of all leaves together.
+    """
+
+    axis: int
+    budget: Cardinality
+
+    def box(self, shape: tuple[int, ...], path: str = "") -> tuple[int, ...]:
+        """The leaf's shape with 1 at `axis`."""
+        if not -len(shape) <= self.axis < len(shape):
+            raise ValueError(f"axis={self.axis} does not exist in leaf '{path}' of shape {shape}; pass another axis")
+        return tuple(1 if i == self.axis % len(shape) else s for i, s in enumerate(shape))
+
+    def relaxed(self, cut: float) -> Slices:
+        """The same slices with a relaxed budget."""
+        return replace(self, budget=self.budget.relaxed(cut))

@@ -1,0 +1,77 @@
+"""Different constraints for different leaves."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from pruneopt import _tree
+from pruneopt.constraints.base import Constraint
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class ByPath(Constraint):
+    """Each leaf under the constraint of the first pattern that its path matches.
+
+    of: {glob pattern: constraint}, such as {"conv*/kernel": NM(2, 4), "*": Cardinality(sparsity=0.9)}. Leaves that
+        share a pattern share its budget (per="tree" means over the leaves of that pattern).
+    """
+
+    of: Mapping[str, Constraint]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every constraint is."""
+        return all(c.exact for c in self.of.values())
+
+    @property
+    def allows_empty(self) -> bool:
+        """Whether every constraint allows it."""
+        return all(c.allows_empty for c in self.of.values())
+
+    def check(self, variable: Tree) -> None:
+        """Raise ValueError for a leaf without a pattern or a pattern without a leaf, then check each group."""
+        for pattern, group in self._split(variable).items():
+            if not jax.tree.leaves(group):
+                raise ValueError(f"of: pattern '{pattern}' is the first to match no leaf; drop it or reorder")
+            self.of[pattern].check(group)
+
+    def select(self, scores: Tree) -> Tree:
+        """Pattern by pattern."""
+        return self._join(scores, {p: self.of[p].select(group) for p, group in self._split(scores).items()})
+
+    def violation(self, support: Tree) -> int:
+        """Sum over the patterns."""
+        return sum(self.of[p].violation(group) for p, group in self._split(support).items())
+
+    def density(self, variable: Tree) -> float:
+        """Average over the patterns, weighted by their leaves' sizes."""
+        groups = self._split(variable)
+        return sum(self.of[p].density(g) * _tree.size(g) for p, g in groups.items()) / _tree.size(variable)
+
+    def relaxed(self, cut: float) -> ByPath:
+        """Every constraint relaxed."""
+        return ByPath({p: c.relaxed(cut) for p, c in self.of.items()})
+
+    def _split(self, tree: Tree) -> dict[str, Tree]:
+        owner = {path: self._pattern(path) for path, _ in _tree.named_leaves(tree)}
+        return {
+            pattern: _tree.map_named(lambda path, leaf, p=pattern: leaf if owner[path] == p else None, tree)
+            for pattern in self.of
+        }
+
+    def _join(self, like: Tree, groups: dict[str, Tree]) -> Tree:
+        found = {path: leaf for group in groups.values() for path, leaf in _tree.named_leaves(group)}
+        return _tree.map_named(lambda path, _: found[path], like)
+
+    def _pattern(self, path: str) -> str:
+        for pattern in self.of:
+            if fnmatch.fnmatchcase(path, pattern):
+                return pattern
+        raise ValueError(f"of: leaf '{path}' matches none of {list(self.of)}; add a pattern such as '*'")

@@ -1,0 +1,188 @@
+"""At most so many weights may live, with one budget for the tree, each leaf or each slice of a leaf."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from pruneopt import _linalg, _tree
+from pruneopt.constraints.base import Constraint, check_cut
+
+Tree = Any
+Scope = Literal["tree", "leaf", "out", "in"] | int | tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cardinality(Constraint):
+    """||w||_0 <= count in every scope, count = floor((1 - sparsity) size + 1e-9).
+
+    sparsity: fraction of the weights of a scope to remove, in [0, 1). Give this or `count`, not both.
+    count: weights to keep in a scope.
+    per: the scope that shares one budget: "tree" (all leaves together: importance decides where), "leaf" (each
+        leaf the same), "out" / "in" (each output / input of the leaf's matrix `leaf.reshape(-1, n_out)`; JAX's
+        layout (..., n_in, n_out)), or an axis or a tuple of axes (each index along them).
+    floor: at least so many weights live in each leaf (per="tree" or "leaf"), against layer collapse. None: a
+        solution that empties a leaf is an error; 0: that is allowed.
+    cut: the fraction of the removals that is made; schedules set it, 1 is the whole constraint.
+
+    `select` is exact: the largest scores of a scope (the floor's first).
+    """
+
+    sparsity: float | None = None
+    count: int | None = None
+    per: Scope = "tree"
+    floor: int | None = None
+    cut: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_amount(self.sparsity, self.count)
+        check_cut(self.cut)
+        if isinstance(self.per, str) and self.per not in ("tree", "leaf", "out", "in"):
+            raise ValueError(f"per={self.per!r} is unknown; pass 'tree', 'leaf', 'out', 'in', an axis or a tuple of axes")
+        if self.floor is not None and not (isinstance(self.floor, int) and self.floor >= 0):
+            raise ValueError(f"floor={self.floor!r} is not a whole number >= 0; pass the weights to keep in each leaf")
+        if self.floor and self.per not in ("tree", "leaf"):
+            raise ValueError(f"floor={self.floor} needs per='tree' or per='leaf', not per={self.per!r}; drop the floor")
+
+    @property
+    def exact(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def allows_empty(self) -> bool:
+        """Whether the user passed floor=0."""
+        return self.floor == 0
+
+    def kept_of(self, size: int) -> int:
+        """The budget of a scope of `size` weights, before floors."""
+        if self.count is not None:
+            if self.count > size:
+                raise ValueError(f"count={self.count} is above the {size} weights of a scope; pass count <= {size}")
+            final = self.count
+        else:
+            assert self.sparsity is not None
+            final = math.floor((1 - self.sparsity) * size + 1e-9)
+        return size - math.floor((size - final) * self.cut + 1e-9)
+
+    def check(self, variable: Tree) -> None:
+        """Raise ValueError for a count above a scope's size, an axis that a leaf lacks, floors above the budget."""
+        if self.per == "tree":
+            total = _tree.size(variable)
+            if total >= 2**32:
+                raise ValueError(f"per='tree' shares one budget over {total} weights, 2^32 or more; use per='leaf'")
+            need = sum(min(self.floor or 0, math.prod(x.shape)) for x in jax.tree.leaves(variable))
+            if need > self.kept_of(total):
+                raise ValueError(
+                    f"floor={self.floor} keeps {need} weights over all leaves, above the budget of "
+                    f"{self.kept_of(total)}; lower the floor or the sparsity"
+                )
+            return
+        for path, leaf in _tree.named_leaves(variable):
+            self._budget(leaf, path)
+
+    def select(self, scores: Tree) -> Tree:
+        """The largest scores of each scope; traceable by JAX."""
+        leaves, structure = jax.tree.flatten(scores)
+        if self.per == "tree":
+            budget = self.kept_of(_tree.size(scores))
+            if self.floor:
+                leaves = [_raised_to_floor(leaf, self.floor) for leaf in leaves]
+            dtype = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
+            rows = [leaf.astype(dtype).reshape(1, -1) for leaf in leaves]
+            masks = _linalg.keep_largest(rows, np.asarray([budget], np.uint32))
+        else:
+            masks = []
+            for leaf in leaves:
+                rows = to_rows(leaf, self._axes(leaf.ndim))
+                budgets = np.full(rows.shape[0], self._budget(leaf), np.uint32)
+                masks += _linalg.keep_largest([rows], budgets)
+        out = [
+            from_rows(mask, leaf.shape, () if self.per == "tree" else self._axes(leaf.ndim))
+            for mask, leaf in zip(masks, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, out)
+
+    def violation(self, support: Tree) -> int:
+        """Weights above the budgets plus weights below the floors."""
+        leaves = jax.tree.leaves(support)
+        kept = [_tree.kept(leaf) for leaf in leaves]
+        short = sum(
+            max(0, min(self.floor or 0, math.prod(leaf.shape)) - k) for leaf, k in zip(leaves, kept, strict=True)
+        )
+        if self.per == "tree":
+            return short + max(0, sum(kept) - self.kept_of(_tree.size(support)))
+        over = 0
+        for leaf in leaves:
+            rows = np.asarray(jnp.sum(to_rows(leaf, self._axes(leaf.ndim)), axis=1, dtype=jnp.int32))
+            over += int(np.maximum(rows.astype(np.int64) - self._budget(leaf), 0).sum())
+        return short + over
+
+    def density(self, variable: Tree) -> float:
+        """Kept over all weights, floors aside."""
+        total = _tree.size(variable)
+        if self.per == "tree":
+            return self.kept_of(total) / total
+        kept = sum(
+            self._budget(leaf) * math.prod(leaf.shape[a] for a in self._axes(leaf.ndim))
+            for leaf in jax.tree.leaves(variable)
+        )
+        return kept / total
+
+    def relaxed(self, cut: float) -> Cardinality:
+        """The same scopes with only the fraction `cut` of their removals."""
+        return replace(self, cut=self.cut * cut)
+
+    def _axes(self, ndim: int, path: str = "") -> tuple[int, ...]:
+        """The axes whose every index has a budget of its own."""
+        if self.per in ("tree", "leaf"):
+            return ()
+        if self.per == "out":
+            axes: tuple[int, ...] = (ndim - 1,)
+        elif self.per == "in":
+            axes = tuple(range(ndim - 1))
+        else:
+            axes = self.per if isinstance(self.per, tuple) else (operator.index(self.per),)  # type: ignore[arg-type]
+        if any(not -ndim <= axis < ndim for axis in axes):
+            raise ValueError(f"per={self.per!r} names an axis that leaf '{path}' of {ndim} axes does not have")
+        return tuple(axis % ndim for axis in axes)
+
+    def _budget(self, leaf: Shaped[Array, "..."], path: str = "") -> int:
+        size = math.prod(leaf.shape) // math.prod(leaf.shape[a] for a in self._axes(leaf.ndim, path))
+        return max(self.kept_of(size), min(self.floor or 0, size))
+
+
+def check_amount(sparsity: float | None, count: int | None) -> None:
+    """Raise ValueError unless exactly one of `sparsity` in [0, 1) and a whole `count` >= 0 is given."""
+    if (sparsity is None) == (count is None):
+        given = "neither was" if sparsity is None else f"both were (sparsity={sparsity}, count={count})"
+        raise ValueError(f"sparsity and count: {given} given; pass exactly one of them")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity!r} is outside [0, 1); pass the fraction of weights to remove, such as 0.9")
+    if count is not None and (isinstance(count, bool) or not hasattr(count, "__index__") or count < 0):
+        raise ValueError(f"count={count!r} is not a whole number >= 0; pass the number of weights to keep")
+
+
+def _raised_to_floor(scores: Shaped[Array, "..."], floor: int) -> Shaped[Array, "..."]:
+    flat = scores.reshape(1, -1)
+    (first,) = _linalg.keep_largest([flat], np.asarray([min(floor, flat.shape[1])], np.uint32))
+    return jnp.where(first, jnp.asarray(jnp.inf, scores.dtype), flat).reshape(scores.shape)
+
+
+def to_rows(leaf: Shaped[Array, "..."], axes: tuple[int, ...]) -> Shaped[Array, "g n"]:
+    """One row for each index along `axes`."""
+    groups = math.prod(leaf.shape[a] for a in axes)
+    return jnp.moveaxis(leaf, axes, range(len(axes))).reshape(groups, -1)
+
+
+def from_rows(rows: Shaped[Array, "g n"], shape: tuple[int, ...], axes: tuple[int, ...]) -> Shaped[Array, "..."]:
+    """The inverse of `to_rows`."""
+    moved = [shape[a] for a in axes] + [s for i, s in enumerate(shape) if i not in axes]
+    return jnp.moveaxis(rows.reshape(moved), range(len(axes)), axes)

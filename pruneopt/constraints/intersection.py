@@ -1,0 +1,66 @@
+"""Several constraints at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.support import Support
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Intersection(Constraint):
+    """Every one of `parts` holds.
+
+    `select` goes from part to part, each choosing among what the ones before it kept. It is exact where all but
+    the last are fixed supports.
+    """
+
+    parts: tuple[Constraint, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("parts is empty; pass at least one constraint")
+
+    @property
+    def exact(self) -> bool:
+        """Whether all parts but the last are fixed supports and the last is exact."""
+        return all(isinstance(part, Support) for part in self.parts[:-1]) and self.parts[-1].exact
+
+    @property
+    def allows_empty(self) -> bool:
+        """Whether every part allows it."""
+        return all(part.allows_empty for part in self.parts)
+
+    def check(self, variable: Tree) -> None:
+        """Check every part."""
+        for part in self.parts:
+            part.check(variable)
+
+    def select(self, scores: Tree) -> Tree:
+        """Part by part; traceable by JAX."""
+        chosen = self.parts[0].select(scores)
+        for part in self.parts[1:]:
+            scores = jax.tree.map(
+                lambda s, kept: jnp.where(kept, s, jnp.asarray(-jnp.inf, s.dtype)), scores, chosen
+            )
+            chosen = part.select(scores)
+        return chosen
+
+    def violation(self, support: Tree) -> int:
+        """Sum over the parts."""
+        return sum(part.violation(support) for part in self.parts)
+
+    def density(self, variable: Tree) -> float:
+        """The smallest density of a part."""
+        return min(part.density(variable) for part in self.parts)
+
+    def relaxed(self, cut: float) -> Intersection:
+        """Every part relaxed."""
+        return Intersection(tuple(part.relaxed(cut) for part in self.parts))

@@ -1,0 +1,95 @@
+"""N:M sparsity: at most n of every m consecutive weights along an axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from pruneopt import _tree
+from pruneopt.constraints.base import Constraint, check_cut
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class NM(Constraint):
+    """At most `n` of every `m` consecutive weights along `axis` are nonzero, in every leaf.
+
+    axis: "in" (the axis before the last) or "out" (the last; JAX's layout (..., n_in, n_out)), or an axis number.
+        `m` must divide its length. 2:4 along the inputs is what sparse tensor cores run.
+
+    `select` is exact: the n largest scores of each group. Source: Zhou et al. 2021, section 3.1.
+    """
+
+    n: int
+    m: int
+    axis: Literal["in", "out"] | int = "in"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n <= self.m):
+            raise ValueError(f"n={self.n!r}, m={self.m!r}: N:M needs whole numbers 1 <= n <= m, such as n=2, m=4")
+        if isinstance(self.axis, str) and self.axis not in ("in", "out"):
+            raise ValueError(f"axis={self.axis!r} is unknown; pass 'in', 'out' or an axis number")
+
+    @property
+    def exact(self) -> bool:
+        """True."""
+        return True
+
+    def check(self, variable: Tree) -> None:
+        """Raise ValueError for an axis that a leaf lacks or whose length `m` does not divide."""
+        for path, leaf in _tree.named_leaves(variable):
+            length = leaf.shape[self._axis(leaf.ndim, path)]
+            if length % self.m:
+                raise ValueError(
+                    f"m={self.m} does not divide axis {self.axis!r} of leaf '{path}', of length {length} "
+                    f"(shape {tuple(leaf.shape)}); leave that leaf out with leaves=, or choose another m or axis"
+                )
+
+    def select(self, scores: Tree) -> Tree:
+        """The n largest of each group; traceable by JAX."""
+        return jax.tree.map(self._select_leaf, scores)
+
+    def violation(self, support: Tree) -> int:
+        """Weights above n, summed over all groups."""
+        over = 0
+        for leaf in jax.tree.leaves(support):
+            kept = np.asarray(jnp.sum(self._groups(leaf), axis=-1, dtype=jnp.int32))
+            over += int(np.maximum(kept.astype(np.int64) - self.n, 0).sum())
+        return over
+
+    def density(self, variable: Tree) -> float:
+        """n / m."""
+        return self.n / self.m
+
+    def relaxed(self, cut: float) -> NM:
+        """n' : m with n' = m - floor(cut (m - n))."""
+        check_cut(cut)
+        return replace(self, n=self.m - int((self.m - self.n) * cut + 1e-9))
+
+    def _axis(self, ndim: int, path: str = "") -> int:
+        axis = {"in": -2, "out": -1}.get(self.axis, self.axis) if isinstance(self.axis, str) else self.axis
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"axis={self.axis!r} does not exist in leaf '{path}' of {ndim} axes; pass another axis")
+        return axis % ndim
+
+    def _groups(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "... m"]:
+        moved = jnp.moveaxis(leaf, self._axis(leaf.ndim), -1)
+        return moved.reshape(*moved.shape[:-1], -1, self.m)
+
+    def _select_leaf(self, scores: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        groups = self._groups(jnp.asarray(scores))
+        columns = [groups[..., i] for i in range(self.m)]
+        kept = []
+        for i, mine in enumerate(columns):
+            ahead = [(other >= mine) if j < i else (other > mine) for j, other in enumerate(columns) if j != i]
+            rank = sum((a.astype(jnp.int32) for a in ahead), jnp.zeros(mine.shape, jnp.int32))
+            kept.append((rank < self.n) & (mine > -jnp.inf))
+        axis = self._axis(scores.ndim)
+        moved_shape = jnp.moveaxis(scores, axis, -1).shape
+        return jnp.moveaxis(jnp.stack(kept, axis=-1).reshape(moved_shape), -1, axis)

@@ -1,0 +1,8 @@
+"""What is lost: the loss, its quadratic model, a layer's reconstruction error."""
+
+from pruneopt.objectives.base import Objective, QuadraticObjective
+from pruneopt.objectives.loss import Loss
+from pruneopt.objectives.quadratic import Quadratic
+from pruneopt.objectives.reconstruction import Reconstruction
+
+__all__ = ["Loss", "Objective", "Quadratic", "QuadraticObjective", "Reconstruction"]

@@ -1,0 +1,119 @@
+"""What an objective is: what pruning loses."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pruneopt import _tree
+from pruneopt.curvature.base import Curvature
+from pruneopt.curvature.diagonal import Diagonal, Identity
+from pruneopt.structure.leaves import check_finite, check_leaf
+
+Tree = Any
+
+
+class Objective(abc.ABC):
+    """f in `minimise f(w)`. Subclasses are final frozen dataclasses."""
+
+    center: Tree
+    """The trained weights w0: the point that pruning starts from."""
+
+    def variable(self) -> Tree:
+        """The shapes and dtypes of what is decided; None where nothing is."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.center)
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raise ValueError or TypeError for parts that do not fit together or are not finite. `Problem` calls it."""
+
+    @abc.abstractmethod
+    def value(self, w: Tree) -> float:
+        """f(w): in float64 for quadratics, in the loss's own precision otherwise."""
+
+
+class QuadraticObjective(Objective):
+    """f(w) = constant + <g, d> + 1/2 <d, (H + lambda I) d>, d = w - w0.
+
+    center: w0. gradient: g, or None for zero. curvature: H, or None for zero. constant: f(w0).
+    damping: relative; lambda = damping * mean(diag H). It is part of the objective.
+    """
+
+    gradient: Tree | None
+    curvature: Curvature | None
+    constant: float
+    damping: float
+
+    def value(self, w: Tree) -> float:
+        """f(w), in float64."""
+        total = self.constant
+        if self.curvature is not None:
+            total += 0.5 * self.curvature.form(w, self.center, float(self.ridge()))
+        if self.gradient is not None:
+            for g, x, c in zip(*map(jax.tree.leaves, (self.gradient, w, self.center)), strict=True):
+                difference = np.asarray(x, np.float64) - np.asarray(c, np.float64)
+                total += float(np.vdot(np.asarray(g, np.float64), difference))
+        return total
+
+    def ridge(self) -> jax.Array:
+        """lambda = damping * mean(diag H), a scalar of the curvature's dtype."""
+        leaves = jax.tree.leaves(self.center)
+        if self.curvature is None or self.damping == 0:
+            return jnp.zeros((), leaves[0].dtype)
+        total, n = 0.0, 0
+        diagonal = jax.tree.leaves(self.curvature.diagonal(self.center))
+        for h, w in zip(diagonal, leaves, strict=True):
+            total = total + jnp.mean(h) * w.size
+            n += w.size
+        return jnp.asarray(self.damping * total / n, diagonal[0].dtype)
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether f is a sum of one term a weight, smallest at w0: no gradient, a diagonal H without negatives."""
+        if self.gradient is not None:
+            return False
+        if isinstance(self.curvature, Diagonal):
+            return all(bool(jnp.all(h >= 0)) for h in jax.tree.leaves(self.curvature.values))
+        return isinstance(self.curvature, Identity)
+
+    def saliency(self) -> Tree:
+        """What removing each weight alone costs: s_i = -g_i w_i + 1/2 (H_ii + lambda) w_i^2. Traceable by JAX.
+
+        Source: LeCun, Denker, Solla 1990, equation 5 (without the gradient term); Molchanov et al. 2019.
+        """
+        w = self.center
+        scores = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32)), w)
+        if self.curvature is not None:
+            ridge = self.ridge()
+            diagonal = self.curvature.diagonal(w)
+
+            def curved(s, h, x):
+                h = (h + ridge.astype(h.dtype)).astype(s.dtype)
+                x = x.astype(s.dtype)
+                return jnp.asarray(0.5, s.dtype) * h * x * x
+
+            scores = jax.tree.map(curved, scores, diagonal, w)
+        if self.gradient is not None:
+            scores = jax.tree.map(
+                lambda s, g, x: s - g.astype(s.dtype) * x.astype(s.dtype), scores, self.gradient, w
+            )
+        return scores
+
+
+def check_center(center: Tree) -> None:
+    """Raise unless `center` is a tree of finite floating-point arrays with at least one entry each."""
+    if not jax.tree.leaves(center):
+        raise ValueError("center is an empty tree; pass the trained weights")
+    for path, leaf in _tree.named_leaves(center):
+        check_leaf(path, leaf)
+    check_finite(center, "center")
+
+
+def check_damping(damping: float) -> None:
+    """Raise ValueError unless damping is a finite number >= 0."""
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"damping={damping!r} is not a finite number >= 0; pass a fraction of mean(diag H), such as 0.01")

@@ -1,0 +1,54 @@
+"""The true loss over batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pruneopt import _data
+from pruneopt.objectives.base import Objective, check_center
+from pruneopt.structure import evaluate
+from pruneopt.structure.leaves import Choice, Rest, partition
+
+Tree = Any
+
+
+@dataclass(frozen=True, eq=False)
+class Loss(Objective):
+    """f(w) = mean over examples of fn(params with w in place of the chosen leaves, batch).
+
+    fn: (params, batch) -> scalar, a mean over the batch's examples; or (scalar, updates) with has_updates=True,
+        where `updates` is `params` with None at every leaf or subtree that the step does not replace
+        (running statistics). params: the whole tree. batches: re-iterable or a function that returns an iterator.
+    leaves: which leaves are decided (default: the prunable ones); the others stay as given.
+
+    Raises ValueError for a loss that is not scalar, an empty tree, unusable batches.
+    """
+
+    fn: evaluate.Loss
+    params: Tree
+    batches: _data.Source
+    leaves: Choice = None
+    has_updates: bool = False
+    center: Tree = field(init=False, repr=False)
+    rest: Rest = field(init=False, repr=False)
+    stream: _data.Batches = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        center, rest = partition(self.params, self.leaves)
+        object.__setattr__(self, "center", center)
+        object.__setattr__(self, "rest", rest)
+        object.__setattr__(self, "stream", _data.Batches(self.batches))
+        evaluate.check_scalar(self.fn, center, rest, self.stream, self.has_updates)
+
+    def check(self) -> None:
+        """Raise unless the chosen leaves are finite floating arrays."""
+        check_center(self.center)
+
+    def value(self, w: Tree) -> float:
+        """The mean loss, in the network's own precision, summed over batches in float64."""
+        return evaluate.mean_value(self.fn, w, self.rest, self.stream, self.has_updates)
+
+    def gradient(self, w: Tree) -> Tree:
+        """The gradient of the mean loss in the chosen leaves."""
+        return evaluate.mean_gradient(self.fn, w, self.rest, self.stream, self.has_updates)

@@ -1,0 +1,52 @@
+"""The reconstruction error of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from pruneopt.curvature.gram import Gram
+from pruneopt.objectives.base import QuadraticObjective, check_center, check_damping
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Reconstruction(QuadraticObjective):
+    """f(W) = 1/2 tr(D^T (H + lambda I) D), D = W - center: half the mean squared change of the layer's outputs.
+
+    center: the trained matrix W0, (n_in, n_out), y = x W0. (PyTorch stores the transpose.)
+    curvature: Gram of the inputs, H = X^T X / N, (n_in, n_in).
+    damping: relative; lambda = damping * mean(diag H).
+
+    `Problem` raises ValueError for shapes that do not agree or a NaN; TypeError for a matrix that is not floating.
+    """
+
+    center: Float[Array, "n_in n_out"]
+    curvature: Gram
+    damping: float = field(default=0.0, metadata={"static": True})
+
+    gradient = None
+    constant = 0.0
+
+    def check(self) -> None:
+        """Raise unless the matrix and its Gram agree and are finite."""
+        if np.ndim(self.center) != 2:
+            raise ValueError(f"center has shape {np.shape(self.center)}; pass the layer's matrix (n_in, n_out)")
+        check_center(self.center)
+        check_damping(self.damping)
+        Gram.checked(self.curvature.matrix)
+        n = self.curvature.matrix.shape[0]
+        if n != self.center.shape[0]:
+            raise ValueError(
+                f"curvature is a Gram of {n} inputs but center has {self.center.shape[0]} rows; pass W as "
+                "(n_in, n_out), the transpose of PyTorch's weight"
+            )
+
+    def relative_error(self, w: Float[Array, "n_in n_out"]) -> float:
+        """tr(D^T H D) / tr(W0^T H W0), undamped, in float64; NaN where the layer's output is zero."""
+        zero = np.zeros_like(np.asarray(self.center))
+        whole = self.curvature.form(self.center, zero, 0.0)
+        return self.curvature.form(w, self.center, 0.0) / whole if whole else float("nan")

@@ -1,0 +1,59 @@
+"""A pruning problem: data, with no algorithm in it."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pruneopt import _tree
+from pruneopt.constraints.base import Constraint
+from pruneopt.objectives.base import Objective
+from pruneopt.penalties.base import Penalty
+
+Tree = Any
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """minimise objective(w) + penalty(w) subject to w's support in `subject_to`.
+
+    Raises, before any work, ValueError or TypeError for parts that do not fit together.
+    """
+
+    objective: Objective
+    _: KW_ONLY
+    subject_to: Constraint | None = None
+    penalty: Penalty | None = None
+
+    def __post_init__(self) -> None:
+        for name, part, kind in (
+            ("objective", self.objective, Objective),
+            ("subject_to", self.subject_to, Constraint),
+            ("penalty", self.penalty, Penalty),
+        ):
+            if part is not None and not isinstance(part, kind):
+                raise TypeError(f"{name} is a {type(part).__name__}; pass a pruneopt {kind.__name__}")
+        self.objective.check()
+        if self.subject_to is not None:
+            self.subject_to.check(self.objective.variable())
+
+    def value(self, w: Tree) -> float:
+        """objective(w) + penalty(w)."""
+        return self.objective.value(w) + (self.penalty.value(w) if self.penalty else 0.0)
+
+    def violation(self, support: Tree) -> int:
+        """By how many units `support` breaks the constraint."""
+        return 0 if self.subject_to is None else self.subject_to.violation(support)
+
+    def full_support(self) -> Tree:
+        """Everything lives."""
+        return jax.tree.map(lambda x: jnp.ones(x.shape, bool), self.objective.center)
+
+    def emptied(self, support: Tree) -> str | None:
+        """Path of the first leaf that loses all its weights although the constraint does not allow it."""
+        if self.subject_to is not None and self.subject_to.allows_empty:
+            return None
+        return next((path for path, mask in _tree.named_leaves(support) if _tree.kept(mask) == 0), None)

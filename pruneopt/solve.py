@@ -1,0 +1,82 @@
+"""The one driver: refuse, run, verify, judge."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pruneopt import _tree
+from pruneopt.certify import verify
+from pruneopt.objectives.reconstruction import Reconstruction
+from pruneopt.problem import Problem
+from pruneopt.solution import Solution, Status
+from pruneopt.solvers.base import Solver, Start
+from pruneopt.structure.leaves import check_like
+
+Tree = Any
+
+
+class SolveError(RuntimeError):
+    """A solver's result is not usable: not finite, or infeasible. The message is the status's sentence."""
+
+
+def solve(
+    problem: Problem,
+    solver: Solver,
+    *,
+    init: Solution | Tree | None = None,
+    key: jax.Array | None = None,
+    throw: bool = True,
+) -> Solution:
+    """minimise problem.objective(w) + problem.penalty(w) subject to problem.subject_to.
+
+    init: where to start: a Solution, a tree of weights (its support is where they are nonzero) or a tree of boolean
+        masks (the trained weights on it). key: for randomised solvers; defaults to seed 0.
+    throw: raise SolveError for a result that is not finite or not feasible; otherwise it only says so in `status`.
+
+    Feasibility, objective and bound are recomputed here, whatever the solver says.
+    Raises ValueError where the solver refuses the problem, `init` does not fit, or the support empties a leaf that the
+    constraint does not allow to be empty (layer collapse).
+    """
+    for name, part, kind in (("problem", problem, Problem), ("solver", solver, Solver)):
+        if not isinstance(part, kind):
+            raise TypeError(f"{name} is {part!r}; pass a pruneopt {kind.__name__}")
+    refusal = solver.refuses(problem)
+    if refusal:
+        raise ValueError(refusal)
+    start = None if init is None else _start(problem, init)
+    clock = time.perf_counter()
+    outcome = solver.run(problem, start, jax.random.key(0) if key is None else key)
+    jax.block_until_ready((outcome.value, outcome.support))
+    seconds = time.perf_counter() - clock
+    path = problem.emptied(outcome.support)
+    if path is not None:
+        raise ValueError(
+            f"subject_to={problem.subject_to!r} keeps no weight of leaf '{path}': the layer would collapse; lower the "
+            "sparsity, pass floor=1 (or more) to keep some, or floor=0 to allow it"
+        )
+    check = verify(problem, outcome.value, outcome.support, outcome.evidence)
+    status = Status.LIMIT if outcome.hit_limit and check.status is Status.FEASIBLE else check.status
+    if throw and not status.is_usable:
+        raise SolveError(f"{status.value} ({solver!r}, {check.violation} units over, {check.outside} outside)")
+    stats = {"solver": solver, "seconds": seconds, **outcome.stats}
+    if isinstance(problem.objective, Reconstruction) and status.is_usable:
+        stats["relative_error"] = problem.objective.relative_error(outcome.value)
+    return Solution(
+        outcome.value, outcome.support, status, check.objective, check.bound, check.gap, outcome.evidence, stats
+    )
+
+
+def _start(problem: Problem, init: Any) -> Start:
+    if isinstance(init, Solution):
+        start = Start(init.value, init.support)
+        check_like(start.value, problem.objective.center, "init")
+        return start
+    center = problem.objective.center
+    check_like(init, center, "init")
+    if all(leaf.dtype == bool for leaf in jax.tree.leaves(init)):
+        return Start(_tree.masked(center, init), jax.tree.map(jnp.asarray, init))
+    return Start(init, jax.tree.map(lambda x: jnp.asarray(x) != 0, init))

@@ -1,0 +1,84 @@
+"""Score: rank weights one by one, keep the best, change no value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pruneopt import _tree
+from pruneopt.objectives.base import QuadraticObjective
+from pruneopt.problem import Problem
+from pruneopt.solution import Separable
+from pruneopt.solvers.base import Outcome, Solver, Start, without_penalty
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Score(Solver):
+    """Keep w0 on the support that the constraint selects for the scores; zero elsewhere.
+
+    rule: "saliency", s_i = -g_i w_i + 1/2 (H_ii + lambda) w_i^2, the predicted rise of the objective when weight i
+        alone goes (LeCun, Denker, Solla 1990; magnitude and Wanda are its cases H = I and H = the Gram);
+        "absolute", |s_i| (first-order Taylor, Molchanov et al. 2019; SNIP, Lee et al. 2019);
+        "random", uniform scores.
+
+    Cost: one selection. Optimal, and proven so, for the rule "saliency" where the objective is separable (no
+    gradient, diagonal H >= 0) and the constraint's selection exact. `init` is not used.
+    """
+
+    rule: Literal["saliency", "absolute", "random"] = "saliency"
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("saliency", "absolute", "random"):
+            raise ValueError(f"rule={self.rule!r} is unknown; pass 'saliency', 'absolute' or 'random'")
+
+    def refuses(self, problem: Problem) -> str | None:
+        """A penalty, no constraint, or (random aside) an objective without a quadratic model."""
+        if problem.subject_to is None:
+            return "Score needs a constraint; pass subject_to="
+        if self.rule != "random" and not isinstance(problem.objective, QuadraticObjective):
+            return (
+                f"Score(rule={self.rule!r}) needs a quadratic objective, not {type(problem.objective).__name__}; "
+                "model the loss with Quadratic(center, curvature, gradient)"
+            )
+        if self.rule != "random" and _has_no_terms(problem.objective):
+            return f"Score(rule={self.rule!r}) has nothing to rank by: the objective has no gradient and no curvature"
+        return without_penalty(problem, self)
+
+    def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
+        """Score, select, mask."""
+        f, constraint = problem.objective, problem.subject_to
+        assert constraint is not None
+        proof = None
+        if self.rule == "random":
+            scores = _random(f.center, key)
+        else:
+            assert isinstance(f, QuadraticObjective)
+            scores = _saliency(f, self.rule == "absolute")
+            proof = Separable() if self.rule == "saliency" and f.is_separable and constraint.exact else None
+        path = _tree.first_nonfinite(scores)
+        if path is not None:
+            raise ValueError(f"the score of leaf '{path}' is not finite: the curvature or gradient overflows; rescale it")
+        support = constraint.select(scores)
+        del scores
+        return Outcome(_tree.masked(f.center, support), support, evidence=proof)
+
+
+@jax.jit
+def _saliency(f: QuadraticObjective, absolute: bool) -> Tree:
+    return jax.tree.map(lambda s: jnp.where(absolute, jnp.abs(s), s), f.saliency())
+
+
+def _random(like: Tree, key: jax.Array) -> Tree:
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    scores = [jax.random.uniform(k, x.shape, jnp.float32) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, scores)
+
+
+def _has_no_terms(f: Any) -> bool:
+    return f.curvature is None and f.gradient is None

@@ -1,0 +1,72 @@
+"""Calling the user's functions: losses checked, evaluated and differentiated over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pruneopt import _data
+from pruneopt.structure.leaves import Rest, check_finite, combine
+
+Tree = Any
+Loss = Callable[[Tree, Any], Any]
+
+
+def closed(loss: Loss, rest: Rest, batch: Any, has_updates: bool = False) -> Callable[[Tree], jax.Array]:
+    """The loss as a function of the chosen leaves alone."""
+
+    def of(chosen: Tree) -> jax.Array:
+        out = loss(combine(chosen, rest), batch)
+        return out[0] if has_updates else out
+
+    return of
+
+
+def check_scalar(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, has_updates: bool = False) -> None:
+    """Raise unless `loss` maps params and the first batch to one floating-point number (before any updates)."""
+    if not callable(loss):
+        raise TypeError(f"fn is {loss!r}, but this method needs a loss: fn(params, batch) -> scalar")
+    batch = next(iter(batches))
+    out = jax.eval_shape(lambda c, r, b: loss(combine(c, r), b), chosen, rest, batch)
+    if has_updates:
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(f"fn returns {out}, but has_updates=True needs (loss, updates)")
+        out = out[0]
+    elif isinstance(out, tuple) and len(out) == 2:
+        raise ValueError("fn returns a pair; for a loss with state pass has_updates=True, else return the loss alone")
+    if not (hasattr(out, "shape") and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating)):
+        raise ValueError(
+            f"fn returns {out}, not one floating-point number; pass a loss, fn(params, batch) -> mean over examples"
+        )
+
+
+@partial(jax.jit, static_argnames=("loss", "has_updates"))
+def value(loss: Loss, chosen: Tree, rest: Rest, batch: Any, has_updates: bool = False) -> jax.Array:
+    """The loss on one batch."""
+    return closed(loss, rest, batch, has_updates)(chosen)
+
+
+@partial(jax.jit, static_argnames=("loss", "has_updates"))
+def gradient(loss: Loss, chosen: Tree, rest: Rest, batch: Any, has_updates: bool = False) -> Tree:
+    """The gradient of the loss on one batch."""
+    return jax.grad(closed(loss, rest, batch, has_updates))(chosen)
+
+
+def mean_value(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, has_updates: bool = False) -> float:
+    """Mean of the loss over all examples, summed in Python floats."""
+    total, n = 0.0, 0
+    for batch in batches:
+        size = _data.examples(batch)
+        total += size * float(value(loss, chosen, rest, batch, has_updates))
+        n += size
+    return total / n
+
+
+def mean_gradient(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, has_updates: bool = False) -> Tree:
+    """Mean of the gradient over all examples. Raises ValueError for a NaN or an infinity, naming the leaf."""
+    mean = batches.mean(lambda batch: gradient(loss, chosen, rest, batch, has_updates))
+    return check_finite(mean, "the gradient of fn")
