@@ -1,0 +1,37 @@
+"""pruneopt: neural-network pruning as constrained optimization, in JAX.
+
+    minimise f(w) + penalty(w) subject to w in C
+
+The verbs are `prune` (a whole network), `solve` and `certify` (one problem), `apply`, `report`, `save` and `load`; the
+nouns live in the rooms `objectives`, `curvature`, `constraints`, `penalties`, `solvers`, `plans` and `structure`.
+"""
+
+from pruneopt import constraints, curvature, objectives, penalties, plans, solvers, structure
+from pruneopt.apply import apply, from_masks
+from pruneopt.certify import certify
+from pruneopt.plans.prune import prune
+from pruneopt.problem import Problem
+from pruneopt.solution import Pruned, Solution, Status
+from pruneopt.solve import SolveError, solve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Problem",
+    "Pruned",
+    "Solution",
+    "SolveError",
+    "Status",
+    "apply",
+    "certify",
+    "constraints",
+    "curvature",
+    "from_masks",
+    "objectives",
+    "penalties",
+    "plans",
+    "prune",
+    "solve",
+    "solvers",
+    "structure",
+]

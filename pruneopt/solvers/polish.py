@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Integer
 
-from pruneopt import _linalg, _tree
+from pruneopt import _tree
 from pruneopt.constraints.support import Support
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.gram import Gram
@@ -85,37 +87,71 @@ def _refit_gram(
     ridge: float,
     block_bytes: int,
 ) -> tuple[Float[Array, "n m"], int]:
-    """The refit of every column, and how many columns were singular."""
-    mask = np.asarray(support)
+    """The refit of every column, and how many of them had a singular matrix."""
+    mask, w0 = np.asarray(support), np.asarray(center, np.float64)
     n, m = mask.shape
+    h = np.asarray(gram, np.float64) + ridge * np.eye(n)
+    cut = np.where(mask, 0.0, w0)
+    start = np.where(mask, w0, 0.0)
+    refit, singular = start.copy(), 0
+    for columns, index in _blocks(mask, block_bytes):
+        with jax.enable_x64(True):
+            change = np.asarray(_changes(h, jnp.asarray(index), cut.T[columns]))
+        for column, kept, step in zip(columns, index, change, strict=True):
+            kept, step = kept[kept < n], step[kept < n]
+            if not np.all(np.isfinite(step)):
+                singular += 1
+                step = _least_change(h[np.ix_(kept, kept)], h[kept] @ cut[:, column])
+            refit[kept, column] += step
+    refit = refit.astype(np.asarray(center).dtype)
+    worse = _column_errors(h, refit - w0) > _column_errors(h, start - w0)  # by rounding, in singular columns
+    return jnp.asarray(np.where(worse, start, refit), center.dtype), singular
+
+
+def _blocks(mask: np.ndarray, block_bytes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Columns of like size together, with their kept rows padded by n to one of eight widths."""
+    n = mask.shape[0]
     sizes = mask.sum(axis=0)
-    order = np.argsort(sizes, kind="stable")  # columns of like size share a padded block
-    w0 = np.asarray(center, np.float64)
-    out = np.where(mask, w0, 0.0)
-    singular = 0
-    with jax.enable_x64(True):
-        h = jnp.asarray(gram, jnp.float64) + ridge * jnp.eye(n)
-        done = 0
-        while done < m:
-            largest = sizes[order[min(m, done + 1) - 1]]
-            if largest == 0:
-                done += 1
-                continue
-            width = _padded(int(sizes[order[-1]]), n) if done == 0 else width
-            batch = max(1, min(m, block_bytes // (8 * width * width)))
-            columns = order[done : done + batch]
-            done += batch
-            index = np.full((batch, width), n, np.int64)  # n marks padding
+    unit = -(-n // 8)
+    widths = -(-sizes // unit) * unit
+    for width in np.unique(widths[widths > 0]):
+        members = np.flatnonzero(widths == width)
+        batch = max(1, block_bytes // (8 * int(width) ** 2))
+        for first in range(0, len(members), batch):
+            columns = members[first : first + batch]
+            index = np.full((len(columns), int(width)), n)
             for row, column in enumerate(columns):
                 index[row, : sizes[column]] = np.flatnonzero(mask[:, column])
-            cut = np.zeros((batch, n))
-            cut[: len(columns)] = np.where(mask, 0.0, w0).T[columns]
-            change, failed = map(np.asarray, _refit_columns(h, jnp.asarray(index), jnp.asarray(cut)))
-            for row, column in enumerate(columns):
-                keep = index[row, : sizes[column]]
-                step = change[row, : sizes[column]]
-                if failed[row]:
-                    singular += 1
-                    step = _least_change(np.asarray(h)[np.ix_(keep, keep)], np.asarray(h)[keep] @ cut[row])
-                out[keep, column] += step
-    return jnp.asarray(out, center.dtype), singular
+            yield columns, index
+
+
+@jax.jit
+def _changes(
+    h: Float[Array, "n n"], index: Integer[Array, "b width"], cut: Float[Array, "b n"]
+) -> Float[Array, "b width"]:
+    """Solve H_SS d = H_S,cut w_cut for each row of `index`; NaN where Cholesky fails or leaves a residual."""
+    n = h.shape[0]
+
+    def one(kept, cut):
+        real = kept < n
+        rows = jnp.where(real, kept, 0)
+        both = real[:, None] & real[None, :]
+        matrix = jnp.where(both, h[rows][:, rows], jnp.eye(kept.shape[0]))
+        wanted = jnp.where(real, (h @ cut)[rows], 0.0)
+        factor = jnp.linalg.cholesky(matrix)
+        step = jax.scipy.linalg.cho_solve((factor, True), wanted)
+        diagonal = jnp.diagonal(factor)
+        sound = jnp.min(diagonal) ** 2 > n * jnp.finfo(h.dtype).eps * jnp.max(jnp.diagonal(matrix))
+        return jnp.where(sound, step, jnp.nan)
+
+    return lax.map(lambda args: one(*args), (index, cut))
+
+
+def _least_change(h: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(h)
+    live = values > len(values) * np.finfo(h.dtype).eps * max(values[-1], 0.0)
+    return vectors[:, live] @ ((vectors[:, live].T @ wanted) / values[live])
+
+
+def _column_errors(h: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return np.sum(d * (h @ d), axis=0)

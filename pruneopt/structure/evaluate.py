@@ -16,14 +16,19 @@ Tree = Any
 Loss = Callable[[Tree, Any], Any]
 
 
-def closed(loss: Loss, rest: Rest, batch: Any, has_updates: bool = False) -> Callable[[Tree], jax.Array]:
-    """The loss as a function of the chosen leaves alone."""
+def with_updates(loss: Loss, rest: Rest, batch: Any, has_updates: bool) -> Callable[[Tree], tuple[jax.Array, Tree]]:
+    """The loss as a function of the chosen leaves alone, with the state that it updates (None for no state)."""
 
-    def of(chosen: Tree) -> jax.Array:
+    def of(chosen: Tree) -> tuple[jax.Array, Tree]:
         out = loss(combine(chosen, rest), batch)
-        return out[0] if has_updates else out
+        return out if has_updates else (out, None)
 
     return of
+
+
+def closed(loss: Loss, rest: Rest, batch: Any, has_updates: bool = False) -> Callable[[Tree], jax.Array]:
+    """The loss as a function of the chosen leaves alone."""
+    return lambda chosen: with_updates(loss, rest, batch, has_updates)(chosen)[0]
 
 
 def check_scalar(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, has_updates: bool = False) -> None:

@@ -1,0 +1,42 @@
+"""Put a support on parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from pruneopt import _tree
+from pruneopt.constraints.support import Support
+from pruneopt.solution import Pruned, Solution
+
+Tree = Any
+
+
+def apply(params: Tree, pruned: Pruned | Solution | Tree) -> Tree:
+    """`params` with exact zeros off the support; other leaves are the very objects given.
+
+    pruned: what `prune` or `solve` returned (its support is used, not its values), or a tree of boolean masks, which may
+        have None, or no entry at all, where nothing is pruned. Use it to hold a support through your own training.
+    Raises ValueError for a mask whose path or shape `params` does not have, TypeError for one that is not boolean.
+    """
+    support = pruned.support if isinstance(pruned, (Pruned, Solution)) else pruned
+    masks = {path: mask for path, mask in _tree.named_leaves(support)}
+    arrays = {path: leaf for path, leaf in _tree.named_leaves(params) if path in masks or _tree.is_array(leaf)}
+    Support(masks).check(arrays)
+    return _tree.map_named(
+        lambda path, leaf: _tree.masked(leaf, masks[path]) if path in masks else leaf, params
+    )
+
+
+def from_masks(params: Tree, masks: Tree) -> Pruned:
+    """A Pruned from the masks of any tool: booleans, or numbers of which zero means pruned.
+
+    masks: a tree like `params`, or {path: mask}; None or no entry where nothing is pruned.
+    Raises as `apply`; also ValueError where no mask is given.
+    """
+    named = {path: mask != 0 if mask.dtype != bool else mask for path, mask in _tree.named_leaves(masks)}
+    if not named:
+        raise ValueError("masks holds no mask; pass {path: boolean array}")
+    support = _tree.map_named(lambda path, leaf: named.get(path), params)
+    return Pruned(apply(params, named), jax.tree.map(jax.numpy.asarray, support))

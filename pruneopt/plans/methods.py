@@ -1,0 +1,74 @@
+"""The table of methods: a published method is a row (model of the loss, solver), never a class of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from pruneopt import _data
+from pruneopt.curvature.diagonal import Identity
+from pruneopt.curvature.fisher import empirical_fisher_diagonal
+from pruneopt.curvature.hessian import hutchinson_diagonal
+from pruneopt.objectives.base import Objective
+from pruneopt.objectives.quadratic import Quadratic
+from pruneopt.solvers.base import Solver
+from pruneopt.solvers.score import Score
+from pruneopt.structure import evaluate
+from pruneopt.structure.leaves import Choice, partition
+
+Tree = Any
+Model = Callable[[Any, Tree, Any, Choice, jax.Array], Objective]
+
+
+class Method(NamedTuple):
+    """A row: `model(fn, params, batches, leaves, key)` builds the objective at `params`, `solver` solves it."""
+
+    model: Model
+    solver: Solver
+    source: str
+    reads_data: bool = True
+
+
+def weights_alone(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """1/2 ||w - w0||^2: no data, no loss."""
+    return Quadratic(partition(params, leaves)[0], Identity())
+
+
+def linear(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """<g, w - w0>, g the gradient of the mean loss."""
+    chosen, rest = partition(params, leaves)
+    stream = _data.Batches(batches)
+    evaluate.check_scalar(fn, chosen, rest, stream)
+    return Quadratic(chosen, None, evaluate.mean_gradient(fn, chosen, rest, stream))
+
+
+def diagonal_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """1/2 <d, diag(F) d>, F the empirical Fisher."""
+    curvature = empirical_fisher_diagonal(fn, params, batches, leaves)
+    return Quadratic(partition(params, leaves)[0], curvature)
+
+
+def diagonal_hessian(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """1/2 <d, diag(H) d>, H the Hessian of the mean loss, its diagonal by 8 Hutchinson probes."""
+    curvature = hutchinson_diagonal(fn, params, batches, leaves, key=key)
+    return Quadratic(partition(params, leaves)[0], curvature)
+
+
+METHODS: dict[str, Method] = {
+    "random": Method(weights_alone, Score("random"), "the baseline of every comparison", reads_data=False),
+    "magnitude": Method(weights_alone, Score(), "Han et al. 2015", reads_data=False),
+    "taylor": Method(linear, Score("absolute"), "Molchanov et al. 2019, first order"),
+    "fisher": Method(diagonal_fisher, Score(), "Theis et al. 2018, diagonal empirical Fisher"),
+    "obd": Method(diagonal_hessian, Score(), "LeCun, Denker, Solla 1990"),
+}
+
+
+def method(name: str | Method) -> Method:
+    """The row of that name. Raises ValueError, listing the names, for another."""
+    if isinstance(name, Method):
+        return name
+    if name not in METHODS:
+        raise ValueError(f"method={name!r} is unknown; pass one of {', '.join(METHODS)}, or a Method")
+    return METHODS[name]

@@ -1,0 +1,110 @@
+"""Prune a network: stage by stage, model the loss, solve, apply, fine-tune."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from pruneopt import _data, _tree
+from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.intersection import Intersection
+from pruneopt.constraints.support import Support
+from pruneopt.plans.gradual import OneShot, Schedule
+from pruneopt.plans.methods import Method
+from pruneopt.plans.methods import method as row_of
+from pruneopt.problem import Problem
+from pruneopt.solution import Pruned
+from pruneopt.solve import solve
+from pruneopt.structure.leaves import Choice, check_finite, check_like, combine, partition
+
+Tree = Any
+FineTune = Callable[[Tree, Tree], Tree]
+
+
+def prune(
+    fn: Callable[[Tree, Any], Any] | None,
+    params: Tree,
+    batches: _data.Source | None,
+    constraint: Constraint,
+    *,
+    method: str | Method = "magnitude",
+    schedule: Schedule | None = None,
+    fine_tune: FineTune | None = None,
+    evaluate: Callable[[Tree], Any] | None = None,
+    leaves: Choice = None,
+    key: jax.Array | None = None,
+    progress: bool = True,
+) -> Pruned:
+    """minimise model(w) subject to `constraint`, the model rebuilt at each stage of `schedule`.
+
+    fn: loss(params, batch) -> scalar, a mean over examples; None for methods that read no data.
+    params: any pytree. batches: re-iterable, or a function that returns an iterator; None where no data is read.
+    constraint: on the chosen leaves: per="tree" lets importance decide where to prune, per="leaf" prunes the same
+        fraction everywhere. method: a name of `plans.METHODS` or a row of your own.
+    schedule: OneShot() (default), Iterative, Cubic, CoarseThenFine. Supports are nested: what is cut stays cut.
+    fine_tune: (params, support) -> params after each stage (`plans.retrain` makes one); pruned weights are set back to
+        zero. evaluate: params -> anything, kept in `history` after pruning ("pruned") and fine-tuning ("tuned").
+    leaves: which leaves are pruned: a predicate (path, leaf), glob patterns over paths, or None for floating arrays of
+        two or more axes whose path does not say bias, norm, scale or embed. key: defaults to seed 0.
+    progress: show a bar with the time left.
+
+    Returns a Pruned; every other leaf is the very object that was given. `params` is never changed.
+    Raises ValueError or TypeError, naming the argument, before any work where arguments do not fit.
+    """
+    row = row_of(method)
+    if not isinstance(constraint, Constraint):
+        raise TypeError(f"constraint is {constraint!r}; pass a constraint such as Cardinality(sparsity=0.9)")
+    chosen, rest = partition(params, leaves)
+    check_finite(chosen, "params")
+    constraint.check(chosen)
+    stages = list((schedule or OneShot()).stages(constraint.density(chosen)))
+    rows = [row if stage.method is None else row_of(stage.method) for stage in stages]
+    if fn is None and any(r.reads_data for r in rows):
+        raise TypeError(f"fn is None, but method={method!r} reads a loss; pass fn(params, batch) -> scalar")
+    key = jax.random.key(0) if key is None else key
+
+    support: Tree = None
+    history: list[dict[str, Any]] = []
+    solution = None
+    for i, stage in enumerate(tqdm(stages, desc="prune", unit="stage", disable=not progress)):
+        clock = time.perf_counter()
+        model_key, solver_key = jax.random.split(jax.random.fold_in(key, i))
+        objective = rows[i].model(fn, params, batches, leaves, model_key)
+        allowed = constraint if stage.cut == 1 else constraint.relaxed(stage.cut)
+        if support is not None:
+            allowed = Intersection((Support(support), allowed))
+        solution = solve(Problem(objective, subject_to=allowed), rows[i].solver, key=solver_key)
+        support = solution.support
+        params = combine(solution.value, rest)
+        record: dict[str, Any] = {
+            "stage": i,
+            "cut": stage.cut,
+            "sparsity": solution.sparsity,
+            "kept": solution.kept,
+            "objective": solution.objective,
+            "status": solution.status.name.lower(),
+        }
+        if evaluate is not None:
+            record["pruned"] = evaluate(params)
+        if fine_tune is not None:
+            params, rest = _tuned(fine_tune, params, support, leaves)
+            if evaluate is not None:
+                record["tuned"] = evaluate(params)
+        record["seconds"] = time.perf_counter() - clock
+        history.append(record)
+    assert solution is not None
+    return Pruned(params, support, {"*": solution}, history)
+
+
+def _tuned(fine_tune: FineTune, params: Tree, support: Tree, leaves: Choice) -> tuple[Tree, Any]:
+    """The user's fine-tuned parameters with pruned weights at zero, and the leaves that are not pruned."""
+    tuned = fine_tune(params, support)
+    check_like(tuned, params, "fine_tune's result")
+    chosen, rest = partition(tuned, leaves)
+    check_finite(chosen, "fine_tune's result")
+    chosen = _tree.masked(chosen, support)
+    return combine(chosen, rest), rest

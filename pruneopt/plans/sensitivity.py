@@ -1,0 +1,89 @@
+"""How much each leaf can lose: the loss against the sparsity of one leaf at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from pruneopt import _data, _tree
+from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.objectives.loss import Loss
+from pruneopt.plans.methods import Method
+from pruneopt.plans.methods import method as row_of
+from pruneopt.problem import Problem
+from pruneopt.solve import solve
+from pruneopt.structure.leaves import Choice, check_finite, partition
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Loss against sparsity, leaf by leaf.
+
+    levels: sparsities. losses: {path: the mean loss at each level with that leaf alone pruned}. dense: unpruned.
+    """
+
+    levels: tuple[float, ...]
+    losses: dict[str, tuple[float, ...]]
+    dense: float
+
+    def __str__(self) -> str:
+        width = max(len(path) for path in self.losses)
+        head = " ".join(f"{level:>9.0%}" for level in self.levels)
+        rows = [f"{path:<{width}} " + " ".join(f"{x:>9.4g}" for x in row) for path, row in self.losses.items()]
+        return "\n".join([f"{'loss at sparsity':<{width}} {head}", *rows, f"dense loss {self.dense:.4g}"])
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw one curve a leaf on matplotlib `axes` (new ones by default); returns the axes."""
+        if axes is None:
+            import matplotlib.pyplot as plt
+
+            axes = plt.subplots()[1]
+        for path, row in self.losses.items():
+            axes.plot([100 * level for level in self.levels], row, marker=".", label=path)
+        axes.axhline(self.dense, color="grey", linestyle=":", label="dense")
+        axes.set(xlabel="sparsity of that leaf alone (%)", ylabel="loss", title="Sensitivity")
+        axes.legend(fontsize="small")
+        return axes
+
+
+def sensitivity(
+    fn: Callable[[Tree, Any], Any],
+    params: Tree,
+    batches: _data.Source,
+    levels: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 0.95),
+    *,
+    method: str | Method = "magnitude",
+    leaves: Choice = None,
+    key: jax.Array | None = None,
+    progress: bool = True,
+) -> Sensitivity:
+    """The mean loss with one leaf pruned to each of `levels` by `method`, all others dense.
+
+    fn: loss(params, batch) -> scalar, a mean over examples. levels: sparsities in [0, 1). The method's model is built
+    once, at the dense weights. Raises what `prune` raises.
+    Source: Han et al. 2015, section 3.4.
+    """
+    constraints = [Cardinality(sparsity=level, per="leaf", floor=0) for level in levels]
+    chosen, _ = partition(params, leaves)
+    check_finite(chosen, "params")
+    loss = Loss(fn, params, batches, leaves)
+    row = row_of(method)
+    key = jax.random.key(0) if key is None else key
+    model = row.model(fn, params, loss.stream, leaves, key)
+    cut = [solve(Problem(model, subject_to=c), row.solver, key=key).value for c in constraints]
+    paths = [path for path, _ in _tree.named_leaves(chosen)]
+    losses: dict[str, tuple[float, ...]] = {}
+    for path in tqdm(paths, desc="sensitivity", unit="leaf", disable=not progress):
+        alone = [
+            _tree.map_named(lambda name, dense, pruned, p=path: pruned if name == p else dense, chosen, value)
+            for value in cut
+        ]
+        losses[path] = tuple(loss.value(w) for w in alone)
+    return Sensitivity(tuple(map(float, np.asarray(levels, float))), losses, loss.value(chosen))
