@@ -56,12 +56,14 @@ def diagonal_hessian(fn: Any, params: Tree, batches: Any, leaves: Choice, key: j
     return Quadratic(partition(params, leaves)[0], curvature)
 
 
+# OBD ranks by |h|: an estimated Hessian diagonal is negative wherever a probe's noise or the network's indefiniteness
+# makes it so, and "removing this lowers the loss" is then noise (MNIST MLP at 90 %: 87 % accuracy by |h|, 47 % by h).
 METHODS: dict[str, Method] = {
     "random": Method(weights_alone, Score("random"), "the baseline of every comparison", reads_data=False),
     "magnitude": Method(weights_alone, Score(), "Han et al. 2015", reads_data=False),
     "taylor": Method(linear, Score("absolute"), "Molchanov et al. 2019, first order"),
     "fisher": Method(diagonal_fisher, Score(), "Theis et al. 2018, diagonal empirical Fisher"),
-    "obd": Method(diagonal_hessian, Score(), "LeCun, Denker, Solla 1990"),
+    "obd": Method(diagonal_hessian, Score("absolute"), "LeCun, Denker, Solla 1990"),
 }
 
 
