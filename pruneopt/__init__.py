@@ -9,8 +9,10 @@ nouns live in the rooms `objectives`, `curvature`, `constraints`, `penalties`, `
 from pruneopt import constraints, curvature, objectives, penalties, plans, solvers, structure
 from pruneopt.apply import apply, from_masks
 from pruneopt.certify import certify
+from pruneopt.files import load, load_masks, save
 from pruneopt.plans.prune import prune
 from pruneopt.problem import Problem
+from pruneopt.report import Report, report
 from pruneopt.solution import Pruned, Solution, Status
 from pruneopt.solve import SolveError, solve
 
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Problem",
     "Pruned",
+    "Report",
     "Solution",
     "SolveError",
     "Status",
@@ -27,10 +30,14 @@ __all__ = [
     "constraints",
     "curvature",
     "from_masks",
+    "load",
+    "load_masks",
     "objectives",
     "penalties",
     "plans",
     "prune",
+    "report",
+    "save",
     "solve",
     "solvers",
     "structure",

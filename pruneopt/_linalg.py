@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Integer, Shaped, UInt
 _BLOCK = 1 << 20
 
 
-def blocked_sum(fn: Callable[..., Shaped[Array, " n"]], *arrays: Shaped[Array, "..."]) -> Shaped[Array, ""]:
+def blocked_sum(fn: Callable[..., Shaped[Array, " n"]], *arrays: Shaped[Array, ...]) -> Shaped[Array, ""]:
     """sum(fn(*arrays)) over all entries, for an elementwise `fn`, without a temporary of their size."""
     flat = [array.reshape(-1) for array in arrays]
     n = flat[0].size
@@ -31,7 +31,7 @@ def blocked_sum(fn: Callable[..., Shaped[Array, " n"]], *arrays: Shaped[Array, "
     return lax.fori_loop(0, whole, lambda i, total: total + one(i * _BLOCK, _BLOCK), rest)
 
 
-def ordered_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+def ordered_bits(x: Float[Array, ...]) -> UInt[Array, ...]:
     """Unsigned integers in the order of the floats `x` (-0 equals +0); NaN counts as -inf."""
     if x.dtype.itemsize < 4:
         x = x.astype(jnp.float32)
@@ -42,7 +42,7 @@ def ordered_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
     return jnp.where(raw >= sign, ~raw, raw | sign)
 
 
-def _count(rows: Float[Array, "g n"], fn: Callable[[Array], Bool[Array, "..."]]) -> UInt[Array, " g"]:
+def _count(rows: Float[Array, "g n"], fn: Callable[[Array], Bool[Array, ...]]) -> UInt[Array, " g"]:
     """For each row the number of entries whose `fn` is True."""
     if rows.shape[0] == 1:
         return blocked_sum(lambda x: fn(x[None])[0].astype(jnp.uint32), rows)[None]
@@ -50,9 +50,7 @@ def _count(rows: Float[Array, "g n"], fn: Callable[[Array], Bool[Array, "..."]])
 
 
 @jax.jit
-def keep_largest(
-    parts: list[Float[Array, "g _"]], counts: Integer[Array, " g"]
-) -> list[Bool[Array, "g _"]]:
+def keep_largest(parts: list[Float[Array, "g _"]], counts: Integer[Array, " g"]) -> list[Bool[Array, "g _"]]:
     """For each g, mark the `counts[g]` largest entries of row g over all parts together.
 
     Ties are kept in the order of parts, then of columns; -inf (and NaN) is never kept. The threshold is found by

@@ -24,9 +24,7 @@ def apply(params: Tree, pruned: Pruned | Solution | Tree) -> Tree:
     masks = {path: mask for path, mask in _tree.named_leaves(support)}
     arrays = {path: leaf for path, leaf in _tree.named_leaves(params) if path in masks or _tree.is_array(leaf)}
     Support(masks).check(arrays)
-    return _tree.map_named(
-        lambda path, leaf: _tree.masked(leaf, masks[path]) if path in masks else leaf, params
-    )
+    return _tree.map_named(lambda path, leaf: _tree.masked(leaf, masks[path]) if path in masks else leaf, params)
 
 
 def from_masks(params: Tree, masks: Tree) -> Pruned:

@@ -45,7 +45,9 @@ class Cardinality(Constraint):
         check_amount(self.sparsity, self.count)
         check_cut(self.cut)
         if isinstance(self.per, str) and self.per not in ("tree", "leaf", "out", "in"):
-            raise ValueError(f"per={self.per!r} is unknown; pass 'tree', 'leaf', 'out', 'in', an axis or a tuple of axes")
+            raise ValueError(
+                f"per={self.per!r} is unknown; pass 'tree', 'leaf', 'out', 'in', an axis or a tuple of axes"
+            )
         if self.floor is not None and not (isinstance(self.floor, int) and self.floor >= 0):
             raise ValueError(f"floor={self.floor!r} is not a whole number >= 0; pass the weights to keep in each leaf")
         if self.floor and self.per not in ("tree", "leaf"):
@@ -154,7 +156,7 @@ class Cardinality(Constraint):
             raise ValueError(f"per={self.per!r} names an axis that leaf '{path}' of {ndim} axes does not have")
         return tuple(axis % ndim for axis in axes)
 
-    def _budget(self, leaf: Shaped[Array, "..."], path: str = "") -> int:
+    def _budget(self, leaf: Shaped[Array, ...], path: str = "") -> int:
         size = math.prod(leaf.shape) // math.prod(leaf.shape[a] for a in self._axes(leaf.ndim, path))
         return max(self.kept_of(size), min(self.floor or 0, size))
 
@@ -165,24 +167,26 @@ def check_amount(sparsity: float | None, count: int | None) -> None:
         given = "neither was" if sparsity is None else f"both were (sparsity={sparsity}, count={count})"
         raise ValueError(f"sparsity and count: {given} given; pass exactly one of them")
     if sparsity is not None and not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity={sparsity!r} is outside [0, 1); pass the fraction of weights to remove, such as 0.9")
+        raise ValueError(
+            f"sparsity={sparsity!r} is outside [0, 1); pass the fraction of weights to remove, such as 0.9"
+        )
     if count is not None and (isinstance(count, bool) or not hasattr(count, "__index__") or count < 0):
         raise ValueError(f"count={count!r} is not a whole number >= 0; pass the number of weights to keep")
 
 
-def _raised_to_floor(scores: Shaped[Array, "..."], floor: int) -> Shaped[Array, "..."]:
+def _raised_to_floor(scores: Shaped[Array, ...], floor: int) -> Shaped[Array, ...]:
     flat = scores.reshape(1, -1)
     (first,) = _linalg.keep_largest([flat], np.asarray([min(floor, flat.shape[1])], np.uint32))
     return jnp.where(first, jnp.asarray(jnp.inf, scores.dtype), flat).reshape(scores.shape)
 
 
-def to_rows(leaf: Shaped[Array, "..."], axes: tuple[int, ...]) -> Shaped[Array, "g n"]:
+def to_rows(leaf: Shaped[Array, ...], axes: tuple[int, ...]) -> Shaped[Array, "g n"]:
     """One row for each index along `axes`."""
     groups = math.prod(leaf.shape[a] for a in axes)
     return jnp.moveaxis(leaf, axes, range(len(axes))).reshape(groups, -1)
 
 
-def from_rows(rows: Shaped[Array, "g n"], shape: tuple[int, ...], axes: tuple[int, ...]) -> Shaped[Array, "..."]:
+def from_rows(rows: Shaped[Array, "g n"], shape: tuple[int, ...], axes: tuple[int, ...]) -> Shaped[Array, ...]:
     """The inverse of `to_rows`."""
     moved = [shape[a] for a in axes] + [s for i, s in enumerate(shape) if i not in axes]
     return jnp.moveaxis(rows.reshape(moved), range(len(axes)), axes)

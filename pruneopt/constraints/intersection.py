@@ -47,9 +47,7 @@ class Intersection(Constraint):
         """Part by part; traceable by JAX."""
         chosen = self.parts[0].select(scores)
         for part in self.parts[1:]:
-            scores = jax.tree.map(
-                lambda s, kept: jnp.where(kept, s, jnp.asarray(-jnp.inf, s.dtype)), scores, chosen
-            )
+            scores = jax.tree.map(lambda s, kept: jnp.where(kept, s, jnp.asarray(-jnp.inf, s.dtype)), scores, chosen)
             chosen = part.select(scores)
         return chosen
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from jaxtyping import Array, Float, Shaped
 
 from pruneopt import _linalg
@@ -17,7 +16,7 @@ Tree = Any
 
 
 @jax.jit
-def _form(h: Float[Array, "..."], w: Float[Array, "..."], center: Float[Array, "..."]) -> Shaped[Array, ""]:
+def _form(h: Float[Array, ...], w: Float[Array, ...], center: Float[Array, ...]) -> Shaped[Array, ""]:
     def term(h, w, c):
         d = w.astype(jnp.float64) - c.astype(jnp.float64)
         return h.astype(jnp.float64) * d * d

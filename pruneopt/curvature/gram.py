@@ -51,9 +51,7 @@ class Gram(Curvature):
         """H = X^T X / N of inputs X, accumulated at the highest matmul precision in float32 or wider."""
         x = jnp.asarray(inputs)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return Gram.checked(
-            jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST) / jnp.asarray(x.shape[0], x.dtype)
-        )
+        return Gram.checked(jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST) / jnp.asarray(x.shape[0], x.dtype))
 
     def mv(self, direction: Float[Array, "n_in n_out"]) -> Float[Array, "n_in n_out"]:
         """H D."""

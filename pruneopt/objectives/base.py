@@ -98,9 +98,7 @@ class QuadraticObjective(Objective):
 
             scores = jax.tree.map(curved, scores, diagonal, w)
         if self.gradient is not None:
-            scores = jax.tree.map(
-                lambda s, g, x: s - g.astype(s.dtype) * x.astype(s.dtype), scores, self.gradient, w
-            )
+            scores = jax.tree.map(lambda s, g, x: s - g.astype(s.dtype) * x.astype(s.dtype), scores, self.gradient, w)
         return scores
 
 
@@ -116,4 +114,6 @@ def check_center(center: Tree) -> None:
 def check_damping(damping: float) -> None:
     """Raise ValueError unless damping is a finite number >= 0."""
     if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping={damping!r} is not a finite number >= 0; pass a fraction of mean(diag H), such as 0.01")
+        raise ValueError(
+            f"damping={damping!r} is not a finite number >= 0; pass a fraction of mean(diag H), such as 0.01"
+        )

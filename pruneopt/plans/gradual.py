@@ -83,7 +83,9 @@ class CoarseThenFine:
         _check_steps(self.steps)
         method(self.coarse)
         if not 0 < self.share < 1:
-            raise ValueError(f"share={self.share!r} is outside (0, 1); pass the fraction of the removals to make coarsely")
+            raise ValueError(
+                f"share={self.share!r} is outside (0, 1); pass the fraction of the removals to make coarsely"
+            )
 
     def stages(self, density: float) -> list[Stage]:
         """The coarse stage, then fine ones that each keep the same fraction of what lives."""

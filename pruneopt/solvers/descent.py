@@ -42,7 +42,9 @@ class Descent(Solver):
     def refuses(self, problem: Problem) -> str | None:
         """A penalty, an objective other than `Loss`, or a constraint other than `Support`."""
         if not isinstance(problem.objective, Loss):
-            return f"Descent needs the objective Loss, not {type(problem.objective).__name__}; use Polish for a quadratic"
+            return (
+                f"Descent needs the objective Loss, not {type(problem.objective).__name__}; use Polish for a quadratic"
+            )
         if not isinstance(problem.subject_to, Support | None):
             return (
                 f"Descent keeps a given support, and {type(problem.subject_to).__name__} is not one; select a support "

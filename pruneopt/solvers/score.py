@@ -62,7 +62,9 @@ class Score(Solver):
             proof = Separable() if self.rule == "saliency" and f.is_separable and constraint.exact else None
         path = _tree.first_nonfinite(scores)
         if path is not None:
-            raise ValueError(f"the score of leaf '{path}' is not finite: the curvature or gradient overflows; rescale it")
+            raise ValueError(
+                f"the score of leaf '{path}' is not finite: the curvature or gradient overflows; rescale it"
+            )
         support = constraint.select(scores)
         del scores
         return Outcome(_tree.masked(f.center, support), support, evidence=proof)

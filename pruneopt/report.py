@@ -1,0 +1,138 @@
+"""What pruning changed: parameters, FLOPs, bytes and measured latency, dense beside pruned."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from pruneopt import _tree
+from pruneopt.files import stored_bytes
+from pruneopt.solution import Pruned
+from pruneopt.structure import cost
+from pruneopt.structure.leaves import combine, partition
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pruned leaf: its weights, those that live, FLOPs of the products with it (None: no fn was given)."""
+
+    path: str
+    shape: tuple[int, ...]
+    kept: int
+    flops: int | None
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A dense network beside its pruned form.
+
+    rows: the pruned leaves. parameters: entries of all floating arrays. kept: of these, those that live.
+    flops_dense: FLOPs of the products of fn on the batch; flops_kept: those left if every zero weight were skipped, what
+        a sparse kernel could at best do. bytes_dense: all arrays; bytes_stored: as `save` writes them (values of the
+        support and one bit a weight). seconds_dense, seconds_pruned: medians of interleaved calls of the same compiled
+        program with dense and with pruned weights; the zeros are multiplied like any other number. None: not measured.
+    """
+
+    rows: tuple[Row, ...]
+    parameters: int
+    kept: int
+    bytes_dense: int
+    bytes_stored: int
+    flops_dense: int | None = None
+    flops_kept: int | None = None
+    seconds_dense: float | None = None
+    seconds_pruned: float | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed of the weights of the pruned leaves."""
+        return 1 - sum(r.kept for r in self.rows) / sum(r.size for r in self.rows)
+
+    def __str__(self) -> str:
+        width = max(10, *(len(r.path) for r in self.rows))
+        lines = [f"{'leaf':<{width}} {'shape':>18} {'kept':>12} {'sparsity':>9} {'MFLOPs':>10}"]
+        for r in self.rows:
+            work = "-" if r.flops is None else f"{r.flops / 1e6:.3f}"
+            shape = "x".join(map(str, r.shape))
+            lines.append(f"{r.path:<{width}} {shape:>18} {r.kept:>12,} {1 - r.kept / r.size:>9.2%} {work:>10}")
+        lines.append(f"parameters {self.parameters:,} -> {self.kept:,}; pruned leaves at {self.sparsity:.2%}")
+        lines.append(f"bytes {self.bytes_dense:,} -> {self.bytes_stored:,} stored")
+        if self.flops_dense is not None and self.flops_kept is not None:
+            lines.append(f"MFLOPs {self.flops_dense / 1e6:.3f} -> {self.flops_kept / 1e6:.3f} if zeros were skipped")
+        if self.seconds_dense is not None and self.seconds_pruned is not None:
+            lines.append(
+                f"latency {1e3 * self.seconds_dense:.3f} ms dense, {1e3 * self.seconds_pruned:.3f} ms pruned "
+                f"(measured; {jax.default_backend()}; zeros are multiplied like any number)"
+            )
+        return "\n".join(lines)
+
+
+def report(
+    params: Tree,
+    pruned: Pruned,
+    fn: Callable[[Tree, Any], Any] | None = None,
+    batch: Any = None,
+    *,
+    repeats: int = 30,
+) -> Report:
+    """What became of `params` in `pruned`.
+
+    fn, batch: the network, fn(params, batch) -> arrays, and one example batch, for FLOPs and latency; both or neither.
+    repeats: calls of each network, in turn, behind the medians; 0 measures no latency.
+    Raises ValueError where `pruned` is not of the same structure as `params`, or only one of fn and batch is given.
+    """
+    if (fn is None) != (batch is None):
+        raise ValueError(f"fn and batch: only {'batch' if fn is None else 'fn'} given; pass both, or neither")
+    if jax.tree.structure(params) != jax.tree.structure(pruned.params):
+        raise ValueError("pruned is not of the structure of params; pass the parameters that were pruned")
+    shapes = dict(_tree.named_leaves(pruned.support))
+    work = {} if fn is None else cost.flops(fn, params, batch)
+    rows = tuple(
+        Row(path, mask.shape, _tree.kept(mask), None if fn is None else work.get(path, 0))
+        for path, mask in shapes.items()
+    )
+    arrays = [leaf for leaf in jax.tree.leaves(params) if _tree.is_array(leaf)]
+    parameters = sum(math.prod(a.shape) for a in arrays if np.dtype(a.dtype).kind not in "biu")
+    cut = sum(r.size - r.kept for r in rows)
+    dense = sum(work.values()) if fn is not None else None
+    skipped = sum((r.flops or 0) * (r.size - r.kept) // r.size for r in rows)
+    timed = _latency(fn, params, pruned.params, batch, repeats) if fn is not None and repeats else (None, None)
+    return Report(
+        rows,
+        parameters,
+        parameters - cut,
+        sum(a.nbytes for a in arrays),
+        stored_bytes(pruned),
+        dense,
+        None if dense is None else dense - skipped,
+        *timed,
+    )
+
+
+def _latency(fn: Any, dense: Tree, pruned: Tree, batch: Any, repeats: int) -> tuple[float, float]:
+    every = lambda path, leaf: _tree.is_array(leaf) and np.dtype(leaf.dtype).kind not in "biu"  # noqa: E731
+    (a, rest), (b, _) = partition(dense, every), partition(pruned, every)
+    run = jax.jit(lambda w, x: fn(combine(w, rest), x))
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for w in (a, b):
+        jax.block_until_ready(run(w, batch))
+    for _ in range(repeats):
+        for w, times in zip((a, b), seconds, strict=True):
+            clock = time.perf_counter()
+            jax.block_until_ready(run(w, batch))
+            times.append(time.perf_counter() - clock)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
