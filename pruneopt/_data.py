@@ -33,10 +33,12 @@ class Batches:
     another structure, a NaN or an infinity (naming the batch), a pass that ends before the first one did.
     """
 
-    def __init__(self, source: Source | Batches):
+    def __init__(self, source: Source | Batches | None):
         self._known: int | None = None
+        self._source: Any = source
         if isinstance(source, Batches):
-            self._known, source = source._known, source._source
+            self._known, self._source = source._known, source._source
+            return
         if source is None:
             raise TypeError("batches is None, but this method reads data; pass a list of batches")
         if isinstance(source, Iterator):
@@ -50,11 +52,9 @@ class Batches:
             raise TypeError(
                 f"batches is one {type(source).__name__}, not a sequence of batches; pass [batch] for a single one"
             )
-        self._source = source
 
     def __iter__(self) -> Iterator[Batch]:
-        source = self._source
-        stream = source() if callable(source) else source
+        stream = self._source() if callable(self._source) else self._source
         first, structure, seen = self._known is None, None, 0
         for batch in stream:
             if first:

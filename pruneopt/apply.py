@@ -16,12 +16,12 @@ Tree = Any
 def apply(params: Tree, pruned: Pruned | Solution | Tree) -> Tree:
     """`params` with exact zeros off the support; other leaves are the very objects given.
 
-    pruned: what `prune` or `solve` returned (its support is used, not its values), or a tree of boolean masks, which may
-        have None, or no entry at all, where nothing is pruned. Use it to hold a support through your own training.
+    pruned: what `prune` or `solve` returned (its support is used, not its values), or a tree of boolean masks, with
+        None or no entry at all where nothing is pruned. Use it to hold a support through your own training.
     Raises ValueError for a mask whose path or shape `params` does not have, TypeError for one that is not boolean.
     """
     support = pruned.support if isinstance(pruned, (Pruned, Solution)) else pruned
-    masks = {path: mask for path, mask in _tree.named_leaves(support)}
+    masks = dict(_tree.named_leaves(support))
     arrays = {path: leaf for path, leaf in _tree.named_leaves(params) if path in masks or _tree.is_array(leaf)}
     Support(masks).check(arrays)
     return _tree.map_named(lambda path, leaf: _tree.masked(leaf, masks[path]) if path in masks else leaf, params)

@@ -73,7 +73,7 @@ class NM(Constraint):
         return replace(self, n=self.m - int((self.m - self.n) * cut + 1e-9))
 
     def _axis(self, ndim: int, path: str = "") -> int:
-        axis = {"in": -2, "out": -1}.get(self.axis, self.axis) if isinstance(self.axis, str) else self.axis
+        axis = {"in": -2, "out": -1}[self.axis] if isinstance(self.axis, str) else self.axis
         if not -ndim <= axis < ndim:
             raise ValueError(f"axis={self.axis!r} does not exist in leaf '{path}' of {ndim} axes; pass another axis")
         return axis % ndim

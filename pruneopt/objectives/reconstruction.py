@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -25,7 +26,7 @@ class Reconstruction(QuadraticObjective):
     """
 
     center: Float[Array, "n_in n_out"]
-    curvature: Gram
+    curvature: Gram  # pyright: ignore[reportIncompatibleVariableOverride]
     damping: float = field(default=0.0, metadata={"static": True})
 
     gradient = None
@@ -47,6 +48,6 @@ class Reconstruction(QuadraticObjective):
 
     def relative_error(self, w: Float[Array, "n_in n_out"]) -> float:
         """tr(D^T H D) / tr(W0^T H W0), undamped, in float64; NaN where the layer's output is zero."""
-        zero = np.zeros_like(np.asarray(self.center))
+        zero = jnp.zeros_like(self.center)
         whole = self.curvature.form(self.center, zero, 0.0)
         return self.curvature.form(w, self.center, 0.0) / whole if whole else float("nan")

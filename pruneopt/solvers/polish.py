@@ -75,7 +75,8 @@ def _support(problem: Problem, init: Start | None) -> Tree:
 
 @jax.jit
 def _newton(f: QuadraticObjective) -> Tree:
-    assert f.curvature is not None and f.gradient is not None
+    assert f.curvature is not None
+    assert f.gradient is not None
     diagonal, ridge = f.curvature.diagonal(f.center), f.ridge()
     return jax.tree.map(lambda w, g, h: w - g / (h + ridge), f.center, f.gradient, diagonal)
 
@@ -89,7 +90,7 @@ def _refit_gram(
 ) -> tuple[Float[Array, "n m"], int]:
     """The refit of every column, and how many of them had a singular matrix."""
     mask, w0 = np.asarray(support), np.asarray(center, np.float64)
-    n, m = mask.shape
+    n = mask.shape[0]
     h = np.asarray(gram, np.float64) + ridge * np.eye(n)
     cut = np.where(mask, 0.0, w0)
     start = np.where(mask, w0, 0.0)

@@ -36,14 +36,14 @@ def check_scalar(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, h
     if not callable(loss):
         raise TypeError(f"fn is {loss!r}, but this method needs a loss: fn(params, batch) -> scalar")
     batch = next(iter(batches))
-    out = jax.eval_shape(lambda c, r, b: loss(combine(c, r), b), chosen, rest, batch)
+    out: Any = jax.eval_shape(lambda c, r, b: loss(combine(c, r), b), chosen, rest, batch)
     if has_updates:
         if not (isinstance(out, tuple) and len(out) == 2):
             raise ValueError(f"fn returns {out}, but has_updates=True needs (loss, updates)")
         out = out[0]
     elif isinstance(out, tuple) and len(out) == 2:
         raise ValueError("fn returns a pair; for a loss with state pass has_updates=True, else return the loss alone")
-    if not (hasattr(out, "shape") and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating)):
+    if getattr(out, "shape", None) != () or not jnp.issubdtype(getattr(out, "dtype", None), jnp.floating):
         raise ValueError(
             f"fn returns {out}, not one floating-point number; pass a loss, fn(params, batch) -> mean over examples"
         )

@@ -176,7 +176,7 @@ def check_leaf(path: str, leaf: Any) -> None:
         raise TypeError(f"leaves: '{path}' is {kind}, not a floating-point array; leave it out of leaves=")
     if leaf.size == 0:
         raise ValueError(f"leaves: '{path}' has shape {leaf.shape} and no entries; leave it out of leaves=")
-    if leaf.dtype == np.float64 and not jax.config.jax_enable_x64:
+    if leaf.dtype == np.float64 and not jnp.zeros(0, float).dtype == np.float64:
         raise TypeError(
             f"leaves: '{path}' is float64 but JAX is in 32-bit mode and would round it; cast it to float32, or "
             "enable float64 in JAX"
