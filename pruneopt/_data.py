@@ -54,7 +54,7 @@ class Batches:
             )
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = self._source() if callable(self._source) else self._source
+        stream: Any = self._source() if callable(self._source) else self._source
         first, structure, seen = self._known is None, None, 0
         for batch in stream:
             if first:

@@ -42,7 +42,8 @@ class Report:
 
     rows: the pruned leaves. parameters: entries of all floating arrays; kept: those that live.
     flops_dense: FLOPs of the products of fn on the batch; flops_kept: those left if every zero weight were skipped,
-        what a sparse kernel could at best do. bytes_dense: all arrays; bytes_stored: as `save` writes them (values of the
+        what a sparse kernel could do at best.
+        bytes_dense: all arrays; bytes_stored: as `save` writes them (values of the
         support and one bit a weight). seconds_dense, seconds_pruned: medians of interleaved calls of the same compiled
         program with dense and with pruned weights; the zeros are multiplied like any other number. None: not measured.
     """

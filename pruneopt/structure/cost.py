@@ -17,8 +17,8 @@ Tree = Any
 
 # Primitives through which an array is still the same parameter, only laid out otherwise.
 _LAYOUT = frozenset(
-    "transpose reshape broadcast_in_dim convert_element_type squeeze expand_dims rev copy copy_p slice concatenate "
-    "stop_gradient sharding_constraint".split()
+    {"transpose", "reshape", "broadcast_in_dim", "convert_element_type", "squeeze", "expand_dims", "rev", "copy"}
+    | {"copy_p", "slice", "concatenate", "stop_gradient", "sharding_constraint"}
 )
 
 

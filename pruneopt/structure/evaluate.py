@@ -43,7 +43,7 @@ def check_scalar(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, h
         out = out[0]
     elif isinstance(out, tuple) and len(out) == 2:
         raise ValueError("fn returns a pair; for a loss with state pass has_updates=True, else return the loss alone")
-    if getattr(out, "shape", None) != () or not jnp.issubdtype(getattr(out, "dtype", None), jnp.floating):
+    if getattr(out, "shape", None) != () or not jnp.issubdtype(getattr(out, "dtype", bool), jnp.floating):
         raise ValueError(
             f"fn returns {out}, not one floating-point number; pass a loss, fn(params, batch) -> mean over examples"
         )
