@@ -12,6 +12,7 @@ from pruneopt.certify import certify
 from pruneopt.files import load, load_masks, save
 from pruneopt.plans.prune import prune
 from pruneopt.problem import Problem
+from pruneopt.redundancy import Redundancy, redundancy
 from pruneopt.report import Report, report
 from pruneopt.solution import Pruned, Solution, Status
 from pruneopt.solve import SolveError, solve
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Problem",
     "Pruned",
+    "Redundancy",
     "Report",
     "Solution",
     "SolveError",
@@ -36,6 +38,7 @@ __all__ = [
     "penalties",
     "plans",
     "prune",
+    "redundancy",
     "report",
     "save",
     "solve",

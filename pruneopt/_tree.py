@@ -22,6 +22,11 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray) and leaf.dtype != object
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype to compute in: float64 for float64, else float32."""
+    return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
+
+
 def name(key_path: tuple) -> str:
     """The path of a leaf as text: `conv1/kernel`."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pruneopt import _tree
 from pruneopt.curvature.base import Curvature
 
 Tree = Any
@@ -50,7 +51,7 @@ class Gram(Curvature):
     def from_inputs(inputs: Float[Array, "N n_in"]) -> Gram:
         """H = X^T X / N of inputs X, accumulated at the highest matmul precision in float32 or wider."""
         x = jnp.asarray(inputs)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(_tree.wide(x.dtype))
         return Gram.checked(jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST) / jnp.asarray(x.shape[0], x.dtype))
 
     def mv(self, direction: Float[Array, "n_in n_out"]) -> Float[Array, "n_in n_out"]:

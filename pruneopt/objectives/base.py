@@ -86,7 +86,7 @@ class QuadraticObjective(Objective):
         Source: LeCun, Denker, Solla 1990, equation 5 (without the gradient term); Molchanov et al. 2019.
         """
         w = self.center
-        scores = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32)), w)
+        scores = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_tree.wide(x.dtype)), w)
         if self.curvature is not None:
             ridge = self.ridge()
             diagonal = self.curvature.diagonal(w)

@@ -1,0 +1,199 @@
+"""The registry: one row for each public object, over a few shared shapes. `laws.py` takes the cross product."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pruneopt import constraints as c
+from pruneopt import curvature as h
+from pruneopt import objectives as o
+from pruneopt import penalties as p
+from pruneopt import solvers as s
+
+# Shapes small enough to enumerate every support of the whole tree: 12 weights.
+SHAPES = {"a": (2, 4), "b": (4, 1)}
+
+
+def tree(seed, shapes=SHAPES, dtype=None):
+    """Seeded normal draws in `shapes`, in the dtype of JAX's mode."""
+    rng = np.random.default_rng(seed)
+    return {k: jnp.asarray(rng.standard_normal(shape), dtype or jnp.zeros(()).dtype) for k, shape in shapes.items()}
+
+
+def masks(seed, shapes=SHAPES, density=0.6):
+    rng = np.random.default_rng(seed)
+    return {k: jnp.asarray(rng.random(shape) < density) for k, shape in shapes.items()}
+
+
+def every_support(n=12):
+    """All 2^n supports as rows of booleans."""
+    return (np.arange(2**n)[:, None] >> np.arange(n)) % 2 == 1
+
+
+def _leaves(rows):
+    """The leaves a (N, 2, 4) and b (N, 4, 1) of supports given as rows of 12."""
+    return rows[:, :8].reshape(-1, 2, 4), rows[:, 8:].reshape(-1, 4, 1)
+
+
+def _all(x):
+    return x.reshape(len(x), -1).all(1)
+
+
+def _total(a, b):
+    return a.sum((1, 2)) + b.sum((1, 2))
+
+
+# name: (constraint on SHAPES, the same set written again in NumPy on all supports at once: (a, b) -> feasible).
+CONSTRAINTS = {
+    "cardinality over the tree": (c.Cardinality(sparsity=0.5, floor=0), lambda a, b: _total(a, b) <= 6),
+    "cardinality with a floor": (
+        c.Cardinality(count=5, floor=2),
+        lambda a, b: (_total(a, b) <= 5) & (a.sum((1, 2)) >= 2) & (b.sum((1, 2)) >= 2),
+    ),
+    "cardinality in each leaf": (
+        c.Cardinality(sparsity=0.5, per="leaf"),
+        lambda a, b: (a.sum((1, 2)) <= 4) & (b.sum((1, 2)) <= 2),
+    ),
+    "cardinality in each output": (
+        c.Cardinality(count=1, per="out"),
+        lambda a, b: _all(a.sum(1) <= 1) & _all(b.sum(1) <= 1),
+    ),
+    "cardinality in each input": (
+        c.Cardinality(sparsity=0.5, per="in", floor=0),
+        lambda a, b: _all(a.sum(2) <= 2) & _all(b.sum(2) <= 0),
+    ),
+    "cardinality along axis 0": (c.Cardinality(count=1, per=0), lambda a, b: _all(a.sum(2) <= 1) & _all(b.sum(2) <= 1)),
+    "cardinality along both axes": (c.Cardinality(count=1, per=(0, 1)), lambda a, b: _total(a, b) <= 12),
+    "all kept": (c.Cardinality(sparsity=0.0), lambda a, b: _total(a, b) <= 12),
+    "none kept": (c.Cardinality(count=0, floor=0), lambda a, b: _total(a, b) == 0),
+    "2:4 along other axes": (
+        c.ByPath({"a": c.NM(2, 4, axis="out"), "b": c.NM(2, 4)}),
+        lambda a, b: _all(a.sum(2) <= 2) & _all(b.sum(1) <= 2),
+    ),
+    "1:2 along the inputs": (
+        c.NM(1, 2),
+        lambda a, b: _all(a.sum(1) <= 1) & _all(b.reshape(len(b), 2, 2).sum(2) <= 1),
+    ),
+    "blocks 2x1": (
+        c.Blocks((2, 1), c.Cardinality(sparsity=0.5, floor=0)),
+        lambda a, b: a.any(1).sum(1) + b.reshape(len(b), 2, 2).any(2).sum(1) <= 3,
+    ),
+    "blocks of whole inputs": (
+        c.Blocks((1, -1), c.Cardinality(count=3, floor=0)),
+        lambda a, b: a.any(2).sum(1) + b.any(2).sum(1) <= 3,
+    ),
+    "neurons": (c.Slices(-1, c.Cardinality(count=3, floor=0)), lambda a, b: a.any(1).sum(1) + b.any(1).sum(1) <= 3),
+    "inputs of each leaf": (
+        c.Slices(0, c.Cardinality(sparsity=0.5, per="leaf")),
+        lambda a, b: (a.any(2).sum(1) <= 1) & (b.any(2).sum(1) <= 2),
+    ),
+    "a fixed support": (
+        c.Support({"a": masks(7)["a"], "b": None}),
+        lambda a, b: ~(a & ~np.asarray(masks(7)["a"])).any((1, 2)),
+    ),
+    "cardinality within a support": (
+        c.Intersection((c.Support(masks(8)), c.Cardinality(count=4, floor=0))),
+        lambda a, b: (
+            (_total(a, b) <= 4)
+            & ~(a & ~np.asarray(masks(8)["a"])).any((1, 2))
+            & ~(b & ~np.asarray(masks(8)["b"])).any((1, 2))
+        ),
+    ),
+    "by path": (
+        c.ByPath({"a": c.Cardinality(count=3), "*": c.Cardinality(sparsity=0.25)}),
+        lambda a, b: (a.sum((1, 2)) <= 3) & (b.sum((1, 2)) <= 3),
+    ),
+}
+
+
+def feasible_supports(name):
+    """Every support of SHAPES that the NumPy twin of a constraint allows, as rows of 12."""
+    rows = every_support()
+    return rows[CONSTRAINTS[name][1](*_leaves(rows))]
+
+
+PENALTIES = {"l1": p.L1(0.3)}
+
+# A smooth non-quadratic loss with interactions, for curvature: least squares through tanh.
+_X = np.random.default_rng(3).standard_normal((10, 2))
+_Y = np.random.default_rng(4).standard_normal((10, 1))
+
+
+def tiny_loss(params, batch):
+    x, y = batch
+    return jnp.mean(jnp.sum((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2, axis=1))
+
+
+def tiny_batches(sizes=(10,)):
+    """The ten examples cut into batches of these sizes."""
+    dtype = jnp.zeros(()).dtype
+    ends = np.cumsum(sizes)
+    return [
+        (jnp.asarray(_X[e - n : e], dtype), jnp.asarray(_Y[e - n : e], dtype)) for e, n in zip(ends, sizes, strict=True)
+    ]
+
+
+def gram(n=6, rank=None, seed=5):
+    x = np.random.default_rng(seed).standard_normal((4 * n, rank or n))
+    if rank:
+        x = x @ np.random.default_rng(seed + 1).standard_normal((rank, n))
+    return jnp.asarray(x.T @ x / len(x), jnp.zeros(()).dtype)
+
+
+def matrix(seed, n=6, m=2):
+    return tree(seed, {"w": (n, m)})["w"]
+
+
+# name: () -> (curvature, a tree it acts on). Built late: the dtype is that of JAX's mode in the test.
+CURVATURES = {
+    "identity": lambda: (h.Identity(), tree(1)),
+    "diagonal": lambda: (h.Diagonal(jax.tree.map(jnp.square, tree(2))), tree(1)),
+    "Gram": lambda: (h.Gram.checked(gram()), matrix(1)),
+    "singular Gram": lambda: (h.Gram.checked(gram(rank=3)), matrix(1)),
+    "empirical Fisher diagonal": lambda: (
+        h.empirical_fisher_diagonal(tiny_loss, tree(1), tiny_batches(), ["a", "b"]),
+        tree(1),
+    ),
+}
+
+# name: () -> objective.
+OBJECTIVES = {
+    "identity": lambda: o.Quadratic(tree(1), h.Identity()),
+    "diagonal, damped": lambda: o.Quadratic(tree(1), CURVATURES["diagonal"]()[0], constant=2.0, damping=0.1),
+    "diagonal with a gradient": lambda: o.Quadratic(tree(1), CURVATURES["diagonal"]()[0], tree(9)),
+    "linear": lambda: o.Quadratic(tree(1), None, tree(9)),
+    "reconstruction": lambda: o.Reconstruction(matrix(1), h.Gram.checked(gram())),
+    "singular reconstruction, damped": lambda: o.Reconstruction(matrix(1), h.Gram.checked(gram(rank=3)), damping=0.01),
+    "loss": lambda: o.Loss(tiny_loss, tree(1), tiny_batches(), ["a", "b"]),
+}
+
+# As CONSTRAINTS, for a reconstruction's matrix w (6, 2).
+_W_MASK = np.asarray(tree(11, {"w": (6, 2)})["w"] > -0.3)
+MATRIX_CONSTRAINTS = {
+    "cardinality": (c.Cardinality(sparsity=0.5), lambda w: w.sum((1, 2)) <= 6),
+    "cardinality in each output": (c.Cardinality(count=2, per="out"), lambda w: _all(w.sum(1) <= 2)),
+    "1:3 along the inputs": (c.NM(1, 3), lambda w: _all(w.reshape(len(w), 2, 3, 2).sum(2) <= 1)),
+    "inputs": (c.Slices(-2, c.Cardinality(count=4)), lambda w: w.any(2).sum(1) <= 4),
+    "a fixed support": (c.Support(_W_MASK), lambda w: ~(w & ~_W_MASK).any((1, 2))),
+}
+
+SOLVERS = {
+    "saliency": s.Score(),
+    "absolute": s.Score("absolute"),
+    "random": s.Score("random"),
+    "polish": s.Polish(),
+    "saliency, then polish": s.Then(s.Score(), s.Polish()),
+    "descent": s.Descent(optax.sgd(0.05), epochs=3),
+}
+
+# (solver, objective): which pairs a solver takes under a cardinality; "s" only under a fixed support.
+TAKES = {
+    "identity": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
+    "diagonal, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
+    "diagonal with a gradient": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
+    "linear": {"saliency", "absolute", "random"},
+    "reconstruction": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
+    "singular reconstruction, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
+    "loss": {"random", "descent s"},
+}

@@ -1,0 +1,327 @@
+"""Every public object obeys the laws of its kind, in strict float64 and in JAX's default float32."""
+
+import inspect
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CONSTRAINTS, CURVATURES, MATRIX_CONSTRAINTS, OBJECTIVES, PENALTIES, SOLVERS, TAKES
+
+import pruneopt as po
+from pruneopt import constraints, curvature, objectives, penalties, solvers
+
+
+@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.default_flags)])
+def tolerance(request):
+    """The test runs in both modes; the value is the relative error to allow."""
+    return 1e-12 if request.param == "float64" else 1e-5
+
+
+def flat(tree):
+    return np.concatenate([np.asarray(x).reshape(-1) for x in jax.tree.leaves(tree)])
+
+
+def unflat(row, like):
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([x.size for x in leaves])
+    return jax.tree.unflatten(
+        structure,
+        [jnp.asarray(row[e - x.size : e].reshape(x.shape), x.dtype) for x, e in zip(leaves, ends, strict=True)],
+    )
+
+
+def public_classes(room):
+    return {c for n in room.__all__ if inspect.isclass(c := getattr(room, n)) and not inspect.isabstract(c)}
+
+
+def types_within(thing):
+    """Types of an object and of what its fields hold."""
+    found = {type(thing)}
+    for part in getattr(thing, "__dict__", {}).values():
+        for x in part if isinstance(part, tuple) else part.values() if isinstance(part, dict) else [part]:
+            found |= {type(x)} | (types_within(x) if type(x).__module__.startswith("pruneopt") else set())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("room", "registered"),
+    [
+        (constraints, lambda: [k for k, _ in CONSTRAINTS.values()]),
+        (penalties, PENALTIES.values),
+        (curvature, lambda: [make()[0] for make in CURVATURES.values()]),
+        (objectives, lambda: [make() for make in OBJECTIVES.values()]),
+        (solvers, SOLVERS.values),
+    ],
+    ids=["constraints", "penalties", "curvature", "objectives", "solvers"],
+)
+def test_every_public_class_is_in_the_registry(room, registered):
+    present = set().union(*(types_within(x) for x in registered()))
+    assert public_classes(room) <= present, f"add a row to tests/cases.py for {public_classes(room) - present}"
+
+
+# ---------------------------------------------------------------------------------------------- constraints
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+class TestConstraint:
+    def test_violation_is_zero_exactly_on_the_set(self, name, tolerance):
+        constraint, oracle = CONSTRAINTS[name]
+        rows = cases.every_support()
+        feasible = oracle(*cases._leaves(rows))
+        rng = np.random.default_rng(0)
+        some = np.concatenate(
+            [
+                rng.choice(np.flatnonzero(feasible), 12),
+                rng.choice(np.flatnonzero(~feasible), 12) if (~feasible).any() else [],
+            ]
+        )
+        like = {k: jnp.zeros(s, bool) for k, s in cases.SHAPES.items()}
+        for i in some.astype(int):
+            assert (constraint.violation(unflat(rows[i], like)) == 0) == feasible[i], rows[i]
+
+    def test_select_beats_every_feasible_support(self, name, tolerance):
+        constraint, _ = CONSTRAINTS[name]
+        scores = jax.tree.map(jnp.abs, cases.tree(20))
+        constraint.check(scores)
+        chosen = flat(constraint.select(scores))
+        feasible = cases.feasible_supports(name)
+        assert (feasible == chosen).all(1).any(), "select is not feasible"
+        assert constraint.exact
+        best = (feasible @ flat(scores).astype(np.float64)).max()
+        assert flat(scores)[chosen].sum() == pytest.approx(best, rel=tolerance)
+
+    def test_infinite_scores_are_obeyed(self, name, tolerance):
+        constraint, _ = CONSTRAINTS[name]
+        feasible = cases.feasible_supports(name)
+        rng = np.random.default_rng(21)
+        scores = np.abs(flat(cases.tree(22))).astype(np.float64)
+        largest = feasible[feasible.sum(1) == feasible.sum(1).max()]
+        reference = largest[rng.integers(len(largest))]
+        forced = reference & (rng.random(12) < 0.4)
+        barred = ~reference & (rng.random(12) < 0.4)
+        marked = np.where(forced, np.inf, np.where(barred, -np.inf, scores))
+        chosen = flat(constraint.select(unflat(marked, cases.tree(22))))
+        assert not (chosen & barred).any()
+        assert chosen[forced].all()
+        allowed = feasible[(feasible[:, forced]).all(1) & ~(feasible & barred).any(1)]
+        assert (allowed == chosen).all(1).any()
+        free = np.where(forced, 0.0, scores)
+        if not isinstance(constraint, constraints.Units) or not forced.any():
+            assert free[chosen].sum() == pytest.approx((allowed @ free).max(), rel=10 * tolerance)
+
+    def test_select_is_the_same_under_jit_and_equivariant(self, name, tolerance):
+        constraint, _ = CONSTRAINTS[name]
+        scores = jax.tree.map(jnp.abs, cases.tree(23))
+        plain = constraint.select(scores)
+        jitted = jax.jit(constraint.select)(scores)
+        np.testing.assert_array_equal(flat(plain), flat(jitted))
+        if "support" not in name and "2:4" not in name:  # those tell the outputs of a apart
+            order = np.asarray([2, 0, 3, 1])
+            moved = constraint.select({**scores, "a": scores["a"][:, order]})
+            np.testing.assert_array_equal(np.asarray(moved["a"]), np.asarray(plain["a"])[:, order])
+
+    def test_ties_go_to_the_first(self, name, tolerance):
+        constraint, _ = CONSTRAINTS[name]
+        equal = jax.tree.map(jnp.ones_like, cases.tree(0))
+        falling = unflat(np.linspace(1.001, 1.0, 12), cases.tree(0))  # the first a little better, sums in order too
+        if isinstance(constraint, constraints.Units):
+            return
+        np.testing.assert_array_equal(flat(constraint.select(equal)), flat(constraint.select(falling)))
+
+    def test_relaxed_asks_for_less(self, name, tolerance):
+        constraint, _ = CONSTRAINTS[name]
+        scores = jax.tree.map(jnp.abs, cases.tree(24))
+        full = flat(constraint.select(scores))
+        half = constraint.relaxed(0.5)
+        loose = flat(half.select(scores))
+        assert loose.sum() >= full.sum()
+        assert constraint.density(scores) <= half.density(scores) <= 1
+        np.testing.assert_array_equal(flat(constraint.relaxed(1.0).select(scores)), full)
+        with pytest.raises(ValueError, match="cut="):
+            constraint.relaxed(1.5)
+
+
+# ---------------------------------------------------------------------------------------------- penalties
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+class TestPenalty:
+    def test_prox_minimises_on_a_grid(self, name, tolerance):
+        penalty = PENALTIES[name]
+        grid = np.linspace(-3, 3, 6001)
+        values = np.array([penalty.value({"w": np.asarray([v])}) for v in grid])
+        for w, step in ((1.7, 0.5), (-0.2, 1.0), (0.05, 2.0), (-2.0, 1.0)):
+            best = grid[np.argmin(values + (grid - w) ** 2 / (2 * step))]
+            assert float(penalty.prox({"w": jnp.asarray([w])}, step)["w"][0]) == pytest.approx(best, abs=2e-3)
+
+    def test_zero_is_optimal_exactly_from_weight_max_on(self, name, tolerance):
+        gradient = cases.tree(30)
+        largest = PENALTIES[name].weight_max(gradient)
+        for factor, zero in ((1.001, True), (0.999, False)):
+            penalty = type(PENALTIES[name])(largest * factor)
+            moved = penalty.prox(jax.tree.map(lambda g: -g, gradient), 1.0)
+            assert bool((flat(moved) == 0).all()) is zero
+
+
+# ---------------------------------------------------------------------------------------------- curvature
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+class TestCurvature:
+    def dense(self, h, like):
+        columns = [flat(h.mv(unflat(e, like))) for e in np.eye(flat(like).size)]
+        return np.stack(columns, axis=1).astype(np.float64)
+
+    def test_is_symmetric_semidefinite_and_its_diagonal_is_right(self, name, tolerance):
+        h, like = CURVATURES[name]()
+        dense = self.dense(h, like)
+        np.testing.assert_allclose(dense, dense.T, atol=tolerance)
+        assert np.linalg.eigvalsh(dense).min() > -tolerance * np.abs(dense).max() * len(dense)
+        wide = jax.tree.map(lambda d, x: jnp.broadcast_to(d, x.shape), h.diagonal(like), like)
+        np.testing.assert_allclose(flat(wide), np.diag(dense), rtol=tolerance, atol=tolerance)
+
+    def test_mv_is_linear_and_form_is_its_form(self, name, tolerance):
+        h, like = CURVATURES[name]()
+        dense = self.dense(h, like)
+        x, y = (np.random.default_rng(i).standard_normal(len(dense)).astype(flat(like).dtype) for i in (40, 41))
+        np.testing.assert_allclose(flat(h.mv(unflat(x, like))), dense @ x, rtol=1e2 * tolerance, atol=1e2 * tolerance)
+        d = x.astype(np.float64) - y
+        expected = d @ dense @ d + 0.25 * d @ d
+        assert h.form(unflat(x, like), unflat(y, like), 0.25) == pytest.approx(expected, rel=1e2 * tolerance)
+
+
+# ---------------------------------------------------------------------------------------------- objectives
+
+
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n != "loss"])
+class TestQuadratic:
+    def test_value_is_the_formula(self, name, tolerance):
+        f = OBJECTIVES[name]()
+        w0 = flat(f.center).astype(np.float64)
+        n = len(w0)
+        h = np.zeros((n, n))
+        if f.curvature is not None:
+            h = np.stack([flat(f.curvature.mv(unflat(e, f.center))) for e in np.eye(n)], axis=1).astype(np.float64)
+        h += f.damping * np.trace(h) / n * np.eye(n)
+        g = np.zeros(n) if f.gradient is None else flat(f.gradient).astype(np.float64)
+        w = np.random.default_rng(50).standard_normal(n).astype(flat(f.center).dtype)
+        d = w.astype(np.float64) - w0
+        assert f.value(unflat(w, f.center)) == pytest.approx(f.constant + g @ d + 0.5 * d @ h @ d, rel=1e2 * tolerance)
+        assert f.value(f.center) == f.constant
+
+    def test_saliency_is_the_cost_of_removing_one_weight(self, name, tolerance):
+        f = OBJECTIVES[name]()
+        w0 = flat(f.center)
+        alone = [f.value(unflat(np.where(np.arange(len(w0)) == i, 0, w0), f.center)) for i in range(len(w0))]
+        np.testing.assert_allclose(
+            flat(f.saliency()), np.array(alone) - f.constant, rtol=1e2 * tolerance, atol=1e2 * tolerance
+        )
+
+
+# ---------------------------------------------------------------------------------------------- solvers
+
+PAIRS = [
+    (f, k, solver)
+    for f in OBJECTIVES
+    for k in (MATRIX_CONSTRAINTS if "reconstruction" in f else CONSTRAINTS)
+    for solver in SOLVERS
+]
+
+
+def problem_of(f_name, c_name):
+    table = MATRIX_CONSTRAINTS if "reconstruction" in f_name else CONSTRAINTS
+    return po.Problem(OBJECTIVES[f_name](), subject_to=table[c_name][0])
+
+
+def brute_force(problem, feasible):
+    """The least value over feasible supports (rows) and weights, by least squares on each support, in NumPy."""
+    f = problem.objective
+    w0 = flat(f.center).astype(np.float64)
+    n = len(w0)
+    h = np.stack([flat(f.curvature.mv(unflat(e, f.center))) for e in np.eye(n)], axis=1).astype(np.float64)
+    h += f.damping * np.trace(h) / n * np.eye(n)
+    g = np.zeros(n) if f.gradient is None else flat(f.gradient).astype(np.float64)
+    best = np.inf
+    for row in feasible:
+        d = np.where(row, 0.0, -w0)
+        s = np.flatnonzero(row)
+        if len(s):
+            d[s] = -np.linalg.lstsq(h[np.ix_(s, s)], (h @ d + g)[s], rcond=None)[0]
+        best = min(best, f.constant + g @ d + 0.5 * d @ h @ d)
+    return best
+
+
+@pytest.mark.parametrize("solver_name", SOLVERS)
+@pytest.mark.parametrize("f_name", OBJECTIVES)
+class TestSolver:
+    def test_solves_or_refuses_as_the_table_says(self, f_name, solver_name, tolerance):
+        solver = SOLVERS[solver_name]
+        for c_name in MATRIX_CONSTRAINTS if "reconstruction" in f_name else CONSTRAINTS:
+            problem = problem_of(f_name, c_name)
+            fixed = c_name == "a fixed support"
+            takes = solver_name in TAKES[f_name] or (fixed and f"{solver_name} s" in TAKES[f_name])
+            if not takes:
+                with pytest.raises(ValueError, match=r"\w"):
+                    po.solve(problem, solver)
+                continue
+            solution = po.solve(problem, solver)
+            assert solution.status.is_usable
+            check = po.certify(problem, solution)
+            assert (check.violation, check.outside) == (0, 0)
+            assert check.objective == solution.objective
+            assert solution.bound <= solution.objective * (1 + 1e-6) + 1e-12
+            again = po.solve(problem, solver)
+            np.testing.assert_array_equal(flat(again.value), flat(solution.value))
+
+
+@pytest.mark.parametrize(
+    "f_name", ["identity", "diagonal, damped", "singular reconstruction, damped", "reconstruction"]
+)
+def test_bound_is_below_brute_force_is_below_objective(f_name, tolerance):
+    matrix = "reconstruction" in f_name
+    for c_name in (
+        ("cardinality", "1:3 along the inputs", "a fixed support")
+        if matrix
+        else ("cardinality with a floor", "1:2 along the inputs", "neurons", "a fixed support")
+    ):
+        problem = problem_of(f_name, c_name)
+        rows = cases.every_support()
+        feasible = (
+            rows[MATRIX_CONSTRAINTS[c_name][1](rows.reshape(-1, 6, 2))] if matrix else cases.feasible_supports(c_name)
+        )
+        best = brute_force(problem, feasible)
+        names = {n.removesuffix(" s") for n in TAKES[f_name] if not n.endswith(" s") or c_name == "a fixed support"}
+        for solver_name in sorted(names):
+            solution = po.solve(problem, SOLVERS[solver_name])
+            slack = 1e2 * tolerance * max(best, solution.objective, 1e-3)
+            assert solution.bound <= best + slack, solver_name
+            assert best <= solution.objective + slack, solver_name
+            if solution.status is po.Status.OPTIMAL:
+                assert solution.objective <= best + slack + 1e-6 * best, solver_name
+        score = po.solve(problem, SOLVERS["saliency"])
+        assert (score.status is po.Status.OPTIMAL) == (not matrix), "separable problems are proven"
+        polished = po.solve(problem, SOLVERS["saliency, then polish"])
+        assert polished.objective <= score.objective * (1 + tolerance)
+
+
+@pytest.mark.parametrize("f_name", [n for n in OBJECTIVES if n != "loss"])
+def test_more_kept_is_not_worse_and_scale_does_not_matter(f_name, tolerance):
+    f = OBJECTIVES[f_name]()
+    solver = SOLVERS["saliency"]
+    values, supports = [], []
+    for count in (2, 5, 8, 12):
+        solution = po.solve(po.Problem(f, subject_to=constraints.Cardinality(count=count, floor=0)), solver)
+        assert solution.kept == count
+        values.append(solution.objective)
+        supports.append(solution.support)
+    if f.gradient is None and f_name != "reconstruction" and "singular" not in f_name:
+        assert values == sorted(values, reverse=True)
+    if f.curvature is not None and f.gradient is None:
+        scaled = jax.tree.map(lambda h: h * 4, f.curvature)
+        if jax.tree.leaves(scaled):
+            g = type(f)(f.center, scaled, damping=f.damping)
+            moved = po.solve(po.Problem(g, subject_to=constraints.Cardinality(count=5, floor=0)), solver)
+            np.testing.assert_array_equal(flat(moved.support), flat(supports[1]))
+            assert moved.objective == pytest.approx(4 * (values[1] - f.constant), rel=1e2 * tolerance)
