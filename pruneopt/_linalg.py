@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Shaped, UInt
 
@@ -31,14 +32,19 @@ def blocked_sum(fn: Callable[..., Shaped[Array, " n"]], *arrays: Shaped[Array, .
     return lax.fori_loop(0, whole, lambda i, total: total + one(i * _BLOCK, _BLOCK), rest)
 
 
-def ordered_bits(x: Float[Array, ...]) -> UInt[Array, ...]:
-    """Unsigned integers in the order of the floats `x` (-0 equals +0); NaN counts as -inf."""
+def ordered_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+    """Unsigned integers in the order of the floats `x`; -0 equals +0, NaN counts as -inf.
+
+    All on integers: float comparisons may flush subnormal numbers to zero.
+    """
     if x.dtype.itemsize < 4:
         x = x.astype(jnp.float32)
     unsigned, bits = (jnp.uint64, 64) if x.dtype == jnp.float64 else (jnp.uint32, 32)
-    x = jnp.where(jnp.isnan(x), jnp.asarray(-jnp.inf, x.dtype), x)
-    raw = lax.bitcast_convert_type(jnp.where(x == 0, jnp.zeros((), x.dtype), x), unsigned)
     sign = jnp.asarray(1 << (bits - 1), unsigned)
+    infinity = lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), unsigned)
+    raw = lax.bitcast_convert_type(x, unsigned)
+    raw = jnp.where(raw == sign, jnp.zeros((), unsigned), raw)
+    raw = jnp.where((raw & ~sign) > infinity, infinity | sign, raw)
     return jnp.where(raw >= sign, ~raw, raw | sign)
 
 
@@ -49,12 +55,82 @@ def _count(rows: Float[Array, "g n"], fn: Callable[[Array], Bool[Array, ...]]) -
     return jnp.sum(fn(rows), axis=1, dtype=jnp.uint32)
 
 
-@jax.jit
-def keep_largest(parts: list[Float[Array, "g _"]], counts: Integer[Array, " g"]) -> list[Bool[Array, "g _"]]:
-    """For each g, mark the `counts[g]` largest entries of row g over all parts together.
+def keep_largest(leaves: list[Float[Array, "..."]], count: int) -> list[Bool[Array, "..."]]:
+    """Mark the `count` largest entries over all leaves together; masks have the leaves' shapes.
 
-    Ties are kept in the order of parts, then of columns; -inf (and NaN) is never kept. The threshold is found by
-    bisection on the bits of the floats: exact, no sort, no copy of the scores. Fewer than 2^32 entries a row.
+    Ties are kept in the order of leaves, then of indices; -inf and NaN are never kept. Exact, without a sort or a copy
+    of the leaves. Fewer than 2^32 entries. Traceable by JAX.
+    """
+    concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if concrete and sum(leaf.size for leaf in leaves) > _BLOCK and all(_is_plain_on_cpu(leaf) for leaf in leaves):
+        masks = _keep_largest_on_host([np.asarray(leaf).reshape(-1) for leaf in leaves], count)
+        return [jnp.asarray(mask.reshape(leaf.shape)) for mask, leaf in zip(masks, leaves, strict=True)]
+    return _keep_largest_of_all(leaves, jnp.asarray(count, jnp.uint32))
+
+
+def _is_plain_on_cpu(leaf: Float[Array, "..."]) -> bool:
+    return leaf.dtype in (np.float32, np.float64) and next(iter(leaf.devices())).platform == "cpu"
+
+
+@jax.jit
+def _keep_largest_of_all(leaves: list[Float[Array, "..."]], count: UInt[Array, ""]) -> list[Bool[Array, "..."]]:
+    wide = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
+    masks = keep_largest_in_rows([leaf.astype(wide).reshape(1, -1) for leaf in leaves], count[None])
+    return [mask.reshape(leaf.shape) for mask, leaf in zip(masks, leaves, strict=True)]
+
+
+def _keep_largest_on_host(rows: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """`keep_largest` for one long row on a CPU: a sample brackets the threshold, one pass counts what lies above and
+    collects what lies between, and only that is partitioned (Floyd and Rivest 1975). Half the time of numpy.partition.
+    """
+    n = sum(row.size for row in rows)
+    if count >= n:
+        return [row > -np.inf for row in rows]
+    if count == 0:
+        return [np.zeros(row.shape, bool) for row in rows]
+    low, high = _bracket(rows, count, n)
+    above, between = 0, []
+    for row in rows:
+        for start in range(0, row.size, _BLOCK):
+            block = row[start : start + _BLOCK]
+            over = block > high
+            above += np.count_nonzero(over)
+            between.append(block[np.flatnonzero((block >= low) ^ over)])
+    middle = np.concatenate(between)
+    if not above < count <= above + middle.size:  # the sample misled: take everything
+        middle, above = np.concatenate([row[~np.isnan(row)] for row in rows]), 0
+    if count - above > middle.size:
+        return [row > -np.inf for row in rows]
+    place = middle.size - (count - above)
+    threshold = np.partition(middle, place)[place]
+    places = count - above - np.count_nonzero(middle > threshold)
+    if places == np.count_nonzero(middle == threshold):
+        return [(row >= threshold) & (row > -np.inf) if threshold == -np.inf else row >= threshold for row in rows]
+    masks = []
+    for row in rows:
+        mask = row > threshold
+        first = np.flatnonzero(row == threshold)[:places]
+        mask[first] = threshold > -np.inf
+        places -= first.size
+        masks.append(mask)
+    return masks
+
+
+def _bracket(rows: list[np.ndarray], count: int, n: int) -> tuple[float, float]:
+    """Values between which the `count`-th largest lies, almost surely, from 2^18 draws."""
+    rng, draws = np.random.default_rng(0), 1 << 18
+    shares = np.diff(np.floor(np.cumsum([0] + [row.size for row in rows]) / n * draws).astype(int))
+    drawn = [row[rng.integers(0, row.size, m)] for row, m in zip(rows, shares, strict=True) if m]
+    sample = np.sort(np.concatenate(drawn))
+    rank, spread = sample.size * (1 - count / n), 5 * np.sqrt(sample.size * (count / n) * (1 - count / n)) + 5
+    return sample[max(0, int(rank - spread))], sample[min(sample.size - 1, int(rank + spread))]
+
+
+@jax.jit
+def keep_largest_in_rows(parts: list[Float[Array, "g _"]], counts: Integer[Array, " g"]) -> list[Bool[Array, "g _"]]:
+    """For each g, mark the `counts[g]` largest entries of row g over all parts together, as `keep_largest` does.
+
+    The threshold of a row is found by bisection on the bits of the floats.
     """
     counts = counts.astype(jnp.uint32)
     key_type = ordered_bits(jnp.zeros((), parts[0].dtype)).dtype

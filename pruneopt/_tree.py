@@ -100,6 +100,18 @@ def outside(tree: Tree, support: Tree) -> int:
     return sum(int(_outside(leaf, mask)) for leaf, mask in pairs)
 
 
+@jax.jit
+def _dropped(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+    return _linalg.blocked_sum(lambda x, m: jnp.where(m, 0.0, x.astype(jnp.float64)), leaf, mask)
+
+
+def dropped(tree: Tree, support: Tree) -> float:
+    """Sum of the entries of `tree` where `support` is False, in float64 whatever JAX's mode."""
+    with jax.enable_x64(True):
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(support), strict=True)
+        return sum(float(_dropped(leaf, mask)) for leaf, mask in pairs)
+
+
 def first_nonfinite(tree: Tree) -> str | None:
     """Path of the first floating-point leaf that holds a NaN or an infinity, or None."""
     for path, leaf in named_leaves(tree):

@@ -77,8 +77,8 @@ def _separable_bound(problem: Problem, f: QuadraticObjective) -> float:
         return f.constant if f.is_separable else -math.inf
     if not (f.is_separable and constraint.exact):
         return -math.inf
-    best = constraint.select(f.saliency())
-    return f.value(_tree.masked(f.center, best))
+    costs = f.saliency()
+    return f.constant + _tree.dropped(costs, constraint.select(costs))
 
 
 def _convexity_bound(problem: Problem, f: QuadraticObjective, value: Tree) -> float:

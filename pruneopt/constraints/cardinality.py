@@ -93,24 +93,16 @@ class Cardinality(Constraint):
     def select(self, scores: Tree) -> Tree:
         """The largest scores of each scope; traceable by JAX."""
         leaves, structure = jax.tree.flatten(scores)
+        leaves = [jnp.asarray(leaf) for leaf in leaves]
         if self.per == "tree":
-            budget = self.kept_of(_tree.size(scores))
             if self.floor:
                 leaves = [_raised_to_floor(leaf, self.floor) for leaf in leaves]
-            dtype = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
-            rows = [leaf.astype(dtype).reshape(1, -1) for leaf in leaves]
-            masks = _linalg.keep_largest(rows, np.asarray([budget], np.uint32))
+            masks = _linalg.keep_largest(leaves, self.kept_of(_tree.size(scores)))
+        elif self.per == "leaf":
+            masks = [_linalg.keep_largest([leaf], self._budget(leaf))[0] for leaf in leaves]
         else:
-            masks = []
-            for leaf in leaves:
-                rows = to_rows(leaf, self._axes(leaf.ndim))
-                budgets = np.full(rows.shape[0], self._budget(leaf), np.uint32)
-                masks += _linalg.keep_largest([rows], budgets)
-        out = [
-            from_rows(mask, leaf.shape, () if self.per == "tree" else self._axes(leaf.ndim))
-            for mask, leaf in zip(masks, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(structure, out)
+            masks = [self._select_slices(leaf) for leaf in leaves]
+        return jax.tree.unflatten(structure, masks)
 
     def violation(self, support: Tree) -> int:
         """Weights above the budgets plus weights below the floors."""
@@ -156,6 +148,12 @@ class Cardinality(Constraint):
             raise ValueError(f"per={self.per!r} names an axis that leaf '{path}' of {ndim} axes does not have")
         return tuple(axis % ndim for axis in axes)
 
+    def _select_slices(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        axes = self._axes(leaf.ndim)
+        rows = to_rows(leaf, axes)
+        (mask,) = _linalg.keep_largest_in_rows([rows], np.full(rows.shape[0], self._budget(leaf), np.uint32))
+        return from_rows(mask, leaf.shape, axes)
+
     def _budget(self, leaf: Shaped[Array, ...], path: str = "") -> int:
         size = math.prod(leaf.shape) // math.prod(leaf.shape[a] for a in self._axes(leaf.ndim, path))
         return max(self.kept_of(size), min(self.floor or 0, size))
@@ -174,10 +172,9 @@ def check_amount(sparsity: float | None, count: int | None) -> None:
         raise ValueError(f"count={count!r} is not a whole number >= 0; pass the number of weights to keep")
 
 
-def _raised_to_floor(scores: Shaped[Array, ...], floor: int) -> Shaped[Array, ...]:
-    flat = scores.reshape(1, -1)
-    (first,) = _linalg.keep_largest([flat], np.asarray([min(floor, flat.shape[1])], np.uint32))
-    return jnp.where(first, jnp.asarray(jnp.inf, scores.dtype), flat).reshape(scores.shape)
+def _raised_to_floor(scores: Shaped[Array, "..."], floor: int) -> Shaped[Array, "..."]:
+    (first,) = _linalg.keep_largest([scores], min(floor, scores.size))
+    return jnp.where(first, jnp.asarray(jnp.inf, scores.dtype), scores)
 
 
 def to_rows(leaf: Shaped[Array, ...], axes: tuple[int, ...]) -> Shaped[Array, "g n"]:

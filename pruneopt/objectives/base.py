@@ -83,23 +83,29 @@ class QuadraticObjective(Objective):
     def saliency(self) -> Tree:
         """What removing each weight alone costs: s_i = -g_i w_i + 1/2 (H_ii + lambda) w_i^2. Traceable by JAX.
 
-        Source: LeCun, Denker, Solla 1990, equation 5 (without the gradient term); Molchanov et al. 2019.
+        In float32, or float64 for float64 weights. Source: LeCun, Denker, Solla 1990, equation 5 (without the gradient
+        term); Molchanov et al. 2019.
         """
-        w = self.center
-        scores = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_tree.wide(x.dtype)), w)
-        if self.curvature is not None:
-            ridge = self.ridge()
-            diagonal = self.curvature.diagonal(w)
+        diagonal = None if self.curvature is None else self.curvature.diagonal(self.center)
+        return _saliency(self.center, self.gradient, diagonal, self.ridge())
 
-            def curved(s, h, x):
-                h = (h + ridge.astype(h.dtype)).astype(s.dtype)
-                x = x.astype(s.dtype)
-                return jnp.asarray(0.5, s.dtype) * h * x * x
 
-            scores = jax.tree.map(curved, scores, diagonal, w)
-        if self.gradient is not None:
-            scores = jax.tree.map(lambda s, g, x: s - g.astype(s.dtype) * x.astype(s.dtype), scores, self.gradient, w)
-        return scores
+@jax.jit
+def _saliency(center: Tree, gradient: Tree | None, diagonal: Tree | None, ridge: jax.Array) -> Tree:
+    def wide(x: jax.Array) -> jax.Array:
+        return x.astype(_tree.wide(x.dtype))
+
+    scores = jax.tree.map(lambda w: jnp.zeros_like(wide(w)), center)
+    if diagonal is not None:
+
+        def curved(w: jax.Array, h: jax.Array) -> jax.Array:
+            w = wide(w)
+            return jnp.asarray(0.5, w.dtype) * (h + ridge.astype(h.dtype)).astype(w.dtype) * w * w
+
+        scores = jax.tree.map(curved, center, diagonal)
+    if gradient is not None:
+        scores = jax.tree.map(lambda s, w, g: s - g.astype(s.dtype) * wide(w), scores, center, gradient)
+    return scores
 
 
 def check_center(center: Tree) -> None:

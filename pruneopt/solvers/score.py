@@ -58,7 +58,7 @@ class Score(Solver):
             scores = _random(f.center, key)
         else:
             assert isinstance(f, QuadraticObjective)
-            scores = _saliency(f, self.rule == "absolute")
+            scores = f.saliency() if self.rule == "saliency" else jax.tree.map(jnp.abs, f.saliency())
             proof = Separable() if self.rule == "saliency" and f.is_separable and constraint.exact else None
         path = _tree.first_nonfinite(scores)
         if path is not None:
@@ -68,11 +68,6 @@ class Score(Solver):
         support = constraint.select(scores)
         del scores
         return Outcome(_tree.masked(f.center, support), support, evidence=proof)
-
-
-@jax.jit
-def _saliency(f: QuadraticObjective, absolute: bool) -> Tree:
-    return jax.tree.map(lambda s: jnp.where(absolute, jnp.abs(s), s), f.saliency())
 
 
 def _random(like: Tree, key: jax.Array) -> Tree:
