@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Integer, Shaped, UInt
 _BLOCK = 1 << 20
 
 
-def blocked_sum(fn: Callable[..., Shaped[Array, " n"]], *arrays: Shaped[Array, ...]) -> Shaped[Array, ""]:
+def blocked_sum(fn: Callable[..., Shaped[Array, " n"]], *arrays: Shaped[Array, "..."]) -> Shaped[Array, ""]:
     """sum(fn(*arrays)) over all entries, for an elementwise `fn`, without a temporary of their size."""
     flat = [array.reshape(-1) for array in arrays]
     n = flat[0].size
@@ -48,7 +48,7 @@ def ordered_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
     return jnp.where(raw >= sign, ~raw, raw | sign)
 
 
-def _count(rows: Float[Array, "g n"], fn: Callable[[Array], Bool[Array, ...]]) -> UInt[Array, " g"]:
+def _count(rows: Float[Array, "g n"], fn: Callable[[Array], Bool[Array, "..."]]) -> UInt[Array, " g"]:
     """For each row the number of entries whose `fn` is True."""
     if rows.shape[0] == 1:
         return blocked_sum(lambda x: fn(x[None])[0].astype(jnp.uint32), rows)[None]

@@ -58,17 +58,17 @@ class Units(Constraint):
         """Living over all units."""
         return self.budget.density(_tree.map_named(self._grid, variable))
 
-    def _grid(self, path: str, leaf: Shaped[Array, ...]) -> jax.ShapeDtypeStruct:
+    def _grid(self, path: str, leaf: Shaped[Array, "..."]) -> jax.ShapeDtypeStruct:
         box = self.box(leaf.shape, path)
         return jax.ShapeDtypeStruct(tuple(s // b for s, b in zip(leaf.shape, box, strict=True)), jnp.float32)
 
-    def _boxed(self, leaf: Shaped[Array, ...]) -> tuple[Shaped[Array, ...], tuple[int, ...]]:
+    def _boxed(self, leaf: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], tuple[int, ...]]:
         """The leaf with each axis split into (grid, box), and the positions of the box axes."""
         box = self.box(leaf.shape)
         split = [n for s, b in zip(leaf.shape, box, strict=True) for n in (s // b, b)]
         return leaf.reshape(split), tuple(range(1, 2 * leaf.ndim, 2))
 
-    def _pooled(self, scores: Shaped[Array, ...]) -> Shaped[Array, ...]:
+    def _pooled(self, scores: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         boxed, axes = self._boxed(scores)
         finite = jnp.where(jnp.isfinite(boxed), boxed, jnp.zeros((), boxed.dtype))
         infinity = jnp.asarray(jnp.inf, boxed.dtype)
@@ -76,11 +76,11 @@ class Units(Constraint):
         total = jnp.where(jnp.any(boxed > -infinity, axis=axes), total, -infinity)
         return jnp.where(jnp.any(boxed == infinity, axis=axes), infinity, total)
 
-    def _alive(self, support: Bool[Array, ...]) -> Bool[Array, ...]:
+    def _alive(self, support: Bool[Array, "..."]) -> Bool[Array, "..."]:
         boxed, axes = self._boxed(support)
         return jnp.any(boxed, axis=axes)
 
-    def _spread(self, mask: Bool[Array, ...], shape: tuple[int, ...]) -> Bool[Array, ...]:
+    def _spread(self, mask: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
         box = self.box(shape)
         split = [n for s, b in zip(shape, box, strict=True) for n in (s // b, b)]
         return jnp.broadcast_to(jnp.expand_dims(mask, tuple(range(1, 2 * len(shape), 2))), split).reshape(shape)

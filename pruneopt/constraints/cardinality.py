@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal
 
 import jax
@@ -154,7 +155,7 @@ class Cardinality(Constraint):
         (mask,) = _linalg.keep_largest_in_rows([rows], np.full(rows.shape[0], self._budget(leaf), np.uint32))
         return from_rows(mask, leaf.shape, axes)
 
-    def _budget(self, leaf: Shaped[Array, ...], path: str = "") -> int:
+    def _budget(self, leaf: Shaped[Array, "..."], path: str = "") -> int:
         size = math.prod(leaf.shape) // math.prod(leaf.shape[a] for a in self._axes(leaf.ndim, path))
         return max(self.kept_of(size), min(self.floor or 0, size))
 
@@ -164,7 +165,7 @@ def check_amount(sparsity: float | None, count: int | None) -> None:
     if (sparsity is None) == (count is None):
         given = "neither was" if sparsity is None else f"both were (sparsity={sparsity}, count={count})"
         raise ValueError(f"sparsity and count: {given} given; pass exactly one of them")
-    if sparsity is not None and not 0 <= sparsity < 1:
+    if sparsity is not None and not (isinstance(sparsity, Real) and 0 <= sparsity < 1):
         raise ValueError(
             f"sparsity={sparsity!r} is outside [0, 1); pass the fraction of weights to remove, such as 0.9"
         )
@@ -177,13 +178,13 @@ def _raised_to_floor(scores: Shaped[Array, "..."], floor: int) -> Shaped[Array, 
     return jnp.where(first, jnp.asarray(jnp.inf, scores.dtype), scores)
 
 
-def to_rows(leaf: Shaped[Array, ...], axes: tuple[int, ...]) -> Shaped[Array, "g n"]:
+def to_rows(leaf: Shaped[Array, "..."], axes: tuple[int, ...]) -> Shaped[Array, "g n"]:
     """One row for each index along `axes`."""
     groups = math.prod(leaf.shape[a] for a in axes)
     return jnp.moveaxis(leaf, axes, range(len(axes))).reshape(groups, -1)
 
 
-def from_rows(rows: Shaped[Array, "g n"], shape: tuple[int, ...], axes: tuple[int, ...]) -> Shaped[Array, ...]:
+def from_rows(rows: Shaped[Array, "g n"], shape: tuple[int, ...], axes: tuple[int, ...]) -> Shaped[Array, "..."]:
     """The inverse of `to_rows`."""
     moved = [shape[a] for a in axes] + [s for i, s in enumerate(shape) if i not in axes]
     return jnp.moveaxis(rows.reshape(moved), range(len(axes)), axes)

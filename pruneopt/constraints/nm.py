@@ -78,11 +78,11 @@ class NM(Constraint):
             raise ValueError(f"axis={self.axis!r} does not exist in leaf '{path}' of {ndim} axes; pass another axis")
         return axis % ndim
 
-    def _groups(self, leaf: Shaped[Array, ...]) -> Shaped[Array, "... m"]:
+    def _groups(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "... m"]:
         moved = jnp.moveaxis(leaf, self._axis(leaf.ndim), -1)
         return moved.reshape(*moved.shape[:-1], -1, self.m)
 
-    def _select_leaf(self, scores: Shaped[Array, ...]) -> Shaped[Array, ...]:
+    def _select_leaf(self, scores: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         groups = self._groups(jnp.asarray(scores))
         columns = [groups[..., i] for i in range(self.m)]
         kept = []

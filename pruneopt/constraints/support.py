@@ -5,17 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint, check_cut
 
 Tree = Any
-
-
-def _is_hole(leaf: Any) -> bool:
-    return leaf is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +30,8 @@ class Support(Constraint):
     def check(self, variable: Tree) -> None:
         """Raise ValueError for a mask of another structure or shape, TypeError for one that is not boolean."""
         expected = {path: leaf.shape for path, leaf in _tree.named_leaves(variable)}
-        given = {_tree.name(p): m for p, m in jax.tree_util.tree_flatten_with_path(self.mask, is_leaf=_is_hole)[0]}
-        unknown = [path for path in given if given[path] is not None and path not in expected]
+        given = self._named()
+        unknown = [path for path in given if path not in expected]
         if unknown:
             raise ValueError(f"mask has a leaf '{unknown[0]}' that the variable lacks; its leaves are {list(expected)}")
         for path, shape in expected.items():
@@ -50,22 +45,22 @@ class Support(Constraint):
 
     def select(self, scores: Tree) -> Tree:
         """The mask itself, less what is already cut."""
-        return jax.tree.map(
-            lambda m, s: (s > -jnp.inf) if m is None else jnp.asarray(m) & (s > -jnp.inf),
-            self._holes(scores),
-            scores,
-            is_leaf=_is_hole,
-        )
+        masks = self._named()
+
+        def one(path: str, s: Any) -> Any:
+            alive = s > -jnp.inf
+            return alive & jnp.asarray(masks[path]) if path in masks else alive
+
+        return _tree.map_named(one, scores)
 
     def violation(self, support: Tree) -> int:
         """Weights that live outside the mask."""
-        outside = jax.tree.map(
-            lambda m, s: None if m is None else jnp.asarray(s) & ~jnp.asarray(m),
-            self._holes(support),
-            support,
-            is_leaf=_is_hole,
+        masks = self._named()
+        return sum(
+            _tree.kept(jnp.asarray(s) & ~jnp.asarray(masks[path]))
+            for path, s in _tree.named_leaves(support)
+            if path in masks
         )
-        return _tree.kept(outside)
 
     def density(self, variable: Tree) -> float:
         """Allowed over all weights."""
@@ -77,8 +72,5 @@ class Support(Constraint):
         check_cut(cut)
         return self
 
-    def _holes(self, like: Tree) -> Tree:
-        """The mask in the structure of `like`, None where it says nothing."""
-        given = {_tree.name(p): m for p, m in jax.tree_util.tree_flatten_with_path(self.mask)[0]}
-        leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-        return jax.tree.unflatten(structure, [given.get(_tree.name(path)) for path, _ in leaves])
+    def _named(self) -> dict[str, Any]:
+        return dict(_tree.named_leaves(self.mask))

@@ -16,7 +16,7 @@ Tree = Any
 
 
 @jax.jit
-def _form(h: Float[Array, ...], w: Float[Array, ...], center: Float[Array, ...]) -> Shaped[Array, ""]:
+def _form(h: Float[Array, "..."], w: Float[Array, "..."], center: Float[Array, "..."]) -> Shaped[Array, ""]:
     def term(h, w, c):
         d = w.astype(jnp.float64) - c.astype(jnp.float64)
         return h.astype(jnp.float64) * d * d

@@ -1,0 +1,447 @@
+"""Every refusal says what was given and what to pass instead, at the right moment, and leaves `params` alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import pruneopt as po
+from pruneopt.constraints import NM, Blocks, ByPath, Cardinality, Slices, Support
+from pruneopt.curvature import Diagonal, Gram, Identity, hutchinson_diagonal
+from pruneopt.objectives import Loss, Quadratic, Reconstruction
+from pruneopt.solution import Separable
+from pruneopt.solvers import Descent, Polish, Score, Then
+from pruneopt.solvers.base import Outcome
+
+RNG = np.random.default_rng(0)
+
+
+def params():
+    return {
+        "w1": jnp.asarray(RNG.standard_normal((4, 6))),
+        "b1": jnp.zeros(6),
+        "w2": jnp.asarray(RNG.standard_normal((6, 2))),
+    }
+
+
+def loss(p, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ p["w1"] + p["b1"][None]) @ p["w2"] - y) ** 2)
+
+
+def batches(n=2):
+    return [(jnp.asarray(RNG.standard_normal((5, 4))), jnp.asarray(RNG.standard_normal((5, 2)))) for _ in range(n)]
+
+
+def prune(p=None, constraint=None, fn=loss, data=None, **options):
+    return po.prune(
+        fn,
+        params() if p is None else p,
+        batches() if data is None else data,
+        constraint or Cardinality(sparsity=0.5),
+        progress=False,
+        **options,
+    )
+
+
+def with_leaf(**leaves):
+    return {**params(), **leaves}
+
+
+def nan_at(tree, name):
+    return {**tree, name: tree[name].at[(0,) * tree[name].ndim].set(jnp.nan)}
+
+
+class Shrinking:
+    """Batches whose later passes end early."""
+
+    def __init__(self):
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(batches(3 if self.passes <= 2 else 1))
+
+
+class Tracked:
+    """Batches that count how often they are read."""
+
+    reads = 0
+
+    def __iter__(self):
+        Tracked.reads += 1
+        return iter(batches())
+
+
+# (what is called, the exception, words that the sentence must hold: argument, value, remedy)
+CASES = {
+    "sparsity above 1": (lambda: Cardinality(sparsity=1.5), ValueError, ("sparsity=1.5", "[0, 1)", "pass")),
+    "sparsity 1": (lambda: Cardinality(sparsity=1.0), ValueError, ("sparsity=1.0", "[0, 1)")),
+    "sparsity negative": (lambda: Cardinality(sparsity=-0.1), ValueError, ("sparsity=-0.1", "[0, 1)")),
+    "sparsity NaN": (lambda: Cardinality(sparsity=float("nan")), ValueError, ("sparsity=nan", "[0, 1)")),
+    "sparsity text": (lambda: Cardinality(sparsity="90%"), ValueError, ("sparsity='90%'", "[0, 1)")),
+    "count negative": (lambda: Cardinality(count=-1), ValueError, ("count=-1", "pass the number")),
+    "count fraction": (lambda: Cardinality(count=2.5), ValueError, ("count=2.5", "whole number")),
+    "count above size": (
+        lambda: prune(constraint=Cardinality(count=37)),
+        ValueError,
+        ("count=37", "36", "pass count <= 36"),
+    ),
+    "count above a leaf's size": (
+        lambda: prune(constraint=Cardinality(count=20, per="leaf")),
+        ValueError,
+        ("count=20", "12", "pass count"),
+    ),
+    "both amounts": (lambda: Cardinality(sparsity=0.5, count=3), ValueError, ("both", "sparsity=0.5", "exactly one")),
+    "no amount": (lambda: Cardinality(), ValueError, ("neither", "exactly one")),
+    "unknown scope": (lambda: Cardinality(count=1, per="row"), ValueError, ("per='row'", "pass 'tree'")),
+    "axis that is not there": (
+        lambda: prune(constraint=Cardinality(count=1, per=2)),
+        ValueError,
+        ("per=2", "'w1'", "2 axes"),
+    ),
+    "floor above the budget": (
+        lambda: prune(constraint=Cardinality(count=5, floor=4)),
+        ValueError,
+        ("floor=4", "8", "5", "lower"),
+    ),
+    "floor for slices": (lambda: Cardinality(count=1, per="out", floor=1), ValueError, ("floor=1", "per='out'")),
+    "N above M": (lambda: NM(5, 4), ValueError, ("n=5", "m=4", "1 <= n <= m")),
+    "N zero": (lambda: NM(0, 4), ValueError, ("n=0", "1 <= n <= m")),
+    "M does not divide": (lambda: prune(constraint=NM(2, 5)), ValueError, ("m=5", "'w1'", "length 4", "leaves=")),
+    "N:M axis unknown": (lambda: NM(2, 4, axis="input"), ValueError, ("axis='input'", "pass 'in'")),
+    "blocks do not tile": (
+        lambda: prune(constraint=Blocks((4, 4), Cardinality(sparsity=0.5))),
+        ValueError,
+        ("shape=(4, 4)", "'w1'", "leaves="),
+    ),
+    "block of length zero": (lambda: Blocks((0, 4), Cardinality(sparsity=0.5)), ValueError, ("shape=(0, 4)", ">= 1")),
+    "slice axis": (lambda: prune(constraint=Slices(3, Cardinality(count=1))), ValueError, ("axis=3", "'w1'")),
+    "mask of another shape": (
+        lambda: prune(constraint=Support({"w1": jnp.ones((3, 6), bool)})),
+        ValueError,
+        ("mask 'w1'", "(3, 6)", "(4, 6)"),
+    ),
+    "mask of a leaf that is not there": (
+        lambda: prune(constraint=Support({"w9": jnp.ones((3, 6), bool)})),
+        ValueError,
+        ("'w9'", "w1"),
+    ),
+    "mask of floats": (
+        lambda: prune(constraint=Support({"w1": jnp.ones((4, 6))})),
+        TypeError,
+        ("mask 'w1'", "float", "booleans"),
+    ),
+    "leaf without a pattern": (
+        lambda: prune(constraint=ByPath({"w1": NM(2, 4)})),
+        ValueError,
+        ("'w2'", "['w1']", "'*'"),
+    ),
+    "empty tree": (lambda: prune({}), ValueError, ("params", "empty", "pass")),
+    "no prunable leaf": (lambda: prune({"b": jnp.zeros(3)}), ValueError, ("no prunable leaf", "['b']", "leaves=")),
+    "pattern without a leaf": (lambda: prune(leaves="w3"), ValueError, ("'w3'", "matches no leaf", "w1")),
+    "integer leaf chosen": (
+        lambda: prune(with_leaf(n=jnp.ones((2, 2), int)), leaves=["w1", "n"]),
+        TypeError,
+        ("'n'", "int", "leaves="),
+    ),
+    "complex leaf chosen": (
+        lambda: prune(with_leaf(z=jnp.ones((2, 2), complex)), leaves="z"),
+        TypeError,
+        ("'z'", "complex", "leaves="),
+    ),
+    "function leaf chosen": (lambda: prune(with_leaf(f=jnp.tanh), leaves="f"), TypeError, ("'f'", "leaves=")),
+    "empty leaf chosen": (lambda: prune(with_leaf(e=jnp.ones((0, 2)))), ValueError, ("'e'", "no entries", "leaves=")),
+    "NaN in params": (lambda: prune(nan_at(params(), "w2")), ValueError, ("params", "'w2'", "NaN")),
+    "infinity in params": (
+        lambda: prune(with_leaf(w1=jnp.full((4, 6), jnp.inf))),
+        ValueError,
+        ("params", "'w1'", "infinity"),
+    ),
+    "NaN in a leaf that is only read": (
+        lambda: prune(nan_at(params(), "b1"), method="taylor"),
+        ValueError,
+        ("gradient of fn", "NaN"),
+    ),
+    "NaN in a batch": (
+        lambda: prune(data=[*batches(1), (jnp.full((5, 4), jnp.nan), jnp.zeros((5, 2)))], method="taylor"),
+        ValueError,
+        ("batches", "batch 1", "NaN"),
+    ),
+    "NaN in a gradient": (
+        lambda: prune(fn=lambda p, b: jnp.sqrt(jnp.sum(p["w1"] * 0)), method="fisher"),
+        ValueError,
+        ("gradient of fn", "NaN", "'w1'"),
+    ),
+    "gradient of another structure": (
+        lambda: po.Problem(
+            Quadratic({"w": jnp.ones((2, 2))}, None, {"v": jnp.ones((2, 2))}), subject_to=Cardinality(count=1)
+        ),
+        ValueError,
+        ("gradient", "structure"),
+    ),
+    "gradient of another shape": (
+        lambda: po.Problem(
+            Quadratic({"w": jnp.ones((2, 2))}, None, {"w": jnp.ones((2, 3))}), subject_to=Cardinality(count=1)
+        ),
+        ValueError,
+        ("gradient", "'w'", "(2, 3)", "(2, 2)"),
+    ),
+    "curvature with NaN": (
+        lambda: po.Problem(Quadratic({"w": jnp.ones((2, 2))}, Diagonal({"w": jnp.full((2, 2), jnp.nan)}))),
+        ValueError,
+        ("curvature", "'w'", "NaN"),
+    ),
+    "negative damping": (
+        lambda: po.Problem(Quadratic({"w": jnp.ones((2, 2))}, Identity(), damping=-1.0)),
+        ValueError,
+        ("damping=-1.0", ">= 0"),
+    ),
+    "no batches": (lambda: prune(data=[], method="taylor"), ValueError, ("batches", "empty", "pass")),
+    "no loss": (lambda: prune(fn=None, method="taylor"), TypeError, ("fn is None", "'taylor'", "scalar")),
+    "batches None": (
+        lambda: po.prune(loss, params(), None, Cardinality(sparsity=0.5), method="obd", progress=False),
+        TypeError,
+        ("batches is None", "pass"),
+    ),
+    "one-shot iterator": (
+        lambda: prune(data=iter(batches()), method="obd"),
+        TypeError,
+        ("batches", "one-shot", "lambda"),
+    ),
+    "generator": (
+        lambda: prune(data=(b for b in batches()), method="fisher"),
+        TypeError,
+        ("batches", "one-shot", "lambda"),
+    ),
+    "one array as batches": (lambda: prune(data=jnp.ones((5, 4)), method="taylor"), TypeError, ("batches", "[batch]")),
+    "second pass ends early": (
+        lambda: po.plans.lossless(loss, params(), Shrinking(), method="magnitude", progress=False),
+        ValueError,
+        ("batches ended after 1 of 3",),
+    ),
+    "batches of two structures": (
+        lambda: prune(data=[batches(1)[0], {"x": jnp.ones((5, 4))}], method="taylor"),
+        ValueError,
+        ("batches", "batch 1", "structure"),
+    ),
+    "loss that is not scalar": (
+        lambda: prune(fn=lambda p, b: b[0] @ p["w1"], method="taylor"),
+        ValueError,
+        ("fn returns", "pass a loss", "mean over examples"),
+    ),
+    "loss of integers": (
+        lambda: prune(fn=lambda p, b: jnp.sum(b[1] > 0), method="obd"),
+        ValueError,
+        ("fn returns", "floating"),
+    ),
+    "loss that returns a pair": (
+        lambda: prune(fn=lambda p, b: (loss(p, b), None), method="fisher"),
+        ValueError,
+        ("fn returns a pair", "has_updates=True"),
+    ),
+    "loss that returns no pair": (
+        lambda: Loss(loss, params(), batches(), has_updates=True),
+        ValueError,
+        ("fn returns", "has_updates=True", "(loss, updates)"),
+    ),
+    "loss that is no function": (lambda: prune(fn=3, method="taylor"), TypeError, ("fn is 3", "scalar")),
+    "unknown method": (lambda: prune(method="magnitud"), ValueError, ("method='magnitud'", "magnitude")),
+    "constraint that is a number": (
+        lambda: po.prune(loss, params(), batches(), 0.9, progress=False),
+        TypeError,
+        ("constraint is 0.9", "Cardinality"),
+    ),
+    "a tensor would be emptied": (
+        lambda: prune(with_leaf(w2=1e-6 * params()["w2"])),
+        ValueError,
+        ("'w2'", "collapse", "floor=1", "floor=0"),
+    ),
+    "no steps": (lambda: po.plans.Cubic(0), ValueError, ("steps=0", ">= 1")),
+    "share of one": (lambda: po.plans.CoarseThenFine(share=1.0), ValueError, ("share=1.0", "(0, 1)")),
+    "no probes": (lambda: hutchinson_diagonal(loss, params(), batches(), probes=0), ValueError, ("probes=0", "pass")),
+    "no epochs": (lambda: Descent(optax.sgd(0.1), epochs=0), ValueError, ("epochs=0", ">= 1")),
+    "unknown rule": (lambda: Score("hessian"), ValueError, ("rule='hessian'", "pass")),
+    "negative tolerance": (
+        lambda: po.plans.lossless(loss, params(), batches(), tolerance=-1, progress=False),
+        ValueError,
+        ("tolerance=-1", ">= 0"),
+    ),
+    "fine_tune of another structure": (
+        lambda: prune(fine_tune=lambda p, s: {"w1": p["w1"]}),
+        ValueError,
+        ("fine_tune", "structure"),
+    ),
+    "fine_tune that diverges": (
+        lambda: prune(fine_tune=lambda p, s: {**p, "w1": p["w1"] * jnp.nan}),
+        ValueError,
+        ("fine_tune", "'w1'", "NaN"),
+    ),
+    "not a statistic": (
+        lambda: po.plans.recalibrate(lambda p, b: {"w1": None, "b1": p["b1"] ** 2, "w2": None}, params(), batches()),
+        ValueError,
+        ("updates", "'b1'", "moving average"),
+    ),
+    "no statistic": (
+        lambda: po.plans.recalibrate(lambda p, b: {"w1": None, "b1": None, "w2": None}, params(), batches()),
+        ValueError,
+        ("updates", "no statistic"),
+    ),
+    "report with half its inputs": (
+        lambda: po.report(params(), prune(), fn=loss),
+        ValueError,
+        ("fn and batch", "pass both"),
+    ),
+    "masks of another shape": (
+        lambda: po.apply(params(), {"w1": jnp.ones((2, 2), bool)}),
+        ValueError,
+        ("mask 'w1'", "(2, 2)", "(4, 6)"),
+    ),
+    "no masks": (lambda: po.from_masks(params(), {}), ValueError, ("masks", "pass")),
+    "gram not square": (lambda: Gram.checked(jnp.ones((2, 3))), ValueError, ("gram", "(2, 3)", "square")),
+    "gram not symmetric": (lambda: Gram.checked(jnp.arange(4.0).reshape(2, 2)), ValueError, ("gram", "symmetric")),
+    "gram with NaN": (lambda: Gram.checked(jnp.full((2, 2), jnp.nan)), ValueError, ("gram", "NaN")),
+    "gram with a negative diagonal": (lambda: Gram.checked(-jnp.eye(2)), ValueError, ("gram", "negative diagonal")),
+    "gram of integers": (lambda: Gram.checked(jnp.eye(2, dtype=int)), TypeError, ("gram", "int")),
+    "gram of other inputs": (
+        lambda: po.Problem(Reconstruction(jnp.ones((3, 2)), Gram(jnp.eye(2)))),
+        ValueError,
+        ("2 inputs", "3 rows", "transpose"),
+    ),
+    "matrix of integers": (
+        lambda: po.Problem(Reconstruction(jnp.ones((2, 2), int), Gram(jnp.eye(2)))),
+        TypeError,
+        ("int", "floating"),
+    ),
+    "objective that is none": (lambda: po.Problem(loss), TypeError, ("objective", "function", "Objective")),
+    "redundancy with half its inputs": (
+        lambda: po.redundancy(params(), loss),
+        ValueError,
+        ("fn and batches", "pass both"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_refused_in_one_sentence(name):
+    call, error, words = CASES[name]
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    for word in words:
+        assert word in message, message
+    assert "\n" not in message
+    assert len(message) < 600, message
+
+
+@pytest.mark.parametrize(
+    ("solver", "problem", "words"),
+    [
+        (Score(), lambda: po.Problem(Quadratic(params(), Identity())), ("needs a constraint", "subject_to=")),
+        (
+            Score(),
+            lambda: po.Problem(Loss(loss, params(), batches()), subject_to=Cardinality(sparsity=0.5)),
+            ("quadratic", "Loss", "Quadratic("),
+        ),
+        (Score(), lambda: po.Problem(Quadratic(params()), subject_to=Cardinality(sparsity=0.5)), ("nothing to rank",)),
+        (
+            Polish(),
+            lambda: po.Problem(Quadratic(params(), Identity()), subject_to=Cardinality(sparsity=0.5)),
+            ("init is None", "init=", "Support"),
+        ),
+        (Polish(), lambda: po.Problem(Loss(loss, params(), batches())), ("quadratic", "Descent")),
+        (Polish(), lambda: po.Problem(Quadratic(params(), None, params())), ("curvature",)),
+        (
+            Polish(),
+            lambda: po.Problem(Quadratic(params(), Diagonal(jax.tree.map(jnp.zeros_like, params())), params())),
+            ("positive", "damp"),
+        ),
+        (Descent(optax.sgd(0.1)), lambda: po.Problem(Quadratic(params(), Identity())), ("Loss", "Polish")),
+        (
+            Descent(optax.sgd(0.1)),
+            lambda: po.Problem(Loss(loss, params(), batches()), subject_to=Cardinality(sparsity=0.5)),
+            ("Cardinality", "Support(mask)"),
+        ),
+        (
+            Then(Score(), Descent(optax.sgd(0.1))),
+            lambda: po.Problem(Quadratic(params(), Identity()), subject_to=Cardinality(sparsity=0.5)),
+            ("Loss",),
+        ),
+        (
+            Score(),
+            lambda: po.Problem(
+                Quadratic(params(), Identity()), subject_to=Cardinality(sparsity=0.5), penalty=po.penalties.L1(0.1)
+            ),
+            ("penalty", "L1"),
+        ),
+    ],
+)
+def test_a_solver_refuses_what_it_cannot_solve(solver, problem, words):
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        po.solve(problem(), solver)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_arguments_are_checked_before_data_is_read():
+    Tracked.reads = 0
+    for constraint in (Cardinality(count=99), NM(2, 5)):
+        with pytest.raises(ValueError, match=r"count=99|m=5"):
+            prune(constraint=constraint, data=Tracked(), method="fisher")
+    with pytest.raises(ValueError, match="NaN"):
+        prune(nan_at(params(), "w1"), data=Tracked(), method="fisher")
+    assert Tracked.reads == 0
+
+
+@pytest.mark.parametrize("bad", [None, "NaN batch", "fine_tune raises"])
+def test_params_are_untouched_whatever_happens(bad):
+    p = params()
+    copy = jax.tree.map(np.array, p)
+
+    def tune(q, support):
+        if bad == "fine_tune raises":
+            raise RuntimeError("the user's own")
+        return jax.tree.map(lambda x: x + 1, q)
+
+    data = [*batches(1), (jnp.full((5, 4), jnp.nan), jnp.zeros((5, 2)))] if bad == "NaN batch" else batches()
+    try:
+        prune(p, data=data, method="fisher", fine_tune=tune, schedule=po.plans.Iterative(2))
+        assert bad is None
+    except (ValueError, RuntimeError):
+        assert bad is not None
+    jax.tree.map(np.testing.assert_array_equal, p, copy)
+
+
+@pytest.mark.default_flags
+def test_float64_leaf_in_32_bit_mode_is_not_rounded_silently():
+    with pytest.raises(TypeError, match="float64"):
+        po.prune(None, {"w": np.ones((4, 4))}, None, Cardinality(sparsity=0.5), progress=False)
+
+
+class Liar(po.solvers.Solver):
+    """A solver that returns what it should not."""
+
+    def __init__(self, lie):
+        self.lie = lie
+
+    def refuses(self, problem):
+        return None
+
+    def run(self, problem, init, key):
+        value, support = problem.objective.center, problem.full_support()
+        if self.lie == "nonfinite":
+            value = jax.tree.map(lambda x: x * jnp.nan, value)
+        if self.lie == "outside":
+            support = problem.subject_to.select(value)
+        return Outcome(value, support, evidence=Separable())
+
+
+@pytest.mark.parametrize(
+    ("lie", "status"), [("infeasible", "infeasible"), ("nonfinite", "nonfinite"), ("outside", "infeasible")]
+)
+def test_a_wrong_solver_is_caught_by_solve(lie, status):
+    problem = po.Problem(Quadratic(params(), Identity()), subject_to=Cardinality(sparsity=0.5))
+    with pytest.raises(po.SolveError, match=status):
+        po.solve(problem, Liar(lie))
+    assert po.solve(problem, Liar(lie), throw=False).status.name.lower() == status
