@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float
 
 from pruneopt import _tree
 from pruneopt.constraints.support import Support
@@ -95,57 +94,50 @@ def _refit_gram(
     cut = np.where(mask, 0.0, w0)
     start = np.where(mask, w0, 0.0)
     refit, singular = start.copy(), 0
-    for columns, index in _blocks(mask, block_bytes):
+    wanted = h @ cut
+    for columns, width in _blocks(mask.sum(axis=0), n, block_bytes):
+        kept = [np.flatnonzero(mask[:, column]) for column in columns]
+        matrices = np.tile(np.eye(width), (len(columns), 1, 1))  # padded by the identity
+        sides = np.zeros((len(columns), width))
+        for matrix, side, column, s in zip(matrices, sides, columns, kept, strict=True):
+            matrix[: s.size, : s.size] = h[np.ix_(s, s)]
+            side[: s.size] = wanted[s, column]
         with jax.enable_x64(True):
-            change = np.asarray(_changes(h, jnp.asarray(index), cut.T[columns]))
-        for column, kept, step in zip(columns, index, change, strict=True):
-            kept, step = kept[kept < n], step[kept < n]
-            if not np.all(np.isfinite(step)):
+            steps = np.asarray(_solve(jnp.asarray(matrices), jnp.asarray(sides)))
+        for step, column, s in zip(steps, columns, kept, strict=True):
+            if np.all(np.isfinite(step)):
+                refit[s, column] += step[: s.size]
+            else:
                 singular += 1
-                step = _least_change(h[np.ix_(kept, kept)], h[kept] @ cut[:, column])
-            refit[kept, column] += step
+                refit[s, column] += _least_change(h[np.ix_(s, s)], wanted[s, column])
     refit = refit.astype(np.asarray(center).dtype)
     worse = _column_errors(h, refit - w0) > _column_errors(h, start - w0)  # by rounding, in singular columns
     return jnp.asarray(np.where(worse, start, refit), center.dtype), singular
 
 
-def _blocks(mask: np.ndarray, block_bytes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Columns of like size together, with their kept rows padded by n to one of eight widths."""
-    n = mask.shape[0]
-    sizes = mask.sum(axis=0)
+def _blocks(sizes: np.ndarray, n: int, block_bytes: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Columns with like numbers of kept rows together, and the one of eight widths that they are padded to."""
     unit = -(-n // 8)
     widths = -(-sizes // unit) * unit
     for width in np.unique(widths[widths > 0]):
         members = np.flatnonzero(widths == width)
         batch = max(1, block_bytes // (8 * int(width) ** 2))
         for first in range(0, len(members), batch):
-            columns = members[first : first + batch]
-            index = np.full((len(columns), int(width)), n)
-            for row, column in enumerate(columns):
-                index[row, : sizes[column]] = np.flatnonzero(mask[:, column])
-            yield columns, index
+            yield members[first : first + batch], int(width)
 
 
 @jax.jit
-def _changes(
-    h: Float[Array, "n n"], index: Integer[Array, "b width"], cut: Float[Array, "b n"]
-) -> Float[Array, "b width"]:
-    """Solve H_SS d = H_S,cut w_cut for each row of `index`; NaN where Cholesky fails or leaves a residual."""
-    n = h.shape[0]
+def _solve(matrices: Float[Array, "b n n"], sides: Float[Array, "b n"]) -> Float[Array, "b n"]:
+    """Each system by Cholesky; NaN where its matrix is singular to working precision."""
 
-    def one(kept, cut):
-        real = kept < n
-        rows = jnp.where(real, kept, 0)
-        both = real[:, None] & real[None, :]
-        matrix = jnp.where(both, h[rows][:, rows], jnp.eye(kept.shape[0]))
-        wanted = jnp.where(real, (h @ cut)[rows], 0.0)
+    def one(matrix: Float[Array, "n n"], side: Float[Array, " n"]) -> Float[Array, " n"]:
         factor = jnp.linalg.cholesky(matrix)
-        step = jax.scipy.linalg.cho_solve((factor, True), wanted)
-        diagonal = jnp.diagonal(factor)
-        sound = jnp.min(diagonal) ** 2 > n * jnp.finfo(h.dtype).eps * jnp.max(jnp.diagonal(matrix))
-        return jnp.where(sound, step, jnp.nan)
+        pivots = jnp.square(jnp.diagonal(factor))
+        tolerance = side.shape[0] * jnp.finfo(side.dtype).eps * jnp.max(jnp.diagonal(matrix))
+        step = jax.scipy.linalg.cho_solve((factor, True), side)
+        return jnp.where(jnp.min(pivots) > tolerance, step, jnp.nan)
 
-    return lax.map(lambda args: one(*args), (index, cut))
+    return jax.vmap(one)(matrices, sides)
 
 
 def _least_change(h: np.ndarray, wanted: np.ndarray) -> np.ndarray:
