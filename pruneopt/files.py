@@ -35,12 +35,8 @@ def save(pruned: Pruned, file: str | os.PathLike[str]) -> None:
     if not isinstance(pruned, Pruned):
         raise TypeError(f"pruned is a {type(pruned).__name__}; pass what prune returned")
     tensors, leaves = _tensors(pruned)
-    metadata = {
-        "format": _FORMAT,
-        "leaves": json.dumps(leaves),
-        "history": json.dumps(pruned.history, default=_plain),
-        "sha256": _digest(tensors),
-    }
+    said = {"leaves": json.dumps(leaves), "history": json.dumps(pruned.history, default=_plain)}
+    metadata = {"format": _FORMAT, **said, "sha256": _digest(tensors, said)}
     target = Path(file)
     partial = target.with_name(target.name + ".part")
     try:
@@ -61,7 +57,8 @@ def load(file: str | os.PathLike[str], like: Tree) -> Pruned:
     tensors, metadata = _read(file)
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"file '{file}' was not written by pruneopt.save; load masks of other tools with load_masks")
-    if _digest(tensors) != metadata.get("sha256"):
+    said = {name: metadata.get(name, "") for name in ("leaves", "history")}
+    if _digest(tensors, said) != metadata.get("sha256"):
         raise ValueError(f"file '{file}' is damaged: its checksum does not match; save it again")
     described = json.loads(metadata["leaves"])
     arrays, masks = {}, {}
@@ -156,8 +153,8 @@ def _read(file: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str
         raise ValueError(f"file '{file}' is damaged or not a safetensors file: {error}") from error
 
 
-def _digest(tensors: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, np.ndarray], said: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensors[name]).data)
