@@ -72,6 +72,19 @@ LAYERS = [
 ]
 
 
+# Wanda with its own budget, the same fraction of every output (layer, sparsity, relative error).
+@pytest.mark.default_flags
+@pytest.mark.parametrize(
+    ("layer", "sparsity", "expected"), [("minilm_l2_attn_out", 0.5, 6.184e-02), ("resnet20_l3_conv", 0.5, 3.424e-02)]
+)
+def test_wanda_is_a_row(folder, layer, sparsity, expected):
+    with np.load(folder / "layers" / f"{layer}.npz", allow_pickle=False) as archive:
+        gram = jnp.asarray(archive["H"] / archive["n_samples"].astype(np.float32))
+        objective = Reconstruction(jnp.asarray(archive["W0"].T), Gram.checked(gram))
+    solution = po.solve(po.Problem(objective, subject_to=Cardinality(sparsity=sparsity, per="out")), Score())
+    assert solution.stats["relative_error"] == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.default_flags
 @pytest.mark.parametrize(("layer", "spec", "magnitude", "magnitude_refit", "wanda", "wanda_refit"), LAYERS)
 def test_layer_errors_are_the_peers(folder, layer, spec, magnitude, magnitude_refit, wanda, wanda_refit):

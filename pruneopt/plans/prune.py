@@ -67,6 +67,7 @@ def prune(
         raise TypeError(f"fn is None, but method={method!r} reads a loss; pass fn(params, batch) -> scalar")
     key = jax.random.key(0) if key is None else key
 
+    size = _tree.size(chosen)
     support: Tree = None
     history: list[dict[str, Any]] = []
     solution = None
@@ -80,11 +81,12 @@ def prune(
         solution = solve(Problem(objective, subject_to=allowed), rows[i].solver, key=solver_key)
         support = solution.support
         params = combine(solution.value, rest)
+        kept = solution.kept
         record: dict[str, Any] = {
             "stage": i,
             "cut": stage.cut,
-            "sparsity": solution.sparsity,
-            "kept": solution.kept,
+            "sparsity": 1 - kept / size,
+            "kept": kept,
             "objective": solution.objective,
             "status": solution.status.name.lower(),
         }
