@@ -61,15 +61,20 @@ def keep_largest(leaves: list[Float[Array, "..."]], count: int) -> list[Bool[Arr
     Ties are kept in the order of leaves, then of indices; -inf and NaN are never kept. Exact, without a sort or a copy
     of the leaves. Fewer than 2^32 entries. Traceable by JAX.
     """
-    concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    if concrete and sum(leaf.size for leaf in leaves) > _BLOCK and all(_is_plain_on_cpu(leaf) for leaf in leaves):
-        masks = _keep_largest_on_host([np.asarray(leaf).reshape(-1) for leaf in leaves], count)
+    if all(not isinstance(leaf, jax.core.Tracer) and _is_on_cpu(leaf) for leaf in leaves):
+        masks = _keep_largest_on_host([_plain(leaf) for leaf in leaves], count)
         return [jnp.asarray(mask.reshape(leaf.shape)) for mask, leaf in zip(masks, leaves, strict=True)]
     return _keep_largest_of_all(leaves, jnp.asarray(count, jnp.uint32))
 
 
-def _is_plain_on_cpu(leaf: Float[Array, "..."]) -> bool:
-    return leaf.dtype in (np.float32, np.float64) and next(iter(leaf.devices())).platform == "cpu"
+def _is_on_cpu(leaf: Shaped[Array, "..."]) -> bool:
+    return isinstance(leaf, np.ndarray) or next(iter(leaf.devices())).platform == "cpu"
+
+
+def _plain(leaf: Shaped[Array, "..."]) -> np.ndarray:
+    """A flat view, or for dtypes that NumPy does not know a float32 copy."""
+    flat = np.asarray(leaf).reshape(-1)
+    return flat if flat.dtype in (np.float32, np.float64) else flat.astype(np.float32)
 
 
 @jax.jit
@@ -80,15 +85,17 @@ def _keep_largest_of_all(leaves: list[Float[Array, "..."]], count: UInt[Array, "
 
 
 def _keep_largest_on_host(rows: list[np.ndarray], count: int) -> list[np.ndarray]:
-    """`keep_largest` for one long row on a CPU: a sample brackets the threshold, one pass counts what lies above and
-    collects what lies between, and only that is partitioned (Floyd and Rivest 1975). Half the time of numpy.partition.
+    """`keep_largest` on a CPU, where nothing needs compiling.
+
+    A sample brackets the threshold, one pass counts what lies above and collects what lies between, and only that is
+    partitioned (Floyd and Rivest 1975): half the time of numpy.partition, and no copy.
     """
     n = sum(row.size for row in rows)
     if count >= n:
         return [row > -np.inf for row in rows]
     if count == 0:
         return [np.zeros(row.shape, bool) for row in rows]
-    low, high = _bracket(rows, count, n)
+    low, high = _bracket(rows, count, n) if n > _BLOCK else (-np.inf, np.inf)
     above, between = 0, []
     for row in rows:
         for start in range(0, row.size, _BLOCK):

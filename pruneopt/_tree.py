@@ -47,74 +47,79 @@ def size(tree: Tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def dot(a: Tree, b: Tree) -> jax.Array:
-    """Sum over all leaves of <a, b>."""
-    products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
-    return sum(jax.tree.leaves(products), jnp.zeros(()))
-
-
 def masked(tree: Tree, support: Tree) -> Tree:
     """`tree` with +0 wherever `support` is False; a `None` in `support` leaves its leaf as it is.
 
     Leaves keep their type: a NumPy leaf comes back as a NumPy array of the same dtype.
     """
+    hole = lambda x: x is None  # noqa: E731
+    masks, structure = jax.tree.flatten(support, is_leaf=hole)
+    leaves = structure.flatten_up_to(tree)
+    traced = [i for i, m in enumerate(masks) if m is not None and not isinstance(leaves[i], np.ndarray)]
+    products = _where_kept([masks[i] for i in traced], [leaves[i] for i in traced])
+    for i, mask in enumerate(masks):
+        if mask is not None and i not in traced:
+            leaves[i] = np.where(np.asarray(mask), leaves[i], np.zeros((), leaves[i].dtype))
+    for i, product in zip(traced, products, strict=True):
+        leaves[i] = product
+    return jax.tree.unflatten(structure, leaves)
 
-    def one(mask, leaf):
-        if mask is None:
-            return leaf
-        if isinstance(leaf, np.ndarray):
-            return np.where(np.asarray(mask), leaf, np.zeros((), leaf.dtype))
-        return _where_kept(mask, leaf)
 
-    return jax.tree.map(one, support, tree, is_leaf=lambda x: x is None)
+# One compiled program a tree, not a leaf: a network has many shapes and compiling costs more than running.
+@jax.jit
+def _where_kept(masks: list[jax.Array], leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.where(m, x, jnp.zeros((), x.dtype)) for m, x in zip(masks, leaves, strict=True)]
 
 
 @jax.jit
-def _where_kept(mask: jax.Array, leaf: jax.Array) -> jax.Array:
-    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+def _true(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_linalg.blocked_sum(lambda x: x.astype(jnp.uint32), x) for x in leaves]
 
 
 @jax.jit
-def _true(leaf: jax.Array) -> jax.Array:
-    return _linalg.blocked_sum(lambda x: x.astype(jnp.uint32), leaf)
+def _outside(leaves: list[jax.Array], masks: list[jax.Array]) -> list[jax.Array]:
+    def count(x: jax.Array, m: jax.Array) -> jax.Array:
+        return ((x != 0) & ~m).astype(jnp.uint32)
+
+    return [_linalg.blocked_sum(count, x, m) for x, m in zip(leaves, masks, strict=True)]
 
 
 @jax.jit
-def _outside(leaf: jax.Array, mask: jax.Array) -> jax.Array:
-    return _linalg.blocked_sum(lambda x, m: ((x != 0) & ~m).astype(jnp.uint32), leaf, mask)
+def _nonfinite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_linalg.blocked_sum(lambda x: (~jnp.isfinite(x)).astype(jnp.uint32), x) for x in leaves]
 
 
 @jax.jit
-def _nonfinite(leaf: jax.Array) -> jax.Array:
-    return _linalg.blocked_sum(lambda x: (~jnp.isfinite(x)).astype(jnp.uint32), leaf)
+def _dropped(leaves: list[jax.Array], masks: list[jax.Array]) -> list[jax.Array]:
+    def cost(x: jax.Array, m: jax.Array) -> jax.Array:
+        return jnp.where(m, 0.0, x.astype(jnp.float64))
+
+    return [_linalg.blocked_sum(cost, x, m) for x, m in zip(leaves, masks, strict=True)]
+
+
+def kept_by_leaf(support: Tree) -> list[int]:
+    """Number of True entries of each leaf."""
+    return [int(n) for n in _true(jax.tree.leaves(support))]
 
 
 def kept(support: Tree) -> int:
     """Number of True entries over all leaves, summed in Python integers."""
-    return sum(int(_true(leaf)) for leaf in jax.tree.leaves(support))
+    return sum(kept_by_leaf(support))
 
 
 def outside(tree: Tree, support: Tree) -> int:
     """Number of nonzero entries of `tree` where `support` is False, summed in Python integers."""
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(support), strict=True)
-    return sum(int(_outside(leaf, mask)) for leaf, mask in pairs)
-
-
-@jax.jit
-def _dropped(leaf: jax.Array, mask: jax.Array) -> jax.Array:
-    return _linalg.blocked_sum(lambda x, m: jnp.where(m, 0.0, x.astype(jnp.float64)), leaf, mask)
+    return sum(int(n) for n in _outside(jax.tree.leaves(tree), jax.tree.leaves(support)))
 
 
 def dropped(tree: Tree, support: Tree) -> float:
     """Sum of the entries of `tree` where `support` is False, in float64 whatever JAX's mode."""
     with jax.enable_x64(True):
-        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(support), strict=True)
-        return sum(float(_dropped(leaf, mask)) for leaf, mask in pairs)
+        return sum(float(x) for x in _dropped(jax.tree.leaves(tree), jax.tree.leaves(support)))
 
 
 def first_nonfinite(tree: Tree) -> str | None:
     """Path of the first floating-point leaf that holds a NaN or an infinity, or None."""
-    for path, leaf in named_leaves(tree):
-        if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) and int(_nonfinite(leaf)):
-            return path
-    return None
+    floating = [(p, x) for p, x in named_leaves(tree) if is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)]
+    counts = _nonfinite([x for _, x in floating])
+    return next((path for (path, _), n in zip(floating, counts, strict=True) if int(n)), None)

@@ -56,4 +56,5 @@ class Problem:
         """Path of the first leaf that loses all its weights although the constraint does not allow it."""
         if self.subject_to is not None and self.subject_to.allows_empty:
             return None
-        return next((path for path, mask in _tree.named_leaves(support) if not bool(jnp.any(mask))), None)
+        kept = zip(_tree.named_leaves(support), _tree.kept_by_leaf(support), strict=True)
+        return next((path for (path, _), n in kept if n == 0), None)

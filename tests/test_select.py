@@ -42,11 +42,14 @@ def test_long_rows_on_the_host_and_traced(dtype, ties, monkeypatch):
     monkeypatch.setattr(_linalg, "_BLOCK", 64)  # several blocks, and a host path for small arrays
     for sizes in ((500,), (100, 3, 400)):
         parts = [nasty(n, dtype, ties) for n in sizes]
+        traced = jax.jit(_linalg._keep_largest_of_all)
         for count in {0, 1, 17, sum(sizes) // 2, sum(sizes) - 1, sum(sizes)}:
             expected = by_sorting(parts, count)
             np.testing.assert_array_equal(np.concatenate(_linalg._keep_largest_on_host(parts, count)), expected)
-            traced = jax.jit(lambda p, k=count: _linalg.keep_largest(p, k))([jnp.asarray(p) for p in parts])
-            np.testing.assert_array_equal(np.concatenate(traced), expected)
+            got = traced([jnp.asarray(p) for p in parts], jnp.asarray(count, jnp.uint32))
+            np.testing.assert_array_equal(np.concatenate(got), expected)
+        inside = jax.jit(lambda p, k=count: _linalg.keep_largest(p, k))([jnp.asarray(p) for p in parts])
+        np.testing.assert_array_equal(np.concatenate(inside), expected)
 
 
 def test_a_misleading_sample_costs_time_not_correctness(monkeypatch):

@@ -94,7 +94,6 @@ class Cardinality(Constraint):
     def select(self, scores: Tree) -> Tree:
         """The largest scores of each scope; traceable by JAX."""
         leaves, structure = jax.tree.flatten(scores)
-        leaves = [jnp.asarray(leaf) for leaf in leaves]
         if self.per == "tree":
             if self.floor:
                 leaves = [_raised_to_floor(leaf, self.floor) for leaf in leaves]
@@ -108,7 +107,7 @@ class Cardinality(Constraint):
     def violation(self, support: Tree) -> int:
         """Weights above the budgets plus weights below the floors."""
         leaves = jax.tree.leaves(support)
-        kept = [_tree.kept(leaf) for leaf in leaves]
+        kept = _tree.kept_by_leaf(support)
         short = sum(
             max(0, min(self.floor or 0, math.prod(leaf.shape)) - k) for leaf, k in zip(leaves, kept, strict=True)
         )
@@ -175,7 +174,11 @@ def check_amount(sparsity: float | None, count: int | None) -> None:
 
 def _raised_to_floor(scores: Shaped[Array, "..."], floor: int) -> Shaped[Array, "..."]:
     (first,) = _linalg.keep_largest([scores], min(floor, scores.size))
-    return jnp.where(first, jnp.asarray(jnp.inf, scores.dtype), scores)
+    if isinstance(scores, jax.core.Tracer):
+        return jnp.where(first, jnp.asarray(jnp.inf, scores.dtype), scores)
+    raised = np.array(scores)
+    raised[np.asarray(first)] = np.inf
+    return jnp.asarray(raised)
 
 
 def to_rows(leaf: Shaped[Array, "..."], axes: tuple[int, ...]) -> Shaped[Array, "g n"]:

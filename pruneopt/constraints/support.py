@@ -64,7 +64,7 @@ class Support(Constraint):
 
     def density(self, variable: Tree) -> float:
         """Allowed over all weights."""
-        cut = sum(m.size - _tree.kept(jnp.asarray(m)) for m in jax.tree.leaves(self.mask))
+        cut = _tree.size(self.mask) - _tree.kept(self.mask)
         return 1 - cut / _tree.size(variable)
 
     def relaxed(self, cut: float) -> Support:

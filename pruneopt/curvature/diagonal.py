@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 
 from pruneopt import _linalg
 from pruneopt.curvature.base import Curvature
@@ -16,22 +16,22 @@ Tree = Any
 
 
 @jax.jit
-def _form(h: Float[Array, "..."], w: Float[Array, "..."], center: Float[Array, "..."]) -> Shaped[Array, ""]:
-    def term(h, w, c):
+def _forms(diagonal: list[Shaped[Array, "..."]], w: list[Array], center: list[Array], ridge: float) -> list[Array]:
+    def term(h: Array, w: Array, c: Array) -> Array:
         d = w.astype(jnp.float64) - c.astype(jnp.float64)
-        return h.astype(jnp.float64) * d * d
+        return (h.astype(jnp.float64) + ridge) * d * d
 
-    if h.ndim == 0:
-        return h.astype(jnp.float64) * _linalg.blocked_sum(lambda w, c: term(jnp.ones(()), w, c), w, center)
-    return _linalg.blocked_sum(term, h, w, center)
+    return [
+        _linalg.blocked_sum(lambda w, c, h=h: term(h, w, c), w, c)
+        if h.ndim == 0
+        else _linalg.blocked_sum(term, h, w, c)
+        for h, w, c in zip(diagonal, w, center, strict=True)
+    ]
 
 
 def _sum_of_forms(diagonal: Tree, w: Tree, center: Tree, ridge: float) -> float:
     with jax.enable_x64(True):
-        return sum(
-            float(_form(h, x, c)) + (ridge * float(_form(jnp.ones(()), x, c)) if ridge else 0.0)
-            for h, x, c in zip(*map(jax.tree.leaves, (diagonal, w, center)), strict=True)
-        )
+        return sum(float(x) for x in _forms(*map(jax.tree.leaves, (diagonal, w, center)), ridge))
 
 
 @jax.tree_util.register_dataclass

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pruneopt import _data
@@ -55,13 +56,17 @@ def hutchinson_diagonal(
 
 @partial(jax.jit, static_argnames=("loss",))
 def _mean_probe(loss: evaluate.Loss, chosen: Tree, rest: Rest, batch: Any, keys: jax.Array) -> Tree:
+    flat, structure = jax.tree.flatten(chosen)
+    ends = np.cumsum([x.size for x in flat])
+
     def probe(total, key):
-        flat, structure = jax.tree.flatten(chosen)
+        # One draw for the whole tree: compiling the generator for each leaf takes seconds a shape.
+        draw = jax.random.bits(key, (int(ends[-1]),), jnp.uint8) < 128
         signs = jax.tree.unflatten(
             structure,
             [
-                jax.random.rademacher(k, x.shape, x.dtype)
-                for k, x in zip(jax.random.split(key, len(flat)), flat, strict=True)
+                jnp.where(draw[end - x.size : end], 1.0, -1.0).reshape(x.shape).astype(x.dtype)
+                for x, end in zip(flat, ends, strict=True)
             ],
         )
         product = hessian_vector_product(evaluate.closed(loss, rest, batch), chosen, signs)

@@ -77,7 +77,7 @@ class QuadraticObjective(Objective):
         if self.gradient is not None:
             return False
         if isinstance(self.curvature, Diagonal):
-            return all(bool(jnp.all(h >= 0)) for h in jax.tree.leaves(self.curvature.values))
+            return bool(_least(self.curvature.values) >= 0)
         return isinstance(self.curvature, Identity)
 
     def saliency(self) -> Tree:
@@ -88,6 +88,11 @@ class QuadraticObjective(Objective):
         """
         diagonal = None if self.curvature is None else self.curvature.diagonal(self.center)
         return _saliency(self.center, self.gradient, diagonal, self.ridge())
+
+
+@jax.jit
+def _least(tree: Tree) -> jax.Array:
+    return jnp.min(jnp.stack([jnp.min(x).astype(_tree.wide(x.dtype)) for x in jax.tree.leaves(tree)]))
 
 
 @jax.jit

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pruneopt import _tree
 from pruneopt.objectives.base import QuadraticObjective
@@ -58,7 +59,7 @@ class Score(Solver):
             scores = _random(f.center, key)
         else:
             assert isinstance(f, QuadraticObjective)
-            scores = f.saliency() if self.rule == "saliency" else jax.tree.map(jnp.abs, f.saliency())
+            scores = f.saliency() if self.rule == "saliency" else _absolute(f.saliency())
             proof = Separable() if self.rule == "saliency" and f.is_separable and constraint.exact else None
         path = _tree.first_nonfinite(scores)
         if path is not None:
@@ -70,11 +71,20 @@ class Score(Solver):
         return Outcome(_tree.masked(f.center, support), support, evidence=proof)
 
 
+@jax.jit
 def _random(like: Tree, key: jax.Array) -> Tree:
+    # One draw for the whole tree: compiling the generator for each leaf takes seconds a shape.
     leaves, structure = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    scores = [jax.random.uniform(k, x.shape, jnp.float32) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, scores)
+    draw = jax.random.uniform(key, (sum(x.size for x in leaves),), jnp.float32)
+    ends = np.cumsum([x.size for x in leaves])
+    return jax.tree.unflatten(
+        structure, [draw[e - x.size : e].reshape(x.shape) for x, e in zip(leaves, ends, strict=True)]
+    )
+
+
+@jax.jit
+def _absolute(scores: Tree) -> Tree:
+    return jax.tree.map(jnp.abs, scores)
 
 
 def _has_no_terms(f: Any) -> bool:
