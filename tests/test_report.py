@@ -44,7 +44,7 @@ def attention(p, x):
 
 NETWORKS = {
     "dense": (dense, {"w1": normal(8, 16), "w2": normal(16, 4)}, normal(5, 8)),
-    "strided convolution, then dense": (convolution, {"k": normal(3, 3, 4, 6), "w": normal(144, 3)}, normal(2, 10, 8, 4)),
+    "strided convolution": (convolution, {"k": normal(3, 3, 4, 6), "w": normal(144, 3)}, normal(2, 10, 8, 4)),
     "grouped convolution": (grouped, {"k": normal(3, 3, 2, 6)}, normal(2, 9, 9, 4)),
     "attention": (attention, {"q": normal(8, 2, 4), "k": normal(8, 2, 4), "v": normal(8, 2, 4), "o": normal(2, 4, 8)},
                   normal(3, 5, 8)),
