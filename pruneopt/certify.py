@@ -15,6 +15,7 @@ from pruneopt.constraints.support import Support
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
 from pruneopt.solution import Evidence, Separable, Solution, Status, StrongConvexity
+from pruneopt.structure.leaves import check_like
 
 Tree = Any
 _OPTIMAL_GAP = 1e-6
@@ -42,10 +43,8 @@ def certify(problem: Problem, solution: Solution) -> Certificate:
 
 def verify(problem: Problem, value: Tree, support: Tree, evidence: Evidence) -> Certificate:
     """The one check behind `solve` and `certify`."""
-    for what, tree in (("value", value), ("support", support)):
-        shapes = jax.tree.map(jnp.shape, tree)
-        if shapes != jax.tree.map(jnp.shape, problem.objective.center):
-            raise ValueError(f"{what} does not have the structure and shapes of the problem's variable")
+    check_like(value, problem.objective.center, "value")
+    check_like(support, problem.objective.center, "support")
     violation, outside = problem.violation(support), _tree.outside(value, support)
     finite = _tree.first_nonfinite(value) is None
     objective = problem.value(value) if finite else math.nan

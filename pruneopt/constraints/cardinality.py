@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any, Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped

@@ -7,12 +7,13 @@ from typing import Any
 
 import optax
 
-from pruneopt import _data
+from pruneopt import _data, _tree
 from pruneopt.constraints.support import Support
 from pruneopt.objectives.loss import Loss
 from pruneopt.problem import Problem
 from pruneopt.solve import solve
 from pruneopt.solvers.descent import Descent
+from pruneopt.structure import evaluate
 from pruneopt.structure.leaves import Choice, combine, is_trainable
 
 Tree = Any
@@ -24,20 +25,32 @@ def retrain(
     optimizer: optax.GradientTransformation,
     *,
     epochs: int = 1,
-    trained: Choice = is_trainable,
+    trained: Choice = None,
     has_updates: bool = False,
 ) -> Callable[[Tree, Tree], Tree]:
     """A function (params, support) -> params that lowers the loss with pruned weights held at zero.
 
     fn: loss(params, batch) -> scalar, or (scalar, updates) with has_updates=True: the network in training mode.
-    trained: which leaves move (default: floating arrays but running statistics, so biases and scales too).
-    Each call starts a new optimiser state and makes `epochs` passes. Raises what `Loss` and `Descent` raise.
+    trained: which leaves move (default: all floating arrays, biases and scales too, but those that `updates` replaces
+        and running statistics by name).
+    Each call starts a new optimiser state and makes `epochs` passes; it compiles once for each `fn` and `optimizer`
+    object. Raises what `Loss` and `Descent` raise.
     """
     solver = Descent(optimizer, epochs)
 
     def fine_tune(params: Tree, support: Tree) -> Tree:
-        problem = Problem(Loss(fn, params, batches, trained, has_updates), subject_to=Support(support))
+        choice = trained if trained is not None else _default(fn, params, batches, has_updates)
+        problem = Problem(Loss(fn, params, batches, choice, has_updates), subject_to=Support(support))
         solution = solve(problem, solver)
         return combine(solution.value, solution.stats["rest"])
 
     return fine_tune
+
+
+def _default(fn: Callable[[Tree, Any], Any], params: Tree, batches: _data.Source, has_updates: bool) -> Choice:
+    replaced: set[str] = set()
+    if has_updates:
+        out = evaluate.outputs(fn, params, next(iter(_data.Batches(batches))))
+        if isinstance(out, tuple) and len(out) == 2:  # else Loss says what is wrong
+            replaced = {path for path, _ in _tree.named_leaves(out[1])}
+    return lambda path, leaf: is_trainable(path, leaf) and path not in replaced

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pruneopt import _tree
-from pruneopt.structure.leaves import combine, partition
+from pruneopt.structure.leaves import combine, is_floating, partition
 
 Tree = Any
 
@@ -28,16 +27,12 @@ def flops(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any) -> dict[str,
     FLOPs = 2 x multiply-adds of dot_general and conv_general_dilated, padding taps included, a scan's body times its
     length, a while's body once, the dearest branch of a cond. Elementwise work is not counted.
     """
-    chosen, rest = partition(params, _is_floating_array)
+    chosen, rest = partition(params, is_floating)
     jaxpr = jax.make_jaxpr(lambda c: fn(combine(c, rest), batch))(chosen).jaxpr
     paths = [path for path, _ in _tree.named_leaves(chosen)]
     total: dict[str, int] = defaultdict(int)
     _walk(jaxpr, paths, 1, total)
     return dict(total)
-
-
-def _is_floating_array(path: str, leaf: Any) -> bool:
-    return _tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _walk(jaxpr: Any, owners: list[str], times: int, total: dict[str, int]) -> list[str]:

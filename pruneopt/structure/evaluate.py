@@ -10,10 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from pruneopt import _data
-from pruneopt.structure.leaves import Rest, check_finite, combine
+from pruneopt.structure.leaves import Rest, check_finite, combine, is_floating, partition
 
 Tree = Any
 Loss = Callable[[Tree, Any], Any]
+
+
+def outputs(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any) -> Any:
+    """Shapes and dtypes of fn(params, batch), without running it."""
+    chosen, rest = partition(params, is_floating)
+    return jax.eval_shape(lambda c, r, b: fn(combine(c, r), b), chosen, rest, batch)
 
 
 def with_updates(loss: Loss, rest: Rest, batch: Any, has_updates: bool) -> Callable[[Tree], tuple[jax.Array, Tree]]:

@@ -18,25 +18,25 @@ Tree = Any
 Choice = None | str | Sequence[str] | Callable[[str, Any], bool]
 
 _NOT_WEIGHTS = re.compile(r"bias|norm|scale|embed", re.IGNORECASE)
+_STATISTIC = re.compile(r"batch_stats|running|moving|(^|/)(mean|var)(/|$)", re.IGNORECASE)
 
 
 def is_prunable(path: str, leaf: Any) -> bool:
-    """The default choice: floating arrays of two or more axes whose path does not say bias, norm, scale or embed."""
-    return (
-        _tree.is_array(leaf)
-        and leaf.ndim >= 2
-        and jnp.issubdtype(leaf.dtype, jnp.floating)
-        and not _NOT_WEIGHTS.search(path)
-    )
+    """The default choice: floating arrays of two or more axes, neither the leaf nor its layer named after a bias, norm,
+    scale or embedding (the last two names of the path count; a block called PreNorm holds prunable layers).
+    """
+    own = "/".join(path.removesuffix("/value").split("/")[-2:])
+    return is_floating(path, leaf) and leaf.ndim >= 2 and not _NOT_WEIGHTS.search(own)
 
 
 def is_trainable(path: str, leaf: Any) -> bool:
-    """Floating arrays whose path does not name a running statistic (batch_stats, running, moving)."""
-    return (
-        _tree.is_array(leaf)
-        and jnp.issubdtype(leaf.dtype, jnp.floating)
-        and not re.search(r"batch_stats|running|moving", path, re.IGNORECASE)
-    )
+    """Floating arrays whose path does not name a running statistic (batch_stats, running, moving, mean, var)."""
+    return is_floating(path, leaf) and not _STATISTIC.search(path)
+
+
+def is_floating(path: str, leaf: Any) -> bool:
+    """Floating arrays."""
+    return _tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -94,7 +94,9 @@ def partition(params: Tree, leaves: Choice = None) -> tuple[Tree, Rest]:
     values = [leaf for _, leaf in named]
     wanted = _wanted(paths, values, leaves)
     if not any(wanted):
-        raise ValueError(f"leaves: no prunable leaf among {_some(paths)}; name them with leaves='pattern'")
+        kinds = {type(leaf).__name__ for leaf in values if not hasattr(leaf, "ndim") or not _tree.is_array(leaf)}
+        hint = f" (some are {', '.join(sorted(kinds))}, not arrays: pass their values)" if kinds else ""
+        raise ValueError(f"leaves: no prunable leaf among {_some(paths)}{hint}; name them with leaves='pattern'")
     for path, leaf, is_chosen in zip(paths, values, wanted, strict=True):
         if is_chosen:
             check_leaf(path, leaf)
@@ -147,8 +149,8 @@ def check_like(tree: Tree, params: Tree, what: str) -> None:
             "pass a tree of the same structure"
         )
     for (path, mine), theirs in zip(_tree.named_leaves(tree), jax.tree.leaves(params), strict=True):
-        if jnp.shape(mine) != jnp.shape(theirs):
-            raise ValueError(f"{what}: leaf '{path}' has shape {jnp.shape(mine)}, params has {jnp.shape(theirs)} there")
+        if np.shape(mine) != np.shape(theirs):
+            raise ValueError(f"{what}: leaf '{path}' has shape {np.shape(mine)}, params has {np.shape(theirs)} there")
 
 
 def nearest(path: str, paths: Sequence[str]) -> str:
