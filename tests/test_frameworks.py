@@ -474,16 +474,6 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 built = functools.cache(lambda name: NETWORKS[name]())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compilation dominates: XLA without its optimisations is five times faster at it."""
-    flag = "jax_disable_most_optimizations"
-    before = jax.config.values[flag]
-    jax.config.update(flag, True)
-    yield
-    jax.config.update(flag, before)
-
-
 @pytest.fixture(scope="module", params=NETWORKS)
 def network(request) -> Network:
     return built(request.param)
