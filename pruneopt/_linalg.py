@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.core
@@ -19,18 +19,31 @@ _BLOCK = 1 << 20
 
 def blocked_sum(fn: Callable[..., Shaped[Array, " n"]], *arrays: Shaped[Array, "..."]) -> Shaped[Array, ""]:
     """sum(fn(*arrays)) over all entries, for an elementwise `fn`, without a temporary of their size."""
+    return _blocked(lambda values: jnp.sum(values, dtype=values.dtype), jnp.add, fn, arrays)
+
+
+def blocked_max(fn: Callable[..., Shaped[Array, " n"]], *arrays: Shaped[Array, "..."]) -> Shaped[Array, ""]:
+    """max(0, fn(*arrays)) over all entries, as `blocked_sum`."""
+    return _blocked(lambda values: jnp.max(values, initial=0), jnp.maximum, fn, arrays)
+
+
+def _blocked(
+    reduce: Callable[[Array], Array],
+    join: Callable[[Array, Array], Array],
+    fn: Callable[..., Array],
+    arrays: Sequence[Array],
+) -> Shaped[Array, ""]:
     flat = [array.reshape(-1) for array in arrays]
     n = flat[0].size
     whole = n // _BLOCK
 
     def one(start, length):
-        values = fn(*(lax.dynamic_slice_in_dim(x, start, length) for x in flat))
-        return jnp.sum(values, dtype=values.dtype)
+        return reduce(fn(*(lax.dynamic_slice_in_dim(x, start, length) for x in flat)))
 
     rest = one(whole * _BLOCK, n - whole * _BLOCK)
     if whole == 0:
         return rest
-    return lax.fori_loop(0, whole, lambda i, total: total + one(i * _BLOCK, _BLOCK), rest)
+    return lax.fori_loop(0, whole, lambda i, total: join(total, one(i * _BLOCK, _BLOCK)), rest)
 
 
 def ordered_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
+from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.support import Support
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
@@ -65,19 +66,61 @@ def lower_bound(problem: Problem, value: Tree, support: Tree, evidence: Evidence
     if evidence is None or problem.penalty is not None or not isinstance(f, QuadraticObjective):
         return -math.inf
     if isinstance(evidence, Separable):
-        return _separable_bound(problem, f)
+        return _separable_bound(problem, f, support)
     assert isinstance(evidence, StrongConvexity)
     return _convexity_bound(problem, f, value)
 
 
-def _separable_bound(problem: Problem, f: QuadraticObjective) -> float:
+def _separable_bound(problem: Problem, f: QuadraticObjective, support: Tree) -> float:
     constraint = problem.subject_to
     if constraint is None:
         return f.constant if f.is_separable else -math.inf
     if not (f.is_separable and constraint.exact):
         return -math.inf
+    if isinstance(constraint, Cardinality) and constraint.per == "tree" and not constraint.floor:
+        return f.constant + _priced_bound(f, constraint.kept_of(_tree.size(f.center)), support)
     costs = f.saliency()
     return f.constant + _tree.dropped(costs, constraint.select(costs))
+
+
+def _priced_bound(f: QuadraticObjective, budget: int, support: Tree) -> float:
+    """Weak duality, without a second selection or a copy of the weights.
+
+    With a price mu >= 0 on each kept weight, whatever `budget` weights are kept drops at least
+    sum_i min(cost_i, mu) - mu * budget; mu = the dearest weight that `support` drops makes this tight if it is best.
+    """
+    assert f.curvature is not None
+    diagonal, center = jax.tree.leaves(f.curvature.diagonal(f.center)), jax.tree.leaves(f.center)
+    with jax.enable_x64(True):
+        ridge = float(f.ridge())
+        price = max(float(x) for x in _dearest_dropped(diagonal, center, jax.tree.leaves(support), ridge))
+        return sum(float(x) for x in _capped_costs(diagonal, center, ridge, price)) - price * budget
+
+
+def _cost(h: jax.Array, w: jax.Array, ridge: float) -> jax.Array:
+    w = w.astype(jnp.float64)
+    return 0.5 * (h.astype(jnp.float64) + ridge) * w * w
+
+
+@jax.jit
+def _dearest_dropped(diagonal: list, center: list, support: list, ridge: float) -> list[jax.Array]:
+    return [
+        _linalg.blocked_max(lambda w, m, *h, d=d: jnp.where(m, 0.0, _cost(h[0] if h else d, w, ridge)), w, m, *_full(d))
+        for d, w, m in zip(diagonal, center, support, strict=True)
+    ]
+
+
+@jax.jit
+def _capped_costs(diagonal: list, center: list, ridge: float, price: float) -> list[jax.Array]:
+    return [
+        _linalg.blocked_sum(lambda w, *h, d=d: jnp.minimum(_cost(h[0] if h else d, w, ridge), price), w, *_full(d))
+        for d, w in zip(diagonal, center, strict=True)
+    ]
+
+
+def _full(diagonal: jax.Array) -> list[jax.Array]:
+    """The diagonal as an array to block along with the weights, or nothing where it is one number."""
+    return [diagonal] if diagonal.ndim else []
 
 
 def _convexity_bound(problem: Problem, f: QuadraticObjective, value: Tree) -> float:

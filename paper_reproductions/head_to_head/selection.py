@@ -9,10 +9,11 @@ objective and proves optimality. Medians and their ratios to the first.
 
 import argparse
 import gc
-import resource
 import statistics
-import threading
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--millions", type=int, default=100)
 parser.add_argument("--rounds", type=int, default=7)
 parser.add_argument("--sparsity", type=float, default=0.9)
+parser.add_argument("--peak-of", help="measure the peak memory of this job alone")
 args = parser.parse_args()
 
 rows = args.millions * 1000 // 4
@@ -35,8 +37,10 @@ weights = {
 n = sum(w.size for w in weights.values())
 constraint = po.constraints.Cardinality(sparsity=args.sparsity)
 kept = constraint.kept_of(n)
-scores = jax.block_until_ready(jax.tree.map(jnp.square, weights))
-flat = np.concatenate([np.abs(np.ravel(w)) for w in weights.values()])
+scores, flat = {}, np.zeros(0)
+if not args.peak_of:  # what the first and third job are given
+    scores = jax.block_until_ready(jax.tree.map(jnp.square, weights))
+    flat = np.concatenate([np.abs(np.ravel(w)) for w in weights.values()])
 
 
 def numpy_job():
@@ -53,41 +57,40 @@ JOBS = {
 }
 
 
-def resident():
-    """Bytes in memory now."""
-    with open("/proc/self/statm") as status:
-        return int(status.read().split()[1]) * resource.getpagesize()
-
-
-def measured(job):
-    """(seconds, peak bytes above those at the start)."""
-    start, peak, running = resident(), 0, True
-
-    def watch():
-        nonlocal peak
-        while running:
-            peak = max(peak, resident() - start)
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+def seconds(job):
+    """Of one call, its result dropped."""
     clock = time.perf_counter()
     result = job()
-    seconds = time.perf_counter() - clock
-    running = False
-    watcher.join()
+    taken = time.perf_counter() - clock
     del result
     gc.collect()
-    return seconds, peak
+    return taken
 
+
+def memory(name):
+    """VmRSS (held now) or VmHWM (the most held) of this process, in bytes; Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+if args.peak_of:  # in a process of its own: what one job adds to the weights, both counted
+    Path("/proc/self/clear_refs").write_text("5")  # the most held starts anew
+    before = memory("VmRSS")
+    JOBS[args.peak_of]()
+    print(1 + (memory("VmHWM") - before) / (4 * n))
+    sys.exit()
 
 for job in JOBS.values():
-    measured(job)
-rounds = [{name: measured(job) for name, job in JOBS.items()} for _ in range(args.rounds)]
-first = statistics.median(r["numpy.partition of |w|"][0] for r in rounds)
+    seconds(job)
+rounds = [{name: seconds(job) for name, job in JOBS.items()} for _ in range(args.rounds)]
+first = statistics.median(r["numpy.partition of |w|"] for r in rounds)
 print(f"{n / 1e6:.0f} million float32 weights in {len(weights)} leaves, sparsity {args.sparsity}, {args.rounds} rounds")
-print(f"{'':24} {'seconds':>8} {'/ partition':>12} {'peak / weights, theirs included':>32}")
+print(f"{'':24} {'seconds':>8} {'/ partition':>12} {'peak memory / weights':>22}")
 for name in JOBS:
-    seconds = statistics.median(r[name][0] for r in rounds)
-    peak = statistics.median(r[name][1] for r in rounds) / (4 * n)
-    print(f"{name:24} {seconds:8.3f} {seconds / first:12.2f} {1 + peak:32.2f}")
+    median = statistics.median(r[name] for r in rounds)
+    if name in ("numpy.partition of |w|", "pruneopt, selection"):  # parts of a job
+        print(f"{name:24} {median:8.3f} {median / first:12.2f}")
+        continue
+    child = [sys.executable, __file__, "--peak-of", name, "--millions", str(args.millions)]
+    peak = float(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
+    print(f"{name:24} {median:8.3f} {median / first:12.2f} {peak:22.2f}")
