@@ -19,6 +19,8 @@ def examples(batch: Batch) -> int:
     """Number of examples in a batch: the length of the first axis of its first array."""
     for leaf in jax.tree.leaves(batch):
         if _tree.is_array(leaf) and leaf.ndim:
+            if leaf.shape[0] == 0:
+                raise ValueError("batches holds a batch of 0 examples; drop it")
             return leaf.shape[0]
     raise ValueError("batches holds a batch without an array; each batch needs arrays whose first axis is examples")
 
@@ -35,6 +37,7 @@ class Batches:
 
     def __init__(self, source: Source | Batches | None):
         self._known: int | None = None
+        self._last: Any = None
         self._source: Any = source
         if isinstance(source, Batches):
             self._known, self._source = source._known, source._source
@@ -55,6 +58,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         stream: Any = self._source() if callable(self._source) else self._source
+        if not isinstance(stream, Iterable):
+            raise TypeError(f"batches() returned {type(stream).__name__}; return a new iterator over batches")
+        if isinstance(stream, Iterator) and stream is self._last:
+            raise TypeError("batches() returned the same one-shot iterator twice; return a new one each time")
+        self._last = stream if isinstance(stream, Iterator) else None
         first, structure, seen = self._known is None, None, 0
         for batch in stream:
             if first:
@@ -102,9 +110,13 @@ def _check(batch: Batch, index: int, structure: Any) -> None:
 
 @jax.jit
 def _scaled(tree: Any, factor: float) -> Any:
-    return jax.tree.map(lambda x: x * jnp.asarray(factor, x.dtype), tree)
+    return jax.tree.map(lambda x: _wide(x) * jnp.asarray(factor, _tree.wide(x.dtype)), tree)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(_tree.wide(x.dtype))
 
 
 @jax.jit
 def _added(total: Any, tree: Any, factor: float) -> Any:
-    return jax.tree.map(lambda t, x: t + x * jnp.asarray(factor, x.dtype), total, tree)
+    return jax.tree.map(lambda t, x: t + _wide(x) * jnp.asarray(factor, t.dtype), total, tree)

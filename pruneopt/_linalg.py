@@ -46,6 +46,12 @@ def _blocked(
     return lax.fori_loop(0, whole, lambda i, total: join(total, one(i * _BLOCK, _BLOCK)), rest)
 
 
+def is_nonzero(x: Float[Array, "..."]) -> Bool[Array, "..."]:
+    """x != 0 by its bits: a comparison of floats may flush subnormal numbers to zero."""
+    raw = lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize])
+    return (raw << jnp.asarray(1, raw.dtype)) != 0
+
+
 def ordered_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
     """Unsigned integers in the order of the floats `x`; -0 equals +0, NaN counts as -inf.
 

@@ -79,7 +79,7 @@ def _true(leaves: list[jax.Array]) -> list[jax.Array]:
 @jax.jit
 def _outside(leaves: list[jax.Array], masks: list[jax.Array]) -> list[jax.Array]:
     def count(x: jax.Array, m: jax.Array) -> jax.Array:
-        return ((x != 0) & ~m).astype(jnp.uint32)
+        return (_linalg.is_nonzero(x) & ~m.astype(bool)).astype(jnp.uint32)
 
     return [_linalg.blocked_sum(count, x, m) for x, m in zip(leaves, masks, strict=True)]
 

@@ -33,6 +33,14 @@ def from_masks(params: Tree, masks: Tree) -> Pruned:
     masks: a tree like `params`, or {path: mask}; None or no entry where nothing is pruned.
     Raises as `apply`; also ValueError where no mask is given.
     """
+    for path, mask in _tree.named_leaves(masks):
+        if not hasattr(mask, "dtype"):
+            raise TypeError(f"masks: '{path}' is a {type(mask).__name__}; pass an array")
+    bad = _tree.first_nonfinite(masks)
+    if bad is not None:
+        raise ValueError(
+            f"masks: '{bad}' holds a NaN or an infinity; pass booleans, or numbers of which zero means pruned"
+        )
     named = {path: mask != 0 if mask.dtype != bool else mask for path, mask in _tree.named_leaves(masks)}
     if not named:
         raise ValueError("masks holds no mask; pass {path: boolean array}")

@@ -13,6 +13,8 @@ import numpy as np
 from pruneopt import _linalg, _tree
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.support import Support
+from pruneopt.curvature.diagonal import Diagonal, Identity
+from pruneopt.curvature.gram import Gram
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
 from pruneopt.solution import Evidence, Separable, Solution, Status, StrongConvexity
@@ -39,6 +41,9 @@ def certify(problem: Problem, solution: Solution) -> Certificate:
 
     Raises ValueError for a value or a support of another structure than the problem's variable.
     """
+    for name, part, kind in (("problem", problem, Problem), ("solution", solution, Solution)):
+        if not isinstance(part, kind):
+            raise TypeError(f"{name} is a {type(part).__name__}; pass a pruneopt {kind.__name__}")
     return verify(problem, solution.value, solution.support, solution.evidence)
 
 
@@ -50,7 +55,8 @@ def verify(problem: Problem, value: Tree, support: Tree, evidence: Evidence) -> 
     finite = _tree.first_nonfinite(value) is None
     objective = problem.value(value) if finite else math.nan
     bound = lower_bound(problem, value, support, evidence) if finite else -math.inf
-    gap = _gap(objective, bound)
+    constant = getattr(problem.objective, "constant", 0.0)  # no part of how good a point is
+    gap = _gap(objective - constant, bound - constant)
     if not math.isfinite(objective):
         status = Status.NONFINITE
     elif violation or outside:
@@ -63,11 +69,14 @@ def verify(problem: Problem, value: Tree, support: Tree, evidence: Evidence) -> 
 def lower_bound(problem: Problem, value: Tree, support: Tree, evidence: Evidence) -> float:
     """A lower bound on the objective of every feasible point, or -inf where the evidence proves none."""
     f = problem.objective
-    if evidence is None or problem.penalty is not None or not isinstance(f, QuadraticObjective):
+    if (
+        not isinstance(evidence, (Separable, StrongConvexity))
+        or problem.penalty is not None
+        or not isinstance(f, QuadraticObjective)
+    ):
         return -math.inf
     if isinstance(evidence, Separable):
         return _separable_bound(problem, f, support)
-    assert isinstance(evidence, StrongConvexity)
     return _convexity_bound(problem, f, value)
 
 
@@ -125,9 +134,11 @@ def _full(diagonal: jax.Array) -> list[jax.Array]:
 
 def _convexity_bound(problem: Problem, f: QuadraticObjective, value: Tree) -> float:
     ridge = float(f.ridge())
-    if not (isinstance(problem.subject_to, Support) and f.gradient is None and f.curvature and ridge > 0):
+    if not (isinstance(problem.subject_to, Support) and f.gradient is None):
         return -math.inf
-    # Valid where H is positive semidefinite, which every Curvature but an indefinite diagonal is.
+    modulus = _modulus(f, ridge)
+    if modulus <= 0:
+        return -math.inf
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (f.curvature, value, f.center))
         curvature, w, center = wide
@@ -135,7 +146,23 @@ def _convexity_bound(problem: Problem, f: QuadraticObjective, value: Tree) -> fl
         residual = jax.tree.map(lambda hd, d: hd + ridge * d, curvature.mv(difference), difference)
         residual = _tree.masked(residual, problem.subject_to.select(jax.tree.map(jnp.zeros_like, w)))
         square = sum(float(np.sum(np.square(r))) for r in jax.tree.leaves(residual))
-    return f.value(value) - square / (2 * ridge)
+    return f.value(value) - square / (2 * modulus)
+
+
+def _modulus(f: QuadraticObjective, ridge: float) -> float:
+    """A number c with H + ridge I >= c I, checked and not assumed; 0 where none is found."""
+    if isinstance(f.curvature, Identity):
+        return 1.0 + ridge
+    if isinstance(f.curvature, Diagonal):
+        return min(float(jnp.min(h)) for h in jax.tree.leaves(f.curvature.values)) + ridge
+    if isinstance(f.curvature, Gram) and ridge > 0:
+        h = np.asarray(f.curvature.matrix, np.float64)
+        try:  # H + ridge/2 I is positive definite if and only if Cholesky succeeds
+            np.linalg.cholesky(h + 0.5 * ridge * np.eye(len(h)))
+        except np.linalg.LinAlgError:
+            return 0.0
+        return 0.5 * ridge
+    return 0.0
 
 
 def _gap(objective: float, bound: float) -> float:

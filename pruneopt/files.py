@@ -40,6 +40,8 @@ def save(pruned: Pruned, file: str | os.PathLike[str]) -> None:
     target = Path(file)
     partial = target.with_name(target.name + ".part")
     try:
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"file '{file}': the folder '{target.parent}' does not exist; make it first")
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, target)
     finally:

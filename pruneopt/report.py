@@ -16,7 +16,7 @@ from pruneopt import _tree
 from pruneopt.files import stored_bytes
 from pruneopt.solution import Pruned
 from pruneopt.structure import cost
-from pruneopt.structure.leaves import combine, partition
+from pruneopt.structure.leaves import check_like, combine, partition
 
 Tree = Any
 
@@ -98,8 +98,11 @@ def report(
     """
     if (fn is None) != (batch is None):
         raise ValueError(f"fn and batch: only {'batch' if fn is None else 'fn'} given; pass both, or neither")
-    if jax.tree.structure(params) != jax.tree.structure(pruned.params):
-        raise ValueError("pruned is not of the structure of params; pass the parameters that were pruned")
+    if not isinstance(pruned, Pruned):
+        raise TypeError(f"pruned is a {type(pruned).__name__}; pass what prune returned")
+    check_like(pruned.params, params, "pruned")
+    if not isinstance(repeats, int) or repeats < 0:
+        raise ValueError(f"repeats={repeats!r} is not a whole number >= 0; pass the calls behind each median")
     shapes = dict(_tree.named_leaves(pruned.support))
     work = {} if fn is None else cost.flops(fn, params, batch)
     rows = tuple(

@@ -28,13 +28,13 @@ def solve(
     solver: Solver,
     *,
     init: Solution | Tree | None = None,
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     throw: bool = True,
 ) -> Solution:
     """minimise problem.objective(w) + problem.penalty(w) subject to problem.subject_to.
 
     init: where to start: a Solution, a tree of weights (its support is where they are nonzero) or a tree of boolean
-        masks (the trained weights on it). key: for randomised solvers; defaults to seed 0.
+        masks (the trained weights on it). key: for randomised solvers; a key or a seed.
     throw: raise SolveError for a result that is not finite or not feasible; otherwise it only says so in `status`.
 
     Feasibility, objective and bound are recomputed here, whatever the solver says.
@@ -49,7 +49,7 @@ def solve(
         raise ValueError(refusal)
     start = None if init is None else _start(problem, init)
     clock = time.perf_counter()
-    outcome = solver.run(problem, start, jax.random.key(0) if key is None else key)
+    outcome = solver.run(problem, start, jax.random.key(key or 0) if key is None or isinstance(key, int) else key)
     jax.block_until_ready((outcome.value, outcome.support))
     seconds = time.perf_counter() - clock
     path = problem.emptied(outcome.support)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import pruneopt as po
-from pruneopt.constraints import NM, Blocks, ByPath, Cardinality, Slices, Support
+from pruneopt.constraints import NM, Blocks, ByPath, Cardinality, Intersection, Slices, Support
 from pruneopt.curvature import Diagonal, Gram, Identity, hutchinson_diagonal
 from pruneopt.objectives import Loss, Quadratic, Reconstruction
 from pruneopt.solution import Separable
@@ -62,6 +62,13 @@ class Shrinking:
     def __iter__(self):
         self.passes += 1
         return iter(batches(3 if self.passes <= 2 else 1))
+
+
+class Half:
+    """A schedule that makes half of the cut."""
+
+    def stages(self, density):
+        return [po.plans.Stage(0.5)]
 
 
 class Tracked:
@@ -315,6 +322,86 @@ CASES = {
         ("int", "floating"),
     ),
     "objective that is none": (lambda: po.Problem(loss), TypeError, ("objective", "function", "Objective")),
+    "two leaves of one name": (
+        lambda: prune({"a": {"b": jnp.ones((2, 2))}, "a/b": jnp.ones((2, 2))}),
+        ValueError,
+        ("'a/b'",),
+    ),
+    "leaves as a dictionary": (lambda: prune(leaves={"w1": True}), TypeError, ("leaves={'w1': True}", "pattern")),
+    "schedule as text": (lambda: prune(schedule="cubic"), TypeError, ("schedule is 'cubic'", "Cubic(10)")),
+    "schedule as a class": (lambda: prune(schedule=po.plans.Cubic), TypeError, ("schedule", "instance")),
+    "schedule that stops early": (lambda: prune(schedule=Half()), ValueError, ("schedule", "cut=1")),
+    "fine_tune that is no function": (lambda: prune(fine_tune=3), TypeError, ("fine_tune is 3", "function")),
+    "fine_tune with NaN elsewhere": (
+        lambda: prune(fine_tune=lambda p, s: {**p, "b1": p["b1"] * jnp.nan}),
+        ValueError,
+        ("fine_tune", "'b1'", "NaN"),
+    ),
+    "fine_tune of another dtype": (
+        lambda: prune(fine_tune=lambda p, s: {**p, "b1": p["b1"].astype(jnp.float32)}),
+        ValueError,
+        ("fine_tune", "'b1'", "float32", "dtype"),
+    ),
+    "callable that repeats an iterator": (
+        lambda: prune(data=lambda it=iter(batches()): it, method="taylor"),
+        TypeError,
+        ("batches()", "same one-shot iterator"),
+    ),
+    "callable without batches": (
+        lambda: prune(data=lambda: None, method="taylor"),
+        TypeError,
+        ("batches()", "NoneType"),
+    ),
+    "a batch of nothing": (
+        lambda: prune(data=[(jnp.ones((0, 4)), jnp.ones((0, 2)))], fn=lambda p, b: jnp.sum(p["w1"]), method="taylor"),
+        ValueError,
+        ("batches", "0 examples"),
+    ),
+    "loss of NaN, loss-free": (
+        lambda: po.plans.lossless(
+            lambda p, b: loss(p, b) + jnp.nan, params(), batches(), method="magnitude", progress=False
+        ),
+        ValueError,
+        ("fn returns nan", "repair"),
+    ),
+    "no levels": (lambda: po.plans.sensitivity(loss, params(), batches(), [], progress=False), ValueError, ("levels",)),
+    "masks with NaN": (lambda: po.from_masks(params(), {"w1": np.full((4, 6), np.nan)}), ValueError, ("'w1'", "NaN")),
+    "report of other shapes": (
+        lambda: po.report({**params(), "w1": jnp.ones((7, 7))}, prune()),
+        ValueError,
+        ("pruned", "'w1'", "(4, 6)", "(7, 7)"),
+    ),
+    "report of plain params": (lambda: po.report(params(), params()), TypeError, ("pruned is a dict", "prune")),
+    "budget that is a number": (lambda: Slices(-1, 0.5), TypeError, ("budget=0.5", "Cardinality")),
+    "pattern with a number": (lambda: ByPath({"*": 0.5}), TypeError, ("0.5", "Cardinality")),
+    "constraints that are no tuple": (lambda: Intersection(NM(2, 4)), ValueError, ("tuple", "Intersection((a, b))")),
+    "scope twice": (lambda: Cardinality(count=1, per=(0, 0)), ValueError, ("per=(0, 0)", "different axes")),
+    "mask as a list": (lambda: prune(constraint=Support({"w1": [True]})), TypeError, ("'w1/0'", "bool", "array")),
+    "curvature that is a tree": (
+        lambda: po.Problem(Quadratic({"w": jnp.ones((2, 2))}, {"w": jnp.ones((2, 2))})),
+        TypeError,
+        ("curvature is a dict", "Diagonal"),
+    ),
+    "gram that is an array": (
+        lambda: po.Problem(Reconstruction(jnp.ones((2, 2)), jnp.eye(2))),
+        TypeError,
+        ("curvature", "Gram.checked"),
+    ),
+    "constant NaN": (
+        lambda: po.Problem(Quadratic({"w": jnp.ones((2, 2))}, Identity(), constant=float("nan"))),
+        ValueError,
+        ("constant=nan",),
+    ),
+    "folder that does not exist": (
+        lambda: po.save(prune(), "no/such/folder/f"),
+        FileNotFoundError,
+        ("no/such/folder", "make it"),
+    ),
+    "certify without a solution": (
+        lambda: po.certify(po.Problem(Quadratic(params(), Identity()), subject_to=Cardinality(sparsity=0.5)), None),
+        TypeError,
+        ("solution is a NoneType",),
+    ),
     "redundancy with half its inputs": (
         lambda: po.redundancy(params(), loss),
         ValueError,

@@ -50,6 +50,13 @@ class Constraint(abc.ABC):
         """The looser constraint that asks for the fraction `cut` in (0, 1] of the removals; `relaxed(1)` is self."""
 
 
+def check_constraints(name: str, parts: Any) -> None:
+    """Raise TypeError unless all of `parts` are constraints."""
+    for part in parts:
+        if not isinstance(part, Constraint):
+            raise TypeError(f"{name} holds {part!r}; pass constraints such as Cardinality(sparsity=0.9)")
+
+
 def check_cut(cut: float) -> None:
     """Raise ValueError unless 0 < cut <= 1."""
     if not 0 < cut <= 1:

@@ -86,6 +86,12 @@ class Units(Constraint):
         return jnp.broadcast_to(jnp.expand_dims(mask, tuple(range(1, 2 * len(shape), 2))), split).reshape(shape)
 
 
+def check_budget(budget: Cardinality) -> None:
+    """Raise TypeError unless `budget` is a Cardinality."""
+    if not isinstance(budget, Cardinality):
+        raise TypeError(f"budget={budget!r}; pass how many units live, such as Cardinality(sparsity=0.5)")
+
+
 @dataclass(frozen=True)
 class Blocks(Units):
     """At most so many blocks of a fixed shape are nonzero.
@@ -99,7 +105,12 @@ class Blocks(Units):
     budget: Cardinality
 
     def __post_init__(self) -> None:
-        if not self.shape or any(not isinstance(s, int) or (s < 1 and s != -1) for s in self.shape):
+        check_budget(self.budget)
+        if (
+            not isinstance(self.shape, tuple)
+            or not self.shape
+            or any(not isinstance(s, int) or (s < 1 and s != -1) for s in self.shape)
+        ):
             raise ValueError(f"shape={self.shape!r}: block lengths are whole numbers >= 1, or -1 for a whole axis")
 
     def box(self, shape: tuple[int, ...], path: str = "") -> tuple[int, ...]:
@@ -131,6 +142,9 @@ class Slices(Units):
 
     axis: int
     budget: Cardinality
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
 
     def box(self, shape: tuple[int, ...], path: str = "") -> tuple[int, ...]:
         """The leaf's shape with 1 at `axis`."""

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from pruneopt import _tree
-from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.base import Constraint, check_constraints
 
 Tree = Any
 
@@ -24,6 +24,11 @@ class ByPath(Constraint):
     """
 
     of: Mapping[str, Constraint]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.of, Mapping):
+            raise TypeError(f"of={self.of!r}: pass {{pattern: constraint}}")
+        check_constraints("of", self.of.values())
 
     @property
     def exact(self) -> bool:

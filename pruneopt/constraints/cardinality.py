@@ -45,6 +45,15 @@ class Cardinality(Constraint):
 
     def __post_init__(self) -> None:
         check_amount(self.sparsity, self.count)
+        if self.count is not None:
+            object.__setattr__(self, "count", operator.index(self.count))
+        if self.sparsity is not None:
+            object.__setattr__(self, "sparsity", float(self.sparsity))
+        if self.floor is not None and hasattr(self.floor, "__index__"):
+            object.__setattr__(self, "floor", operator.index(self.floor))
+        scopes = self.per if isinstance(self.per, tuple) else (self.per,)
+        if not all(isinstance(s, str) or hasattr(s, "__index__") for s in scopes) or len(set(scopes)) < len(scopes):
+            raise ValueError(f"per={self.per!r}: pass a scope such as 'out', an axis or a tuple of different axes")
         check_cut(self.cut)
         if isinstance(self.per, str) and self.per not in ("tree", "leaf", "out", "in"):
             raise ValueError(
@@ -165,7 +174,8 @@ def check_amount(sparsity: float | None, count: int | None) -> None:
     if (sparsity is None) == (count is None):
         given = "neither was" if sparsity is None else f"both were (sparsity={sparsity}, count={count})"
         raise ValueError(f"sparsity and count: {given} given; pass exactly one of them")
-    if sparsity is not None and not (isinstance(sparsity, Real) and 0 <= sparsity < 1):
+    is_number = isinstance(sparsity, Real) or getattr(sparsity, "shape", None) == ()
+    if sparsity is not None and not (is_number and 0 <= sparsity < 1):
         raise ValueError(
             f"sparsity={sparsity!r} is outside [0, 1); pass the fraction of weights to remove, such as 0.9"
         )

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.base import Constraint, check_constraints
 from pruneopt.constraints.support import Support
 
 Tree = Any
@@ -25,8 +25,9 @@ class Intersection(Constraint):
     parts: tuple[Constraint, ...]
 
     def __post_init__(self) -> None:
-        if not self.parts:
-            raise ValueError("parts is empty; pass at least one constraint")
+        if not isinstance(self.parts, tuple) or not self.parts:
+            raise ValueError(f"parts={self.parts!r}: pass a tuple of constraints, Intersection((a, b))")
+        check_constraints("parts", self.parts)
 
     @property
     def exact(self) -> bool:
@@ -35,8 +36,9 @@ class Intersection(Constraint):
 
     @property
     def allows_empty(self) -> bool:
-        """Whether every part allows it."""
-        return all(part.allows_empty for part in self.parts)
+        """Whether every part that is not a fixed support allows it."""
+        choosing = [part for part in self.parts if not isinstance(part, Support)] or self.parts
+        return all(part.allows_empty for part in choosing)
 
     def check(self, variable: Tree) -> None:
         """Check every part."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,6 +32,9 @@ class NM(Constraint):
     axis: Literal["in", "out"] | int = "in"
 
     def __post_init__(self) -> None:
+        for name in ("n", "m"):
+            if hasattr(getattr(self, name), "__index__"):
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
         if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n <= self.m):
             raise ValueError(f"n={self.n!r}, m={self.m!r}: N:M needs whole numbers 1 <= n <= m, such as n=2, m=4")
         if isinstance(self.axis, str) and self.axis not in ("in", "out"):

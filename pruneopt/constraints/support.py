@@ -22,6 +22,9 @@ class Support(Constraint):
 
     mask: Tree
 
+    def __repr__(self) -> str:
+        return f"Support(mask over {len(self._named())} leaves)"
+
     @property
     def exact(self) -> bool:
         """True."""
@@ -31,6 +34,9 @@ class Support(Constraint):
         """Raise ValueError for a mask of another structure or shape, TypeError for one that is not boolean."""
         expected = {path: leaf.shape for path, leaf in _tree.named_leaves(variable)}
         given = self._named()
+        for path, mask in given.items():
+            if not hasattr(mask, "dtype"):
+                raise TypeError(f"mask '{path}' is a {type(mask).__name__}; pass a boolean array of the leaf's shape")
         unknown = [path for path in given if path not in expected]
         if unknown:
             raise ValueError(f"mask has a leaf '{unknown[0]}' that the variable lacks; its leaves are {list(expected)}")

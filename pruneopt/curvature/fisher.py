@@ -43,14 +43,15 @@ def empirical_fisher_diagonal(
 def _mean_square(loss: evaluate.Loss, chunk: int, chosen: Tree, rest: Rest, batch: Any) -> Tree:
     def squared(example):
         alone = jax.tree.map(lambda x: x[None], example)
-        return jax.tree.map(jnp.square, jax.grad(evaluate.closed(loss, rest, alone))(chosen))
+        gradient = jax.grad(evaluate.closed(loss, rest, alone))(chosen)
+        return jax.tree.map(lambda g: jnp.square(g.astype(_tree.wide(g.dtype))), gradient)
 
     def added(total, piece):
         return jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0), total, jax.vmap(squared)(piece)), None
 
     n = _data.examples(batch)
     cut = n - n % chunk
-    total = jax.tree.map(jnp.zeros_like, chosen)
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, _tree.wide(x.dtype)), chosen)
     if cut:
         pieces = jax.tree.map(lambda x: x[:cut].reshape(cut // chunk, chunk, *x.shape[1:]), batch)
         total, _ = lax.scan(added, total, pieces)

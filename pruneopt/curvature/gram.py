@@ -32,7 +32,9 @@ class Gram(Curvature):
 
         It is symmetrised. Raises ValueError or TypeError, naming `gram`.
         """
-        if getattr(matrix, "ndim", 0) != 2 or matrix.shape[0] != matrix.shape[1]:
+        if not hasattr(matrix, "ndim"):
+            raise TypeError(f"gram is a {type(matrix).__name__}; pass an array, X^T X / N")
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"gram has shape {np.shape(matrix)}; pass the square matrix X^T X / N, (n_in, n_in)")
         if not jnp.issubdtype(matrix.dtype, jnp.floating):
             raise TypeError(f"gram has dtype {matrix.dtype}; pass floating-point numbers")

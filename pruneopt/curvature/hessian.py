@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pruneopt import _data
+from pruneopt import _data, _tree
 from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.structure import evaluate
 from pruneopt.structure.leaves import Choice, Rest, check_finite, partition
@@ -56,6 +56,7 @@ def hutchinson_diagonal(
 
 @partial(jax.jit, static_argnames=("loss",))
 def _mean_probe(loss: evaluate.Loss, chosen: Tree, rest: Rest, batch: Any, keys: jax.Array) -> Tree:
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _tree.wide(x.dtype)), chosen)
     flat, structure = jax.tree.flatten(chosen)
     ends = np.cumsum([x.size for x in flat])
 
@@ -70,7 +71,7 @@ def _mean_probe(loss: evaluate.Loss, chosen: Tree, rest: Rest, batch: Any, keys:
             ],
         )
         product = hessian_vector_product(evaluate.closed(loss, rest, batch), chosen, signs)
-        return jax.tree.map(lambda t, v, hv: t + v * hv, total, signs, product), None
+        return jax.tree.map(lambda t, v, hv: t + (v * hv).astype(t.dtype), total, signs, product), None
 
-    total, _ = lax.scan(probe, jax.tree.map(jnp.zeros_like, chosen), keys)
+    total, _ = lax.scan(probe, zeros, keys)
     return jax.tree.map(lambda t: t / jnp.asarray(keys.shape[0], t.dtype), total)

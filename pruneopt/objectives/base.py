@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
 from pruneopt.curvature.base import Curvature
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.structure.leaves import check_finite, check_leaf
@@ -87,7 +88,16 @@ class QuadraticObjective(Objective):
         term); Molchanov et al. 2019.
         """
         diagonal = None if self.curvature is None else self.curvature.diagonal(self.center)
-        return _saliency(self.center, self.gradient, diagonal, self.ridge())
+        return _saliency(self.center, self.gradient, diagonal, self.ridge(), 1.0)
+
+    def ranking(self) -> Tree:
+        """`saliency` times the power of four that brings the largest weight to [1, 2): no square of a weight then
+        overflows, and none vanishes within 19 decades of the largest. For comparing weights only.
+        """
+        diagonal = None if self.curvature is None else self.curvature.diagonal(self.center)
+        largest = max(float(_largest(leaf)) for leaf in jax.tree.leaves(self.center))
+        scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
+        return _saliency(self.center, self.gradient, diagonal, self.ridge(), min(max(scale, 2.0**-126), 2.0**126))
 
 
 @jax.jit
@@ -96,9 +106,17 @@ def _least(tree: Tree) -> jax.Array:
 
 
 @jax.jit
-def _saliency(center: Tree, gradient: Tree | None, diagonal: Tree | None, ridge: jax.Array) -> Tree:
+def _largest(leaf: jax.Array) -> jax.Array:
+    return _linalg.blocked_max(lambda x: jnp.abs(x.astype(_tree.wide(x.dtype))), leaf)
+
+
+@jax.jit
+def _saliency(center: Tree, gradient: Tree | None, diagonal: Tree | None, ridge: jax.Array, scale: float) -> Tree:
+    """scale^2 times the saliency, from weights scaled first."""
+
     def wide(x: jax.Array) -> jax.Array:
-        return x.astype(_tree.wide(x.dtype))
+        x = x.astype(_tree.wide(x.dtype))
+        return x * jnp.asarray(scale).astype(x.dtype)
 
     scores = jax.tree.map(lambda w: jnp.zeros_like(wide(w)), center)
     if diagonal is not None:
@@ -109,7 +127,7 @@ def _saliency(center: Tree, gradient: Tree | None, diagonal: Tree | None, ridge:
 
         scores = jax.tree.map(curved, center, diagonal)
     if gradient is not None:
-        scores = jax.tree.map(lambda s, w, g: s - g.astype(s.dtype) * wide(w), scores, center, gradient)
+        scores = jax.tree.map(lambda s, w, g: s - wide(g) * wide(w), scores, center, gradient)
     return scores
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,13 @@ class Loss(Objective):
     def value(self, w: Tree) -> float:
         """The mean loss, in the network's own precision, summed over batches in float64."""
         return evaluate.mean_value(self.fn, w, self.rest, self.stream, self.has_updates)
+
+    def finite_value(self, w: Tree) -> float:
+        """`value`, or ValueError where it is not finite."""
+        value = self.value(w)
+        if not math.isfinite(value):
+            raise ValueError(f"fn returns {value} at the given params; repair the loss or the data")
+        return value
 
     def gradient(self, w: Tree) -> Tree:
         """The gradient of the mean loss in the chosen leaves."""

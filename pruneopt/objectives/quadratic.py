@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,12 @@ class Quadratic(QuadraticObjective):
         """Raise unless center, gradient and curvature are finite and of one structure."""
         check_center(self.center)
         check_damping(self.damping)
+        if not isinstance(self.curvature, Curvature | None):
+            raise TypeError(
+                f"curvature is a {type(self.curvature).__name__}; pass a Curvature such as Diagonal(values)"
+            )
+        if not math.isfinite(self.constant):
+            raise ValueError(f"constant={self.constant!r} is not finite; pass f at the center")
         if self.gradient is not None:
             check_like(self.gradient, self.center, "gradient")
             check_finite(self.gradient, "gradient")

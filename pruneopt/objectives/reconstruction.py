@@ -38,6 +38,8 @@ class Reconstruction(QuadraticObjective):
             raise ValueError(f"center has shape {np.shape(self.center)}; pass the layer's matrix (n_in, n_out)")
         check_center(self.center)
         check_damping(self.damping)
+        if not isinstance(self.curvature, Gram):
+            raise TypeError(f"curvature is a {type(self.curvature).__name__}; pass Gram.checked(X^T X / N)")
         Gram.checked(self.curvature.matrix)
         n = self.curvature.matrix.shape[0]
         if n != self.center.shape[0]:

@@ -49,7 +49,7 @@ def lossless(
     row = row_of(method)
     key = jax.random.key(0) if key is None else key
     model = row.model(fn, params, loss.stream, leaves, key)
-    dense = loss.value(chosen)
+    dense = loss.finite_value(chosen)
 
     def at(count: int) -> Solution:
         constraint = Cardinality(count=count, floor=floor)

@@ -13,7 +13,7 @@ from pruneopt import _data, _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
-from pruneopt.plans.gradual import OneShot, Schedule
+from pruneopt.plans.gradual import OneShot, Schedule, Stage
 from pruneopt.plans.methods import Method
 from pruneopt.plans.methods import method as row_of
 from pruneopt.problem import Problem
@@ -36,7 +36,7 @@ def prune(
     fine_tune: FineTune | None = None,
     evaluate: Callable[[Tree], Any] | None = None,
     leaves: Choice = None,
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     progress: bool = True,
 ) -> Pruned:
     """minimise model(w) subject to `constraint`, the model rebuilt at each stage of `schedule`.
@@ -61,11 +61,14 @@ def prune(
     chosen, rest = partition(params, leaves)
     check_finite(chosen, "params")
     constraint.check(chosen)
-    stages = list((schedule or OneShot()).stages(constraint.density(chosen)))
+    stages = _stages(schedule or OneShot(), constraint.density(chosen))
+    for name, call in (("fine_tune", fine_tune), ("evaluate", evaluate)):
+        if call is not None and not callable(call):
+            raise TypeError(f"{name} is {call!r}; pass a function")
     rows = [row if stage.method is None else row_of(stage.method) for stage in stages]
     if fn is None and any(r.reads_data for r in rows):
         raise TypeError(f"fn is None, but method={method!r} reads a loss; pass fn(params, batch) -> scalar")
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
 
     size = _tree.size(chosen)
     support: Tree = None
@@ -102,11 +105,25 @@ def prune(
     return Pruned(params, support, {"*": solution}, history)
 
 
+def _stages(schedule: Schedule, density: float) -> list[Stage]:
+    if isinstance(schedule, type) or not hasattr(schedule, "stages"):
+        raise TypeError(f"schedule is {schedule!r}; pass an instance such as Cubic(10)")
+    stages = list(schedule.stages(density))
+    if not (stages and all(isinstance(stage, Stage) for stage in stages) and abs(stages[-1].cut - 1) < 1e-9):
+        raise ValueError(f"schedule {schedule!r} gives {stages}; its stages must be Stage objects that end at cut=1")
+    return stages
+
+
 def _tuned(fine_tune: FineTune, params: Tree, support: Tree, leaves: Choice) -> tuple[Tree, Any]:
     """The user's fine-tuned parameters with pruned weights at zero, and the leaves that are not pruned."""
     tuned = fine_tune(params, support)
     check_like(tuned, params, "fine_tune's result")
+    check_finite(tuned, "fine_tune's result")
+    for (path, new), old in zip(_tree.named_leaves(tuned), jax.tree.leaves(params), strict=True):
+        if getattr(new, "dtype", None) != getattr(old, "dtype", None):
+            raise ValueError(
+                f"fine_tune's result: leaf '{path}' is {new.dtype}, params has {old.dtype}; keep the dtype"
+            )
     chosen, rest = partition(tuned, leaves)
-    check_finite(chosen, "fine_tune's result")
     chosen = _tree.masked(chosen, support)
     return combine(chosen, rest), rest

@@ -40,7 +40,10 @@ def retrain(
 
     def fine_tune(params: Tree, support: Tree) -> Tree:
         choice = trained if trained is not None else _default(fn, params, batches, has_updates)
-        problem = Problem(Loss(fn, params, batches, choice, has_updates), subject_to=Support(support))
+        loss = Loss(fn, params, batches, choice, has_updates)
+        moving = {path for path, _ in _tree.named_leaves(loss.center)}
+        masks = {path: mask for path, mask in _tree.named_leaves(support) if path in moving}
+        problem = Problem(loss, subject_to=Support(masks))
         solution = solve(problem, solver)
         return combine(solution.value, solution.stats["rest"])
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from pruneopt import _data, _tree
@@ -70,10 +69,14 @@ def sensitivity(
     once, at the dense weights. Raises what `prune` raises.
     Source: Han et al. 2015, section 3.4.
     """
+    levels = tuple(float(level) for level in levels)
+    if not levels:
+        raise ValueError("levels is empty; pass sparsities such as (0.5, 0.9)")
     constraints = [Cardinality(sparsity=level, per="leaf", floor=0) for level in levels]
     chosen, _ = partition(params, leaves)
     check_finite(chosen, "params")
     loss = Loss(fn, params, batches, leaves)
+    dense = loss.finite_value(chosen)
     row = row_of(method)
     key = jax.random.key(0) if key is None else key
     model = row.model(fn, params, loss.stream, leaves, key)
@@ -86,4 +89,4 @@ def sensitivity(
             for value in cut
         ]
         losses[path] = tuple(loss.value(w) for w in alone)
-    return Sensitivity(tuple(map(float, np.asarray(levels, float))), losses, loss.value(chosen))
+    return Sensitivity(levels, losses, dense)

@@ -59,7 +59,7 @@ class Score(Solver):
             scores = _random(f.center, key)
         else:
             assert isinstance(f, QuadraticObjective)
-            scores = f.saliency() if self.rule == "saliency" else _absolute(f.saliency())
+            scores = f.ranking() if self.rule == "saliency" else _absolute(f.ranking())
             proof = Separable() if self.rule == "saliency" and f.is_separable and constraint.exact else None
         path = _tree.first_nonfinite(scores)
         if path is not None:

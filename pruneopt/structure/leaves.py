@@ -91,6 +91,9 @@ def partition(params: Tree, leaves: Choice = None) -> tuple[Tree, Rest]:
     if not named:
         raise ValueError("params is an empty tree; pass the network's parameters")
     paths = [_tree.name(path) for path, _ in named]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"params has two leaves whose path is '{twice}'; rename one")
     values = [leaf for _, leaf in named]
     wanted = _wanted(paths, values, leaves)
     if not any(wanted):
@@ -164,6 +167,8 @@ def _wanted(paths: list[str], values: list[Any], leaves: Choice) -> list[bool]:
         leaves = is_prunable
     if callable(leaves):
         return [bool(leaves(path, leaf)) for path, leaf in zip(paths, values, strict=True)]
+    if not isinstance(leaves, (str, list, tuple, set)) or not all(isinstance(p, str) for p in leaves):
+        raise TypeError(f"leaves={leaves!r} is not a choice; pass a pattern, a list of them or a predicate(path, leaf)")
     patterns = [leaves] if isinstance(leaves, str) else list(leaves)
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
