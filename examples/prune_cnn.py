@@ -1,7 +1,8 @@
 """Prune a small convolutional network in several ways, retrain each equally long, and compare.
 
-    python examples/prune_cnn.py                                     # scikit-learn's digits
-    python examples/prune_cnn.py --data cifar10 --data-dir FOLDER    # or mnist; datasets.py says which files
+    python examples/prune_cnn.py                                       # scikit-learn's digits, about a minute
+    python examples/prune_cnn.py --data mnist --data-dir FOLDER        # longer; datasets.py says which files
+    python examples/prune_cnn.py --data cifar10 --data-dir FOLDER --width 16 --rate 0.003
 
 Part of the training set is held out and draws the picture; the test set is read for the table alone.
 """
@@ -27,6 +28,7 @@ parser.add_argument("--data-dir", help="default: mnist or cifar10 in the folder 
 parser.add_argument("--images", type=int, help="use only so many training images (200 or more)")
 parser.add_argument("--epochs", type=int, default=15, help="of training, and again of retraining: 5, 10, 15, ...")
 parser.add_argument("--runs", type=int, default=3, help="repetitions from another start, 2 or more")
+parser.add_argument("--rate", type=float, default=0.01, help="Adam's first learning rate; 0.003 for cifar10")
 parser.add_argument("--sparsity", type=float, default=0.9)
 parser.add_argument("--width", type=int, default=8, help="channels of the first convolution")
 parser.add_argument("--toy", action="store_true", help="few images, a tiny network: to see that it runs")
@@ -68,7 +70,7 @@ def accuracy(params, data):
 @cache  # one optimiser for each number of epochs: another one would be compiled anew
 def trained(epochs):
     """(params, support) -> params, pruned weights held at zero."""
-    adam = optax.adam(optax.cosine_decay_schedule(1e-2, epochs * (n // 50)))
+    adam = optax.adam(optax.cosine_decay_schedule(args.rate, epochs * (n // 50)))
     return plans.retrain(train_loss, shuffled, adam, epochs=epochs, has_updates=True)
 
 

@@ -222,13 +222,6 @@ class TestQuadratic:
 
 # ---------------------------------------------------------------------------------------------- solvers
 
-PAIRS = [
-    (f, k, solver)
-    for f in OBJECTIVES
-    for k in (MATRIX_CONSTRAINTS if "reconstruction" in f else CONSTRAINTS)
-    for solver in SOLVERS
-]
-
 
 def problem_of(f_name, c_name):
     table = MATRIX_CONSTRAINTS if "reconstruction" in f_name else CONSTRAINTS
@@ -272,8 +265,8 @@ class TestSolver:
             assert (check.violation, check.outside) == (0, 0)
             assert check.objective == solution.objective
             assert solution.bound <= solution.objective * (1 + 1e-6) + 1e-12
-            again = po.solve(problem, solver)
-            np.testing.assert_array_equal(flat(again.value), flat(solution.value))
+            if fixed or c_name == "cardinality in each leaf":  # the same again, to the bit
+                np.testing.assert_array_equal(flat(po.solve(problem, solver).value), flat(solution.value))
 
 
 @pytest.mark.parametrize(
