@@ -1,8 +1,7 @@
 """Prune a small convolutional network in several ways, retrain each equally long, and compare.
 
-    python examples/prune_cnn.py                                       # scikit-learn's digits, about a minute
-    python examples/prune_cnn.py --data mnist --data-dir FOLDER        # longer; datasets.py says which files
-    python examples/prune_cnn.py --data cifar10 --data-dir FOLDER --width 16 --rate 0.003
+    python examples/prune_cnn.py                                 # scikit-learn's digits, about a minute
+    python examples/prune_cnn.py --data mnist --data-dir FOLDER  # or cifar10; longer; datasets.py says which files
 
 Part of the training set is held out and draws the picture; the test set is read for the table alone.
 """
@@ -131,7 +130,7 @@ for i, name in enumerate([*ONE_SHOT, *STAGED]):
     side = 100 * args.sparsity + 0.7 * (i - 2.5)
     retrained = np.mean([accuracy(tuned[name].params, held_out) for _, tuned in runs])
     left.plot(side, retrained, "*", color=f"C{i}", markersize=11)
-left.plot([], [], "*", color="grey", markersize=11, label="after retraining")
+left.plot([], [], "*", color="grey", markersize=11, label="after retraining (mean)")
 left.axhline(accuracy(dense, held_out), color="grey", linestyle=":", label="dense")
 left.set(xlabel="sparsity of the network (%)", ylabel="held-out accuracy (%)", title="Accuracy before retraining")
 left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)

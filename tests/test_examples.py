@@ -105,6 +105,7 @@ def test_prune_cnn_prints_its_table_and_draws_its_picture(tmp_path):
     ("args", "words"),
     [
         (("--epochs", "7"), "a multiple of 5"),
+        (("--runs", "1"), "--runs 2 or more"),
         (("--data", "mnist", "--data-dir", "nowhere"), "pass --data-dir"),
         (("--data", "cifar10"), "pass --data-dir"),
     ],
