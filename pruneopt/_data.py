@@ -79,13 +79,6 @@ class Batches:
             )
         self._known = seen
 
-    def __len__(self) -> int:
-        """Number of batches in a pass; makes one if none has been made."""
-        if self._known is None:
-            for _ in self:
-                pass
-        return self._known or 0
-
     def mean(self, fn: Callable[[Batch], Any]) -> Any:
         """Mean over examples of `fn(batch)`, itself a mean over the examples of a batch; a tree of arrays."""
         total, n = None, 0
