@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from pruneopt import _tree
 from pruneopt.files import stored_bytes
 from pruneopt.solution import Pruned
 from pruneopt.structure import cost
-from pruneopt.structure.leaves import check_like, combine, partition
+from pruneopt.structure.leaves import Rest, check_like, combine, is_floating, partition
 
 Tree = Any
 
@@ -127,16 +128,19 @@ def report(
     )
 
 
+@partial(jax.jit, static_argnums=0)
+def _run(fn: Any, chosen: Tree, rest: Rest, batch: Any) -> Any:
+    return fn(combine(chosen, rest), batch)
+
+
 def _latency(fn: Any, dense: Tree, pruned: Tree, batch: Any, repeats: int) -> tuple[float, float]:
-    every = lambda path, leaf: _tree.is_array(leaf) and np.dtype(leaf.dtype).kind not in "biu"  # noqa: E731
-    (a, rest), (b, _) = partition(dense, every), partition(pruned, every)
-    run = jax.jit(lambda w, x: fn(combine(w, rest), x))
+    (a, rest), (b, _) = partition(dense, is_floating), partition(pruned, is_floating)
     seconds: tuple[list[float], list[float]] = ([], [])
     for w in (a, b):
-        jax.block_until_ready(run(w, batch))
+        jax.block_until_ready(_run(fn, w, rest, batch))
     for _ in range(repeats):
         for w, times in zip((a, b), seconds, strict=True):
             clock = time.perf_counter()
-            jax.block_until_ready(run(w, batch))
+            jax.block_until_ready(_run(fn, w, rest, batch))
             times.append(time.perf_counter() - clock)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
