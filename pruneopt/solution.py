@@ -47,8 +47,24 @@ class StrongConvexity:
 Evidence = Separable | StrongConvexity | None
 
 
+class _Supported:
+    """What a support says of itself."""
+
+    support: Tree
+
+    @property
+    def kept(self) -> int:
+        """Weights of the support, over the leaves that are decided."""
+        return _tree.kept(self.support)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of those leaves' weights outside the support."""
+        return 1 - self.kept / _tree.size(self.support)
+
+
 @dataclass(frozen=True, eq=False)
-class Solution:
+class Solution(_Supported):
     """The answer to one problem.
 
     value: w, zero outside the support. support: what was allowed to live; a kept weight may be exactly zero.
@@ -66,16 +82,6 @@ class Solution:
     evidence: Evidence
     stats: dict[str, Any]
 
-    @property
-    def kept(self) -> int:
-        """Weights of the support."""
-        return _tree.kept(self.support)
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the weights outside the support."""
-        return 1 - self.kept / _tree.size(self.support)
-
     def __repr__(self) -> str:
         proof = f"bound {self.bound:.6g}, gap {self.gap:.2g}" if self.bound > float("-inf") else "no bound"
         return (
@@ -85,7 +91,7 @@ class Solution:
 
 
 @dataclass(frozen=True, eq=False)
-class Pruned:
+class Pruned(_Supported):
     """A pruned network, what `prune` and every plan return.
 
     params: same structure as given, pruned weights exactly zero. support: a tree of masks, None where untouched.
@@ -97,16 +103,6 @@ class Pruned:
     support: Tree
     solutions: dict[str, Solution] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def kept(self) -> int:
-        """Weights of the support, over the pruned leaves."""
-        return _tree.kept(self.support)
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction removed of the weights of the pruned leaves."""
-        return 1 - self.kept / _tree.size(self.support)
 
     def __repr__(self) -> str:
         return (
