@@ -42,7 +42,7 @@ def mlpnet(folder):
 
 
 @pytest.fixture(scope="module")
-def test_images(folder):
+def mnist_images(folder):
     def idx(name, offset):
         return np.frombuffer(gzip.decompress((folder / "mnist" / name).read_bytes()), np.uint8, offset=offset)
 
@@ -58,16 +58,16 @@ def accuracy(params, images):
 
 @pytest.mark.default_flags
 @pytest.mark.parametrize(("count", "expected"), MAGNITUDE)
-def test_magnitude_pruning_of_mlpnet_is_the_published_row(mlpnet, test_images, count, expected):
+def test_magnitude_pruning_of_mlpnet_is_the_published_row(mlpnet, mnist_images, count, expected):
     pruned = po.prune(None, mlpnet, None, Cardinality(count=count), progress=False)
     assert pruned.kept == sum(np.count_nonzero(leaf) for leaf in pruned.params.values()) == count
     assert pruned.solutions["*"].status is po.Status.OPTIMAL
-    assert round(accuracy(pruned.params, test_images), 2) == expected
+    assert round(accuracy(pruned.params, mnist_images), 2) == expected
 
 
 @pytest.mark.default_flags
-def test_dense_mlpnet_has_its_published_accuracy(mlpnet, test_images):
-    assert round(accuracy(mlpnet, test_images), 2) == 93.97
+def test_dense_mlpnet_has_its_published_accuracy(mlpnet, mnist_images):
+    assert round(accuracy(mlpnet, mnist_images), 2) == 93.97
 
 
 # Relative errors on the shared layers by the peers' own code (magnitude, Wanda with a layer budget) and by float64
