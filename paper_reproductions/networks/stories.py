@@ -1,0 +1,143 @@
+"""stories260K: a Llama-architecture decoder trained on TinyStories, 260,032 parameters, perplexity 4.4087.
+
+Width 64, 5 layers, 8 query heads and 4 key/value heads of width 8, gated feed-forward of width 172, 512 tokens; the
+embedding is also the output matrix. Every projection is (in, out). Head counts and widths come from the arrays, so a
+network with fewer heads or hidden units runs too.
+
+`folder` is the data folder (PRUNEOPT_DATA): it holds llm/ and text/.
+"""
+
+import gzip
+import math
+import re
+import struct
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+HEAD = 8  # width of one attention head
+EPSILON = 1e-5
+BOS = 1
+
+
+def load(folder):
+    """Parameters {"embedding", "layers": {"0": {"norm_attn", "wq", ...}, ...}, "norm_final"}, and the configuration."""
+    params, config = {"layers": {}}, {}
+    with np.load(Path(folder) / "llm" / "stories260K.npz", allow_pickle=False) as archive:
+        for key in archive.files:
+            group, _, name = key.partition(".")
+            if group == "config":
+                config[name] = int(archive[key])
+            elif group == "layers":
+                layer, name = name.split(".")
+                params["layers"].setdefault(layer, {})[name] = jnp.asarray(archive[key].T)  # (out, in) -> (in, out)
+            else:
+                params[key] = jnp.asarray(archive[key])
+    return params, config
+
+
+def forward(params, tokens):
+    """Logits (B, T, 512) of tokens (B, T)."""
+    x = params["embedding"][tokens]  # (B, T, 64)
+    for i in range(len(params["layers"])):
+        x = _layer(params["layers"][str(i)], x)
+    return _rms(x, params["norm_final"]) @ params["embedding"].T
+
+
+def stacked(params):
+    """The same parameters with one array for all layers: {"layers": {"wq": (5, 64, 64), ...}, ...}."""
+    layers = [params["layers"][str(i)] for i in range(len(params["layers"]))]
+    return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def forward_scanned(params, tokens):
+    """`forward` as a scan over the layers of `stacked(params)`."""
+    x = params["embedding"][tokens]
+    x, _ = jax.lax.scan(lambda x, layer: (_layer(layer, x), None), x, params["layers"])
+    return _rms(x, params["norm_final"]) @ params["embedding"].T
+
+
+def _layer(layer, x):
+    batch, time, _ = x.shape
+    h = _rms(x, layer["norm_attn"])
+    q, k, v = ((h @ layer[name]).reshape(batch, time, -1, HEAD) for name in ("wq", "wk", "wv"))  # (B, T, heads, 8)
+    q, k = _rotate(q), _rotate(k)
+    q = q.reshape(batch, time, k.shape[2], -1, HEAD)  # (B, T, 4, 2, 8): head k serves query heads 2k and 2k + 1
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k) / math.sqrt(HEAD)
+    weights = jax.nn.softmax(jnp.where(jnp.tri(time, dtype=bool), scores, -jnp.inf))  # (B, 4, 2, T, T)
+    attended = jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, time, -1)  # (B, T, 64)
+    x = x + attended @ layer["wo"]
+    h = _rms(x, layer["norm_ffn"])
+    return x + (jax.nn.silu(h @ layer["w1"]) * (h @ layer["w3"])) @ layer["w2"]  # (B, T, 172) -> (B, T, 64)
+
+
+def _rms(x, scale):
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON) * scale
+
+
+def _rotate(x):
+    """Rotary embedding of (B, T, heads, 8) on adjacent pairs."""
+    angles = np.outer(np.arange(x.shape[1]), 10000.0 ** (-np.arange(0, HEAD, 2) / HEAD))[:, None]  # (T, 1, 4)
+    cos, sin = jnp.asarray(np.cos(angles), x.dtype), jnp.asarray(np.sin(angles), x.dtype)
+    even, odd = x[..., ::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def tokenizer(folder):
+    """{piece: (id, score)} of the 512 pieces; the file is a length, then records of score, length and bytes."""
+    packed, pieces, at = (Path(folder) / "llm" / "stories260K_tok512.bin").read_bytes(), {}, 4
+    while at < len(packed):
+        score, length = struct.unpack_from("<fi", packed, at)
+        pieces[packed[at + 8 : at + 8 + length]] = (len(pieces), score)
+        at += 8 + length
+    return pieces
+
+
+def encode(text, tokenizer):
+    """Token ids of a text: bos, then its characters, joined pair by pair, the highest-scoring pair first."""
+    pieces = []
+    for character in " " + text:
+        utf8 = character.encode()
+        pieces += [utf8] if utf8 in tokenizer else [b"<0x%02X>" % byte for byte in utf8]
+
+    def score(i):
+        return tokenizer.get(pieces[i] + pieces[i + 1], (None, -math.inf))[1]
+
+    scores = [score(i) for i in range(len(pieces) - 1)]  # of joining piece i with the next
+    while scores and (best := max(scores)) > -math.inf:
+        i = scores.index(best)
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        del scores[i]
+        for neighbour in {i - 1, i} & set(range(len(scores))):
+            scores[neighbour] = score(neighbour)
+    return [BOS, *(tokenizer[piece][0] for piece in pieces)]
+
+
+def windows(folder):
+    """The 40 evaluation windows, each 1,200 characters of TinyStories, encoded and cut to 513 tokens."""
+    text = gzip.decompress((Path(folder) / "text" / "tinystories_sample.txt.gz").read_bytes()).decode()
+    text, pieces = re.sub("\n+", "\n", text), tokenizer(folder)
+    return [np.asarray(encode(text[i : i + 1200], pieces)[:513], np.int32) for i in range(0, 48000, 1200)]
+
+
+def batches(windows, size=8):
+    """Arrays (B, T) of windows of equal length, B at most `size`."""
+    by_length = {}
+    for window in windows:
+        by_length.setdefault(len(window), []).append(window)
+    return [np.stack(same[i : i + size]) for same in by_length.values() for i in range(0, len(same), size)]
+
+
+@jax.jit
+def total_loss(params, tokens):
+    """Summed next-token loss of tokens (B, T)."""
+    log_probabilities = jax.nn.log_softmax(forward(params, tokens[:, :-1]))  # (B, T - 1, 512)
+    return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1).sum()
+
+
+def perplexity(params, windows):
+    """exp of the mean loss over all predictions of the windows."""
+    total = sum(float(total_loss(params, tokens)) for tokens in batches(windows))
+    return math.exp(total / sum(len(window) - 1 for window in windows))

@@ -1,0 +1,279 @@
+"""What reaches each operator: input Grams, means, activations and output gradients, streamed over batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from pruneopt import _data, _tree
+from pruneopt.structure import walk
+from pruneopt.structure.forms import Form, Ragged
+from pruneopt.structure.graph import Graph, Operator
+from pruneopt.structure.leaves import Choice, partition
+from pruneopt.structure.program import Literal
+from pruneopt.structure.walk import Env, Graphs, Walk
+
+Tree = Any
+Weights = Callable[[Any], Any]
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What was captured for one operator; None where it was not asked for. Means run over positions and batches.
+
+    count: positions seen, or the sum of their weights, for each problem. gram: X^T X / count. mean: of the inputs.
+    absolute: mean absolute input. zeros, unit_mean, unit_variance: of each incoming unit (neuron, or channel of a
+    convolution), without padding and unweighted. output_gradient: G^T G / count, G the gradient of an example's loss
+    in the operator's outputs, a row a position.
+    """
+
+    count: Float[np.ndarray, " problems"]
+    gram: Float[Array, "problems n_in n_in"] | None = None
+    mean: Float[Array, "problems n_in"] | None = None
+    absolute: Float[Array, "problems n_in"] | None = None
+    zeros: Float[Array, "problems units"] | None = None
+    unit_mean: Float[Array, "problems units"] | None = None
+    unit_variance: Float[Array, "problems units"] | None = None
+    output_gradient: Float[Array, "problems n_out n_out"] | None = None
+
+
+def capture(
+    fn: Callable[[Tree, Any], Any],
+    params: Tree,
+    batches: _data.Source,
+    *,
+    leaves: Choice = None,
+    gram: bool = True,
+    means: bool = False,
+    activations: bool = False,
+    output_gradients: bool = False,
+    weights: Weights | None = None,
+    progress: bool = False,
+) -> dict[str, Statistics]:
+    """{operator's name: statistics of its inputs} over all batches, one batch in memory at a time.
+
+    fn: outputs or a loss; for `output_gradients` a scalar loss, a mean over the examples of the batch.
+    leaves: which operators, by the leaves that they read. weights: batch -> array of one weight a position, such as an
+        attention mask (B, T); it counts in Grams and means. Weights tied over several products add up.
+    Sums are kept in float32, float64 for float64 inputs, at the highest matmul precision.
+
+    Raises ValueError for a leaf that no operator reads (with the reason), or weights that fit no position.
+    """
+    stream, graphs = _data.Batches(batches), Graphs(fn, params)
+    floats = dict(_tree.named_leaves(params))
+    want = tuple(n for n, on in (("gram", gram), ("means", means), ("activations", activations)) if on)
+    totals: dict[str, dict[str, Any]] = {}
+    for batch in tqdm(stream, desc="capture", unit="batch", disable=not progress):
+        graph = graphs.of(batch)
+        chosen = selected(graph, params, leaves)
+        given = None if weights is None else weights(batch)
+        for op, sums in _one_batch(graph, chosen, batch, floats, want, given):
+            _add(totals.setdefault(op.name, {}), sums)
+        if output_gradients:
+            for name, moment in _gradients(fn, params, batch, [op.name for op in chosen], given).items():
+                _add(totals.setdefault(name, {}), {"output_gradient": moment})
+    return {name: _finished(sums) for name, sums in totals.items()}
+
+
+def selected(graph: Graph, params: Tree, leaves: Choice) -> list[Operator]:
+    """The operators all of whose leaves are chosen. Raises ValueError for a leaf named by the user that none reads."""
+    paths = {path for path, _ in _tree.named_leaves(partition(params, leaves)[0])}
+    chosen = [op for op in graph.operators if paths.issuperset(op.paths)]
+    unread = paths - {p for op in chosen for p in op.paths}
+    if unread and (leaves is not None or not chosen):
+        reasons = "; ".join(f"'{p}': {graph.why_not(p)}" for p in sorted(unread)[:8])
+        raise ValueError(f"leaves: no operator can be captured for {reasons}")
+    return chosen
+
+
+def _one_batch(graph: Graph, chosen: Sequence[Operator], batch: Any, leaves: Any, want: Any, weights: Any) -> Any:
+    """(operator, sums) for every product of the chosen operators."""
+    uses = [(use, op) for op in chosen for use in op.uses]
+    uses.sort(key=lambda pair: pair[0].equation)
+    position = Walk(graph.program, [use.inputs for use, _ in uses])
+    env: Env = position.start(batch)
+    shared: dict[Any, Any] = {}
+    for use, op in uses:
+        key = (use.inputs, use.form.row_key)
+        env = position.advance(use.inputs)(env, leaves)
+        if key not in shared:
+            shared = {key: sums(use.form, walk.values(graph.program, env, use.inputs), weights, want)}
+        position.release(use.inputs)
+        yield op, shared[key]
+
+
+def sums(form: Form, inputs: Sequence[Any], weights: Any = None, want: tuple[str, ...] = ("gram",)) -> dict[str, Any]:
+    """Sums over the positions of one product's inputs: count, and what is wanted of gram, means, activations."""
+    spread = None if weights is None else _spread(form, jnp.asarray(weights))
+    return _sums(form, inputs[0], inputs[1] if len(inputs) > 1 else None, spread, want)
+
+
+def cross(form: Form, inputs: Sequence[Any], others: Sequence[Any], weights: Any = None) -> Any:
+    """X^T Y over the positions, X the rows of `inputs` and Y those of `others`: (problems, n_in, n_in)."""
+    spread = None if weights is None else _spread(form, jnp.asarray(weights))
+    return _cross(form, inputs[0], others[0], inputs[1] if len(inputs) > 1 else None, spread)
+
+
+def _spread(form: Form, weights: Any) -> Any:
+    """Weights of any leading part of the positions, one a position."""
+    shape, positions = weights.shape, form.positions
+    n = len(shape)
+    if len(positions) < n and shape[: len(positions)] == positions:  # one row an example: it counts if any part does
+        return jnp.max(weights.reshape(*positions, -1), axis=-1).reshape(-1)
+    if positions[:n] == shape:
+        spread = weights.reshape(*shape, *[1] * (len(positions) - n))
+        return jnp.broadcast_to(spread, positions).reshape(-1)
+    if positions == (math.prod(shape),):
+        return weights.reshape(-1)
+    raise ValueError(
+        f"weights have shape {shape}, but an operator's positions have shape {positions}; leave its leaf out of "
+        "leaves=, or give one weight an example"
+    )
+
+
+@partial(jax.jit, static_argnames=("form", "want"))
+def _sums(form: Form, x: Any, sizes: Any, weights: Any, want: tuple[str, ...]) -> dict[str, Any]:
+    x = x.astype(_tree.wide(x.dtype))
+    each = _each(form, sizes, weights, x.dtype)
+    ones = jnp.ones((form.problems, math.prod(form.positions)), x.dtype)
+    out: dict[str, Any] = {"count": jnp.sum(ones if each is None else jnp.broadcast_to(each, ones.shape), axis=1)}
+    if "gram" in want:
+        out["gram"] = _blocked(form, lambda rows, w: _gram(rows, rows, w), each, x)
+    if "means" in want:
+        out["mean"] = _blocked(form, partial(_weighted, lambda r: r), each, x)
+        out["absolute"] = _blocked(form, partial(_weighted, jnp.abs), each, x)
+    if "activations" in want:
+        units = form.units(x)
+        out["units"] = jnp.full((units.shape[0],), units.shape[1], x.dtype)
+        out["zeros"] = jnp.sum((units == 0).astype(x.dtype), axis=1)
+        out["unit_sum"] = jnp.sum(units, axis=1)
+        out["unit_square"] = jnp.sum(units * units, axis=1)
+    return out
+
+
+@partial(jax.jit, static_argnames=("form",))
+def _cross(form: Form, x: Any, y: Any, sizes: Any, weights: Any) -> Any:
+    x, y = x.astype(_tree.wide(x.dtype)), y.astype(_tree.wide(y.dtype))
+    return _blocked(form, _gram, _each(form, sizes, weights, x.dtype), x, y)
+
+
+def _each(form: Form, sizes: Any, weights: Any, dtype: Any) -> Any:
+    """One weight for each problem (or for all) and position; None for ones."""
+    each = None if weights is None else weights.astype(dtype)[None]
+    if isinstance(form, Ragged):
+        belongs = form.belongs(sizes).astype(dtype)
+        each = belongs if each is None else belongs * each
+    return each
+
+
+def _blocked(form: Form, fn: Callable[..., Any], each: Any, *arrays: Any) -> Any:
+    """Sum of fn(*rows, weights) over blocks of positions."""
+    blocks = [form.blocks(a) for a in arrays]
+    n = blocks[0].shape[0]
+    if n == 1:
+        return fn(*map(form.rows, arrays), each)
+    cut = None if each is None else jnp.moveaxis(each.reshape(each.shape[0], n, -1), 1, 0)
+
+    def add(total: Any, block: Any) -> tuple[Any, None]:
+        parts, w = block
+        return total + fn(*map(form.rows, parts), w), None
+
+    first = (tuple(b[0] for b in blocks), None if cut is None else cut[0])
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda p: add(0, p)[0], first))
+    return jax.lax.scan(add, zero, (tuple(blocks), cut))[0]
+
+
+def _gram(left: Any, right: Any, each: Any) -> Any:
+    """sum_n w_n left_n right_n^T for each problem."""
+    if each is not None and each.shape[0] > left.shape[0]:  # one set of rows, a problem's own weights
+        return jax.lax.map(lambda w: jnp.matmul(left[0].T, right[0] * w[:, None], precision=_HIGHEST), each)
+    if each is not None:
+        right = right * each[..., None]
+    if left.shape[0] == 1:
+        return jnp.matmul(left[0].T, right[0], precision=_HIGHEST)[None]
+    return jnp.einsum("pni,pnj->pij", left, right, precision=_HIGHEST)
+
+
+def _weighted(of: Callable[[Any], Any], rows: Any, each: Any) -> Any:
+    if each is None:
+        return jnp.sum(of(rows), axis=1)
+    if each.shape[0] > rows.shape[0]:
+        return jnp.matmul(each, of(rows)[0], precision=_HIGHEST)
+    return jnp.sum(of(rows) * each[..., None], axis=1)
+
+
+def _add(total: dict[str, Any], sums: dict[str, Any]) -> None:
+    for name, value in sums.items():
+        if name == "count":
+            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+        else:
+            total[name] = total[name] + value if name in total else value
+
+
+def _finished(total: dict[str, Any]) -> Statistics:
+    """Sums divided by their counts."""
+
+    def over(name: str, count: Any) -> Any:
+        if name not in total:
+            return None
+        value = total[name]
+        safe = jnp.asarray(np.where(count > 0, count, 1.0), value.dtype)
+        return value / safe.reshape(-1, *[1] * (value.ndim - 1))
+
+    count = total["count"]
+    units = np.asarray(total.get("units", count), np.float64)
+    mean, square = over("unit_sum", units), over("unit_square", units)
+    return Statistics(
+        count,
+        over("gram", count),
+        over("mean", count),
+        over("absolute", count),
+        over("zeros", units),
+        mean,
+        None if mean is None else jnp.maximum(square - mean * mean, jnp.zeros((), mean.dtype)),
+        over("output_gradient", count),
+    )
+
+
+def _gradients(fn: Any, params: Tree, batch: Any, names: list[str], weights: Any) -> dict[str, Any]:
+    """{operator: sum over positions of g g^T}, g the gradient of an example's loss in the operator's output."""
+    graph = Graphs(fn, params, keep_derivatives=True).of(batch)
+    program = graph.program
+    outputs = [program.type_of(a) for a in program.outputs]
+    if len(outputs) != 1 or outputs[0].shape != ():
+        raise ValueError("output_gradients=True needs a loss: fn(params, batch) -> one number, a mean over examples")
+    operators = [op for op in graph.operators if op.name in names]
+    places = {use.equation: (op.name, use) for op in operators for use in op.uses}
+    leaves = dict(_tree.named_leaves(params))
+    examples = float(_data.examples(batch))
+
+    def loss(bumps: dict[int, Any]) -> Any:
+        env: dict[Any, Any] = {v: leaves[p] for p, v in program.leaves.items()} | program.constants
+        env.update(zip(program.batch, jax.tree.leaves(batch), strict=True))
+        for index, equation in enumerate(program.equations):
+            out = equation.run([a.value if isinstance(a, Literal) else env[a] for a in equation.inputs])
+            if index in bumps:
+                out = [out[0] + bumps[index]]
+            env.update(zip(equation.outputs, out, strict=True))
+        return env[program.outputs[0]]
+
+    shapes = {i: program.type_of(program.equations[i].outputs[0]) for i in places}
+    slopes = jax.jit(jax.grad(loss))({i: jnp.zeros(t.shape, t.dtype) for i, t in shapes.items()})
+    found: dict[str, Any] = {}
+    for index, (name, use) in places.items():
+        spread = None if weights is None else _spread(use.form, jnp.asarray(weights))
+        rows = use.form.output_rows(slopes[index] * jnp.asarray(examples, slopes[index].dtype))
+        each = None if spread is None else spread.astype(rows.dtype)[None]
+        moment = _gram(rows, rows, each)
+        found[name] = found[name] + moment if name in found else moment
+    return found

@@ -1,0 +1,367 @@
+"""A function as a straight-line program: calls inlined, loops over layers unrolled, repeated work shared."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pruneopt import _tree
+from pruneopt.structure.leaves import combine, is_floating, partition
+from pruneopt.structure.rules import CALLS, DERIVATIVES, PRODUCTS, SIZE_ONE_COLLECTIVES
+
+Tree = Any
+UNROLL_LIMIT = 4096  # steps of one loop over layers; beyond it the loop stays whole and its products are named
+
+
+class Literal(NamedTuple):
+    """A number that stands in the program's text."""
+
+    value: Any
+    key: Hashable
+
+
+Atom = int | Literal
+
+
+class Equation(NamedTuple):
+    """outputs = primitive(inputs). key: equal for equations that do the same to inputs of the same shapes."""
+
+    primitive: Any
+    params: dict[str, Any]
+    inputs: tuple[Atom, ...]
+    outputs: tuple[int, ...]
+    key: Hashable
+    context: Any
+
+    def run(self, inputs: Iterable[Any]) -> list[Any]:
+        """Evaluate on arrays or tracers."""
+        bound = self.primitive.get_bind_params(self.params)
+        with self.context.manager if self.context is not None else contextlib.nullcontext():
+            if isinstance(bound, tuple):  # JAX before 0.10: (functions, params)
+                out = self.primitive.bind(*bound[0], *inputs, **bound[1])
+            else:
+                out = self.primitive.bind(*inputs, **bound)
+        return list(out) if self.primitive.multiple_results else [out]
+
+
+@dataclass(eq=False)
+class Program:
+    """Equations in order, over variables that are numbers.
+
+    shapes: {variable: ShapeDtypeStruct}. leaves: {path: variable} of the arrays of params; names: the inverse. constants: {variable: array},
+    closed over by the function or loop counters. data: variables that depend on the batch. maker: {variable: index of
+    the equation that makes it}. outputs: what the function returns. loops: {primitive of a whole loop: note}.
+    """
+
+    equations: list[Equation] = field(default_factory=list)
+    shapes: dict[int, Any] = field(default_factory=dict)
+    leaves: dict[str, int] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    batch: list[int] = field(default_factory=list)
+    constants: dict[int, Any] = field(default_factory=dict)
+    data: set[int] = field(default_factory=set)
+    parametric: set[int] = field(default_factory=set)
+    maker: dict[int, int] = field(default_factory=dict)
+    outputs: list[Atom] = field(default_factory=list)
+    masks: Callable[[str], bool] = lambda path: False
+    keep_derivatives: bool = False
+    _known: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)
+
+    def new(self, aval: Any) -> int:
+        """A new variable."""
+        var = len(self.shapes)
+        self.shapes[var] = aval
+        return var
+
+    def constant(self, value: Any) -> int:
+        """A variable that holds `value`, an array or number."""
+        var = self.new(jax.typeof(value))
+        self.constants[var] = value
+        return var
+
+    def is_data(self, atom: Atom) -> bool:
+        """Whether `atom` depends on the batch."""
+        return isinstance(atom, int) and atom in self.data
+
+    def is_parametric(self, atom: Atom) -> bool:
+        """Whether `atom` depends on params and not on the batch."""
+        return isinstance(atom, int) and atom in self.parametric and atom not in self.data
+
+    def emit(self, eqn: Any, inputs: tuple[Atom, ...], context: Any) -> tuple[Atom, ...]:
+        """Add the equation of a jaxpr with these inputs, or find the one that already computes it."""
+        key = (eqn.primitive.name, frozen(eqn.params), tuple(_type_key(self.type_of(a)) for a in inputs))
+        identity = (key, tuple(a.key if isinstance(a, Literal) else a for a in inputs))
+        if not eqn.effects and identity in self._known:
+            return self._known[identity]
+        equation = Equation(eqn.primitive, eqn.params, inputs, (), key, context)
+        if not eqn.effects and self._is_counter(eqn, inputs):
+            values = equation.run([a.value if isinstance(a, Literal) else self.constants[a] for a in inputs])
+            outputs = tuple(self.constant(value) for value in values)
+        else:
+            outputs = tuple(self.new(v.aval) for v in eqn.outvars)
+            for var in outputs:
+                self.maker[var] = len(self.equations)
+            for kind in (self.data, self.parametric):
+                if any(isinstance(a, int) and a in kind for a in inputs):
+                    kind.update(outputs)
+            self.equations.append(equation._replace(outputs=outputs))
+        self._known[identity] = outputs
+        return outputs
+
+    def type_of(self, atom: Atom) -> Any:
+        """Shape and dtype."""
+        return jax.typeof(atom.value) if isinstance(atom, Literal) else self.shapes[atom]
+
+    def _is_counter(self, eqn: Any, inputs: tuple[Atom, ...]) -> bool:
+        """Whether the equation computes small whole numbers from known ones, such as the index of a loop."""
+        return (
+            all(isinstance(a, Literal) or a in self.constants for a in inputs)
+            and all(v.aval.size <= 16 and np.dtype(v.aval.dtype).kind in "biu" for v in eqn.outvars)
+            and all(math.prod(self.type_of(a).shape) <= 16 for a in inputs)
+        )
+
+
+def flatten(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, *, keep_derivatives: bool = False) -> Program:
+    """The straight-line program of fn(params, batch).
+
+    keep_derivatives: leave calls with a derivative of their own whole where they hold no product, so that the program
+        can be differentiated as the function would be.
+
+    Raises ValueError for a function that JAX cannot trace, that returns no array, or whose two traces differ.
+    """
+    chosen, rest = partition(params, is_floating)
+    closed = traced(fn, chosen, rest, batch)
+    program = Program(keep_derivatives=keep_derivatives)
+    paths = [path for path, _ in _tree.named_leaves(chosen)]
+    everything = [path for path, _ in _tree.named_leaves(params)]
+    inputs: list[Atom] = []
+    for i, var in enumerate(closed.jaxpr.invars):
+        number = program.new(var.aval)
+        inputs.append(number)
+        if i < len(paths):
+            program.leaves[paths[i]] = number
+        elif i < len(paths) + len(rest.arrays):
+            program.leaves[everything[list(rest.arrays)[i - len(paths)]]] = number
+        else:
+            program.batch.append(number)
+            program.data.add(number)
+    program.parametric.update(program.leaves.values())
+    program.names = {var: path for path, var in program.leaves.items()}
+    program.masks = partial(_is_mask, dict(_tree.named_leaves(params)))
+    constants = tuple(program.constant(value) for value in closed.consts)
+    program.outputs = list(_inline(program, closed.jaxpr, constants, tuple(inputs), True))
+    return program
+
+
+def _is_mask(leaves: dict[str, Any], path: str) -> bool:
+    """Whether a leaf is an array of zeros and ones with a one in it."""
+    leaf = leaves[path]
+    return _tree.is_array(leaf) and bool(np.all((leaf == 0) | (leaf == 1)) and np.any(leaf == 1))
+
+
+def traced(fn: Callable[[Tree, Any], Any], chosen: Tree, rest: Any, batch: Any) -> Any:
+    """The closed jaxpr of fn, with the errors of functions that have none."""
+    if not callable(fn):
+        raise TypeError(f"fn is {fn!r}; pass a function fn(params, batch) -> arrays")
+
+    def closed(c: Tree, r: Any, b: Any) -> Any:
+        out = fn(combine(c, r), b)
+        if not any(hasattr(x, "dtype") for x in jax.tree.leaves(out)):
+            raise ValueError(f"fn returns {out!r}, no array; return the network's outputs or its loss")
+        return out
+
+    try:
+        one, two = (jax.make_jaxpr(closed)(chosen, rest, batch) for _ in range(2))
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        raise ValueError(
+            "fn is not traceable: it turns an array into a Python number or a NumPy array, or branches on its value; "
+            f"use jnp and jnp.where or lax.cond there. JAX said: {str(error).splitlines()[0]}"
+        ) from error
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            "fn is not a pure function: it keeps an array from an earlier call; compute everything from params and batch"
+        ) from error
+    if [str(e.primitive) for e in one.jaxpr.eqns] != [str(e.primitive) for e in two.jaxpr.eqns]:
+        raise ValueError("fn is not a pure function: two traces of it differ; it must depend on params and batch alone")
+    return one
+
+
+def _inline(program: Program, jaxpr: Any, constants: tuple[Atom, ...], inputs: tuple[Atom, ...], keep: bool) -> tuple:
+    """Add the equations of `jaxpr`, a plain one, to the program; its outputs. keep: keep their contexts."""
+    env: dict[Any, Atom] = dict(zip(jaxpr.constvars, constants, strict=True))
+    env.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom: Any) -> Atom:
+        return literal(atom.val, atom.aval) if hasattr(atom, "val") else env[atom]
+
+    for eqn in jaxpr.eqns:
+        arguments = tuple(read(atom) for atom in eqn.invars)
+        env.update(zip(eqn.outvars, _equation(program, eqn, arguments, keep), strict=True))
+    return tuple(read(atom) for atom in jaxpr.outvars)
+
+
+def _equation(program: Program, eqn: Any, inputs: tuple[Atom, ...], keep: bool) -> tuple[Atom, ...]:
+    name = eqn.primitive.name
+    if name in CALLS and not (program.keep_derivatives and name in DERIVATIVES and not _has_product(eqn)):
+        body, constants = opened(program, eqn.params[CALLS[name]])
+        return _inline(program, body, constants, inputs, keep)
+    if name == "shard_map" and math.prod(eqn.params["mesh"].shape.values()) == 1 and not _blocked(eqn.params["jaxpr"]):
+        return _inline(program, eqn.params["jaxpr"], (), inputs, False)
+    if not keep and name in SIZE_ONE_COLLECTIVES:
+        return _collective(program, eqn, inputs)
+    if name == "scan" and eqn.params["length"] <= UNROLL_LIMIT and _holds_product(program, eqn, inputs):
+        return _unrolled(program, eqn, inputs, keep)
+    if name == "cond" and (isinstance(inputs[0], Literal) or inputs[0] in program.constants):
+        index = inputs[0].value if isinstance(inputs[0], Literal) else program.constants[inputs[0]]
+        branches = eqn.params["branches"]
+        body, constants = opened(program, branches[int(np.clip(int(index), 0, len(branches) - 1))])
+        return _inline(program, body, constants, inputs[1:], keep)
+    return program.emit(eqn, inputs, eqn.ctx if keep else None)
+
+
+def opened(program: Program, body: Any) -> tuple[Any, tuple[int, ...]]:
+    """A jaxpr and the variables of its constants; `remat2` carries one without."""
+    if hasattr(body, "consts"):
+        return body.jaxpr, tuple(program.constant(value) for value in body.consts)
+    return body, ()
+
+
+def _unrolled(program: Program, eqn: Any, inputs: tuple[Atom, ...], keep: bool) -> tuple[Atom, ...]:
+    """A scan, one step after another: each step slices its own layers."""
+    body, body_constants = opened(program, eqn.params["jaxpr"])
+    n, k, length = eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["length"]
+    shared, carry, stacked = inputs[:n], inputs[n : n + k], inputs[n + k :]
+    # A counter that starts as a literal becomes a variable, so that the first step looks like the others.
+    carry = tuple(program.constant(jnp.asarray(a.value)) if isinstance(a, Literal) else a for a in carry)
+    steps: list[tuple[Atom, ...]] = []
+    order = range(length)[::-1] if eqn.params["reverse"] else range(length)
+    for i in order:
+        at = program.constant(np.int32(i))
+        slices = tuple(_call(program, _at, a, at)[0] for a in stacked)
+        out = _inline(program, body, body_constants, (*shared, *carry, *slices), keep)
+        carry = out[:k]
+        steps.append(out[k:])
+    if eqn.params["reverse"]:
+        steps.reverse()
+    return *carry, *(_call(program, _stack, *column)[0] for column in zip(*steps, strict=True))
+
+
+def _at(stacked: jax.Array, i: jax.Array) -> jax.Array:
+    zero = jnp.zeros((), i.dtype)
+    picked = jax.lax.dynamic_slice(stacked, (i, *[zero] * (stacked.ndim - 1)), (1, *stacked.shape[1:]))
+    return jax.lax.squeeze(picked, (0,))
+
+
+def _stack(*steps: jax.Array) -> jax.Array:
+    return jnp.stack(steps)
+
+
+def _call(program: Program, fn: Callable[..., jax.Array], *inputs: Atom) -> tuple[Atom, ...]:
+    """Add the equations of a function of our own."""
+    types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in map(program.type_of, inputs)]
+    closed = jax.make_jaxpr(fn)(*types)
+    return _inline(program, closed.jaxpr, tuple(program.constant(c) for c in closed.consts), inputs, True)
+
+
+def _collective(program: Program, eqn: Any, inputs: tuple[Atom, ...]) -> tuple[Atom, ...]:
+    """What a collective does over one device."""
+    if eqn.primitive.name == "axis_index":
+        return (program.constant(np.int32(0)),)
+    if eqn.primitive.name == "all_gather" and not eqn.params["tiled"]:
+        return _call(program, partial(jnp.expand_dims, axis=eqn.params["all_gather_dimension"]), *inputs)
+    return inputs
+
+
+def _blocked(jaxpr: Any) -> bool:
+    """Whether a body of shard_map holds a collective without a rule, which only its mesh can run."""
+    named = (e for e in jaxpr.eqns if {"axes", "axis_name"} & e.params.keys())
+    return any(
+        e.primitive.name not in SIZE_ONE_COLLECTIVES and any(isinstance(a, str) for a in _axes(e.params)) for e in named
+    )
+
+
+def _axes(params: dict[str, Any]) -> tuple:
+    axes = params.get("axes", params.get("axis_name"))
+    return tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
+
+
+def _holds_product(program: Program, eqn: Any, inputs: tuple[Atom, ...]) -> bool:
+    """Whether a loop multiplies something that comes from params."""
+    return any(program.is_parametric(a) and program.type_of(a).ndim >= 2 for a in inputs) and holds(
+        eqn.params["jaxpr"], PRODUCTS
+    )
+
+
+def _has_product(eqn: Any) -> bool:
+    return any(holds(body, PRODUCTS) for body in bodies(eqn))
+
+
+def holds(jaxpr: Any, names: Iterable[str]) -> bool:
+    """Whether any equation of a jaxpr, at any depth, is one of these primitives."""
+    return any(
+        e.primitive.name in names or any(holds(body, names) for body in bodies(e)) for e in opened_only(jaxpr).eqns
+    )
+
+
+def opened_only(body: Any) -> Any:
+    """The plain jaxpr of a closed one."""
+    return body.jaxpr if hasattr(body, "consts") else body
+
+
+def bodies(eqn: Any) -> list[Any]:
+    """The jaxprs that an equation carries."""
+    found = []
+    for value in eqn.params.values():
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        found += [p for p in parts if hasattr(opened_only(p), "eqns")]
+    return found
+
+
+def literal(value: Any, aval: Any) -> Literal:
+    """A literal of exactly the dtype that the equation expects."""
+    array = np.asarray(value, aval.dtype) if not hasattr(value, "dtype") else value
+    return Literal(array, (str(aval.dtype), np.asarray(array).tobytes()))
+
+
+def frozen(value: Any) -> Hashable:
+    """A key of an equation's parameters: equal where the equations do the same. Objects compare by identity."""
+    if isinstance(value, dict):
+        return tuple((k, frozen(v)) for k, v in sorted(value.items()))
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, *map(frozen, value))
+    if hasattr(value, "consts") and hasattr(value, "jaxpr"):
+        return ("jaxpr", str(value.jaxpr), tuple(map(_Same, value.consts)))
+    if hasattr(value, "eqns"):
+        return ("jaxpr", str(value))
+    if callable(value) and not isinstance(value, type):
+        return _Same(value)
+    try:
+        hash(value)
+    except TypeError:
+        return _Same(value)
+    return value
+
+
+class _Same:
+    """Equal to itself alone; keeps its object alive, so that no other takes its address."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def _type_key(aval: Any) -> Hashable:
+    return (tuple(aval.shape), str(aval.dtype), bool(getattr(aval, "weak_type", False)))

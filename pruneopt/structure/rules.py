@@ -1,0 +1,52 @@
+"""What each JAX primitive does to a parameter on its way to a product."""
+
+from __future__ import annotations
+
+# A product: the primitives that multiply a matrix of parameters.
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+
+# Calls, read as if their body stood in their place, and the parameter that holds the body. A custom derivative is lost
+# that way, which is right for reading and evaluating and wrong for training; nothing here is differentiated twice.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+# Calls with a derivative of their own.
+DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+
+# What collectives do inside a shard_map over a single device: nothing (all_gather may add an axis, axis_index is 0).
+SIZE_ONE_COLLECTIVES = frozenset(
+    {"psum", "psum_invariant", "pmax", "pmin", "pvary", "pcast", "all_gather", "all_gather_invariant", "axis_index"}
+)
+
+# An array that only lies otherwise in memory: each entry of the result is one entry of the parameter.
+LAYOUT = frozenset(
+    {"transpose", "reshape", "broadcast_in_dim", "convert_element_type", "squeeze", "expand_dims", "rev", "copy"}
+    | {"copy_p", "slice", "dynamic_slice", "concatenate", "reduce_precision", "optimization_barrier", "device_put"}
+    | {"stop_gradient", "sharding_constraint", "split", "pvary", "name"}
+)
+
+# One entry times one number: a mask or a scale.
+SCALES = frozenset({"mul", "div", "select_n", "neg"})
+
+# Rows picked by an index: embedding tables.
+LOOKUPS = frozenset({"gather", "take", "dynamic_slice"})
+
+# Bodies that are evaluated whole; what they multiply inside is named, not read.
+BLOCKS = {
+    "while": "a while loop, whose number of steps depends on the data",
+    "cond": "a cond, whose branch depends on the data",
+    "scan": "a loop that was not unrolled",
+    "shard_map": "a shard_map over several devices, or one with a collective that has no rule",
+    "pallas_call": "a Pallas kernel",
+    "custom_call": "a foreign call",
+    "ffi_call": "a foreign call",
+}
