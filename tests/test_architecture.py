@@ -26,10 +26,32 @@ LADDER = [
 ]
 # Inside a room a file may import those before it in this order; a room that is not listed, only its base.
 INSIDE = {
-    "structure": ["leaves", "evaluate", "cost"],
+    "structure": [
+        "leaves",
+        "evaluate",
+        "rules",
+        "forms",
+        "program",
+        "segment",
+        "graph",
+        "units",
+        "cost",
+        "walk",
+        "capture",
+    ],
     "curvature": ["base", "diagonal", "gram", "fisher", "hessian"],
     "constraints": ["base", "cardinality", "support", "nm", "block", "intersection", "by_path"],
-    "plans": ["methods", "gradual", "prune", "retrain", "recalibrate", "sensitivity", "lossless"],
+    "plans": [
+        "run_folder",
+        "layerwise",
+        "methods",
+        "gradual",
+        "prune",
+        "retrain",
+        "recalibrate",
+        "sensitivity",
+        "lossless",
+    ],
 }
 OUTSIDE = {"jax", "numpy", "scipy", "jaxtyping", "optax", "tqdm", "safetensors", "matplotlib"}
 OPTAX = {"solvers/descent.py", "plans/retrain.py"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 Tree = Any
@@ -48,6 +49,10 @@ class Constraint(abc.ABC):
     @abc.abstractmethod
     def relaxed(self, cut: float) -> Constraint:
         """The looser constraint that asks for the fraction `cut` in (0, 1] of the removals; `relaxed(1)` is self."""
+
+    def restricted(self, paths: tuple[str, ...], laid: Callable[[dict[str, Any]], Any]) -> Constraint:
+        """This constraint on one matrix that is made of the leaves `paths`; `laid` brings their masks to its form."""
+        return self
 
 
 def check_constraints(name: str, parts: Any) -> None:

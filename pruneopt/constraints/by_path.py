@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,13 @@ class ByPath(Constraint):
     def relaxed(self, cut: float) -> ByPath:
         """Every constraint relaxed."""
         return ByPath({p: c.relaxed(cut) for p, c in self.of.items()})
+
+    def restricted(self, paths: tuple[str, ...], laid: Callable[[dict[str, Any]], Any]) -> Constraint:
+        """The constraint of the leaves' pattern, on the matrix by itself."""
+        patterns = {self._pattern(path) for path in paths}
+        if len(patterns) > 1:
+            raise ValueError(f"of: {list(paths)} are one matrix but match {sorted(patterns)}; give them one pattern")
+        return self.of[patterns.pop()].restricted(paths, laid)
 
     def _split(self, tree: Tree) -> dict[str, Tree]:
         owner = {path: self._pattern(path) for path, _ in _tree.named_leaves(tree)}

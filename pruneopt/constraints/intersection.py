@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,3 +65,7 @@ class Intersection(Constraint):
     def relaxed(self, cut: float) -> Intersection:
         """Every part relaxed."""
         return Intersection(tuple(part.relaxed(cut) for part in self.parts))
+
+    def restricted(self, paths: tuple[str, ...], laid: Callable[[dict[str, Any]], Any]) -> Intersection:
+        """Every part on the matrix."""
+        return Intersection(tuple(part.restricted(paths, laid) for part in self.parts))

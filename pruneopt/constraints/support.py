@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,13 @@ class Support(Constraint):
         """Itself: a mask has no smaller version."""
         check_cut(cut)
         return self
+
+    def restricted(self, paths: tuple[str, ...], laid: Callable[[dict[str, Any]], Any]) -> Support:
+        """The masks of these leaves in the matrix's form."""
+        masks = self._named()
+        if missing := [path for path in paths if path not in masks]:
+            raise ValueError(f"mask has no leaf '{missing[0]}'; its leaves are {list(masks)}")
+        return Support(laid({path: masks[path] for path in paths}))
 
     def _named(self) -> dict[str, Any]:
         return dict(_tree.named_leaves(self.mask))
