@@ -16,7 +16,8 @@ import numpy as np
 from pruneopt import _tree
 from pruneopt.files import stored_bytes
 from pruneopt.solution import Pruned
-from pruneopt.structure import cost
+from pruneopt.structure.cost import cost
+from pruneopt.structure.graph import trace
 from pruneopt.structure.leaves import Rest, check_like, combine, is_floating, partition
 
 Tree = Any
@@ -42,11 +43,11 @@ class Report:
     """A dense network beside its pruned form.
 
     rows: the pruned leaves. parameters: entries of all floating arrays; kept: those that live.
-    flops_dense: FLOPs of the products of fn on the batch; flops_kept: those left if every zero weight were skipped,
-        what a sparse kernel could do at best.
-        bytes_dense: all arrays; bytes_stored: as `save` writes them (values of the
-        support and one bit a weight). seconds_dense, seconds_pruned: medians of interleaved calls of the same compiled
-        program with dense and with pruned weights; the zeros are multiplied like any other number. None: not measured.
+    flops_dense: FLOPs of the products of fn on the batch; flops_kept: those left if every zero weight of an operator
+        were skipped, what a sparse kernel could do at best; products that could not be read stay whole.
+    bytes_dense: all arrays; bytes_stored: as `save` writes them (values of the support and one bit a weight).
+    seconds_dense, seconds_pruned: medians of interleaved calls of the same compiled program with dense and with pruned
+        weights; the zeros are multiplied like any other number. None: not measured.
     """
 
     rows: tuple[Row, ...]
@@ -105,16 +106,14 @@ def report(
     if not isinstance(repeats, int) or repeats < 0:
         raise ValueError(f"repeats={repeats!r} is not a whole number >= 0; pass the calls behind each median")
     shapes = dict(_tree.named_leaves(pruned.support))
-    work = {} if fn is None else cost.flops(fn, params, batch)
+    work = None if fn is None else cost(trace(fn, params, batch), pruned.support)
     rows = tuple(
-        Row(path, mask.shape, _tree.kept(mask), None if fn is None else work.get(path, 0))
+        Row(path, mask.shape, _tree.kept(mask), None if work is None else work.by_leaf.get(path, 0))
         for path, mask in shapes.items()
     )
     arrays = [leaf for leaf in jax.tree.leaves(params) if _tree.is_array(leaf)]
     parameters = sum(math.prod(a.shape) for a in arrays if np.dtype(a.dtype).kind not in "biu")
     cut = sum(r.size - r.kept for r in rows)
-    dense = sum(work.values()) if fn is not None else None
-    skipped = sum((r.flops or 0) * (r.size - r.kept) // r.size for r in rows)
     timed = _latency(fn, params, pruned.params, batch, repeats) if fn is not None and repeats else (None, None)
     return Report(
         rows,
@@ -122,8 +121,8 @@ def report(
         parameters - cut,
         sum(a.nbytes for a in arrays),
         stored_bytes(pruned),
-        dense,
-        None if dense is None else dense - skipped,
+        None if work is None else work.flops,
+        None if work is None else work.alive_flops,
         *timed,
     )
 

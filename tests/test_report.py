@@ -7,7 +7,7 @@ import pytest
 
 import pruneopt as po
 from pruneopt.constraints import Cardinality
-from pruneopt.structure import cost
+from pruneopt.structure.cost import flops
 
 pytestmark = pytest.mark.default_flags
 RNG = np.random.default_rng(0)
@@ -54,7 +54,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_flops_equal_xla_on_dots_and_valid_convolutions(name):
     fn, params, batch = NETWORKS[name]
-    counted = cost.flops(fn, params, batch)
+    counted = flops(fn, params, batch)
     assert sum(counted.values()) == pytest.approx(xla_flops(fn, params, batch), rel=1e-6)
     assert set(counted) - {""} == set(params)
 
@@ -71,7 +71,7 @@ def test_flops_are_charged_through_calls_layouts_and_scans():
         x, _ = jax.lax.scan(lambda h, w: (jax.jit(block)(w, h), None), x, p["stack"])
         return jax.lax.cond(x.sum() > 0, lambda h: h @ p["out"].astype(jnp.float32), lambda h: h[:, :2], x)
 
-    counted = cost.flops(fn, {"stack": layers, "out": normal(6, 2).astype(jnp.bfloat16)}, normal(5, 6))
+    counted = flops(fn, {"stack": layers, "out": normal(6, 2).astype(jnp.bfloat16)}, normal(5, 6))
     assert counted == {"stack": 3 * 2 * 5 * 6 * 6, "out": 2 * 5 * 6 * 2}
 
 

@@ -1,23 +1,27 @@
 """More than one solve: whole networks, schedules, sensitivity, recalibration."""
 
 from pruneopt.plans.gradual import CoarseThenFine, Cubic, Iterative, OneShot, Schedule, Stage
+from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.lossless import lossless
-from pruneopt.plans.methods import METHODS, Method
+from pruneopt.plans.methods import LAYER_METHODS, METHODS, LayerMethod, Method
 from pruneopt.plans.prune import prune
 from pruneopt.plans.recalibrate import recalibrate
 from pruneopt.plans.retrain import retrain
 from pruneopt.plans.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
+    "LAYER_METHODS",
     "METHODS",
     "CoarseThenFine",
     "Cubic",
     "Iterative",
+    "LayerMethod",
     "Method",
     "OneShot",
     "Schedule",
     "Sensitivity",
     "Stage",
+    "layerwise",
     "lossless",
     "prune",
     "recalibrate",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pruneopt.plans.methods import Method, method
+from pruneopt.plans.methods import LayerMethod, Method, any_method
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Stage:
     """Prune until the fraction `cut` of the plan's removals is made, by `method` (None: the plan's own)."""
 
     cut: float
-    method: str | Method | None = None
+    method: str | Method | LayerMethod | None = None
 
 
 class Schedule(Protocol):
@@ -77,11 +77,11 @@ class CoarseThenFine:
 
     share: float = 0.7
     steps: int = 4
-    coarse: str | Method = "magnitude"
+    coarse: str | Method | LayerMethod = "magnitude"
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        method(self.coarse)
+        any_method(self.coarse)
         if not 0 < self.share < 1:
             raise ValueError(
                 f"share={self.share!r} is outside (0, 1); pass the fraction of the removals to make coarsely"

@@ -13,7 +13,8 @@ from pruneopt.curvature.fisher import empirical_fisher_diagonal
 from pruneopt.curvature.hessian import hutchinson_diagonal
 from pruneopt.objectives.base import Objective
 from pruneopt.objectives.quadratic import Quadratic
-from pruneopt.solvers.base import Solver
+from pruneopt.solvers.base import Solver, Then
+from pruneopt.solvers.polish import Polish
 from pruneopt.solvers.score import Score
 from pruneopt.structure import evaluate
 from pruneopt.structure.leaves import Choice, partition
@@ -67,10 +68,37 @@ METHODS: dict[str, Method] = {
 }
 
 
+class LayerMethod(NamedTuple):
+    """A row for `plans.layerwise`: `solver` solves each layer's reconstruction in turn."""
+
+    solver: Solver
+    source: str
+    damping: float = 0.01
+
+
+# Wanda's score is |w| times the norm of the input, undamped.
+LAYER_METHODS: dict[str, LayerMethod] = {
+    "wanda": LayerMethod(Score(), "Sun et al. 2023; its budget is Cardinality(per='out')", damping=0.0),
+    "wanda_refit": LayerMethod(Then(Score(), Polish()), "Wanda's support, weights refitted exactly"),
+}
+
+
 def method(name: str | Method) -> Method:
-    """The row of that name. Raises ValueError, listing the names, for another."""
+    """The row of that name among the models of the whole loss. Raises ValueError, listing the names, for another."""
     if isinstance(name, Method):
         return name
     if name not in METHODS:
-        raise ValueError(f"method={name!r} is unknown; pass one of {', '.join(METHODS)}, or a Method")
+        raise ValueError(f"method={name!r} is unknown here; pass one of {', '.join(METHODS)}, or a Method")
     return METHODS[name]
+
+
+def any_method(name: str | Method | LayerMethod) -> Method | LayerMethod:
+    """The row of that name, layer by layer or not. Raises ValueError, listing the names, for another."""
+    if isinstance(name, LayerMethod):
+        return name
+    if isinstance(name, Method):
+        return name
+    rows = METHODS | LAYER_METHODS
+    if name not in rows:
+        raise ValueError(f"method={name!r} is unknown; pass one of {', '.join(rows)}, or a Method")
+    return rows[name]

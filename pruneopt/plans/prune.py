@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from pruneopt import _data, _tree
@@ -14,10 +15,10 @@ from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
 from pruneopt.plans.gradual import OneShot, Schedule, Stage
-from pruneopt.plans.methods import Method
-from pruneopt.plans.methods import method as row_of
+from pruneopt.plans.layerwise import layerwise
+from pruneopt.plans.methods import LayerMethod, Method, any_method
 from pruneopt.problem import Problem
-from pruneopt.solution import Pruned
+from pruneopt.solution import Pruned, Solution, Status
 from pruneopt.solve import solve
 from pruneopt.structure.leaves import Choice, check_finite, check_like, combine, partition
 
@@ -31,7 +32,7 @@ def prune(
     batches: _data.Source | None,
     constraint: Constraint,
     *,
-    method: str | Method = "magnitude",
+    method: str | Method | LayerMethod = "magnitude",
     schedule: Schedule | None = None,
     fine_tune: FineTune | None = None,
     evaluate: Callable[[Tree], Any] | None = None,
@@ -41,10 +42,12 @@ def prune(
 ) -> Pruned:
     """minimise model(w) subject to `constraint`, the model rebuilt at each stage of `schedule`.
 
-    fn: loss(params, batch) -> scalar, a mean over examples; None for methods that read no data.
+    fn: loss(params, batch) -> scalar, a mean over examples; None for methods that read no data; for methods that go
+        layer by layer (`plans.LAYER_METHODS`) outputs will do.
     params: any pytree. batches: re-iterable, or a function that returns an iterator; None where no data is read.
     constraint: on the chosen leaves: per="tree" lets importance decide where to prune, per="leaf" prunes the same
-        fraction everywhere. method: a name of `plans.METHODS` or a row of your own.
+        fraction everywhere. Layer by layer (see `plans.layerwise`) it holds for each layer's matrix by itself.
+    method: a name of `plans.METHODS` or `plans.LAYER_METHODS`, or a row of your own.
     schedule: OneShot() (default), Iterative, Cubic, CoarseThenFine. Supports are nested: what is cut stays cut.
     fine_tune: (params, support) -> params after each stage (`plans.retrain` makes one); pruned weights are set back to
         zero. evaluate: params -> anything, kept in `history` after pruning ("pruned") and fine-tuning ("tuned").
@@ -55,43 +58,62 @@ def prune(
     Returns a Pruned; every other leaf is the very object that was given. `params` is never changed.
     Raises ValueError or TypeError, naming the argument, before any work where arguments do not fit.
     """
-    row = row_of(method)
+    row = any_method(method)
     if not isinstance(constraint, Constraint):
         raise TypeError(f"constraint is {constraint!r}; pass a constraint such as Cardinality(sparsity=0.9)")
     chosen, rest = partition(params, leaves)
     check_finite(chosen, "params")
-    constraint.check(chosen)
-    stages = _stages(schedule or OneShot(), constraint.density(chosen))
+    stages = _stages(schedule or OneShot(), constraint, chosen)
     for name, call in (("fine_tune", fine_tune), ("evaluate", evaluate)):
         if call is not None and not callable(call):
             raise TypeError(f"{name} is {call!r}; pass a function")
-    rows = [row if stage.method is None else row_of(stage.method) for stage in stages]
-    if fn is None and any(r.reads_data for r in rows):
+    rows = [row if stage.method is None else any_method(stage.method) for stage in stages]
+    if any(isinstance(r, Method) for r in rows):
+        constraint.check(chosen)
+    if fn is None and any(isinstance(r, LayerMethod) or r.reads_data for r in rows):
         raise TypeError(f"fn is None, but method={method!r} reads a loss; pass fn(params, batch) -> scalar")
     key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
 
     size = _tree.size(chosen)
     support: Tree = None
+    solutions: dict[str, Solution] = {}
     history: list[dict[str, Any]] = []
-    solution = None
     for i, stage in enumerate(tqdm(stages, desc="prune", unit="stage", disable=not progress)):
         clock = time.perf_counter()
         model_key, solver_key = jax.random.split(jax.random.fold_in(key, i))
-        objective = rows[i].model(fn, params, batches, leaves, model_key)
-        allowed = constraint if stage.cut == 1 else constraint.relaxed(stage.cut)
-        if support is not None:
-            allowed = Intersection((Support(support), allowed))
-        solution = solve(Problem(objective, subject_to=allowed), rows[i].solver, key=solver_key)
-        support = solution.support
-        params = combine(solution.value, rest)
-        kept = solution.kept
-        record: dict[str, Any] = {
-            "stage": i,
-            "cut": stage.cut,
+        allowed, row = constraint if stage.cut == 1 else constraint.relaxed(stage.cut), rows[i]
+        record: dict[str, Any] = {"stage": i, "cut": stage.cut}
+        if isinstance(row, LayerMethod):
+            assert fn is not None
+            given: Any = batches
+            done = layerwise(
+                fn,
+                params,
+                given,
+                allowed,
+                row.solver,
+                damping=row.damping,
+                within=support,
+                leaves=leaves,
+                key=solver_key,
+                progress=progress,
+            )
+            params, solutions, record["layers"] = done.params, done.solutions, done.history
+            chosen, rest = partition(params, leaves)
+            support = _everywhere(done.support, chosen, support)
+        else:
+            objective = row.model(fn, params, batches, leaves, model_key)
+            if support is not None:
+                allowed = Intersection((Support(support), allowed))
+            solution = solve(Problem(objective, subject_to=allowed), row.solver, key=solver_key)
+            solutions, support = {"*": solution}, solution.support
+            params = combine(solution.value, rest)
+        kept = _tree.kept(support)
+        record |= {
             "sparsity": 1 - kept / size,
             "kept": kept,
-            "objective": solution.objective,
-            "status": solution.status.name.lower(),
+            "objective": sum(s.objective for s in solutions.values()),
+            "status": _worst(solutions).name.lower(),
         }
         if evaluate is not None:
             record["pruned"] = evaluate(params)
@@ -101,14 +123,28 @@ def prune(
                 record["tuned"] = evaluate(params)
         record["seconds"] = time.perf_counter() - clock
         history.append(record)
-    assert solution is not None
-    return Pruned(params, support, {"*": solution}, history)
+    return Pruned(params, support, solutions, history)
 
 
-def _stages(schedule: Schedule, density: float) -> list[Stage]:
+def _everywhere(support: Tree, chosen: Tree, before: Tree) -> Tree:
+    """A mask for every chosen leaf: where no operator reads a leaf, what lived before lives on."""
+    found, old = (dict(_tree.named_leaves(tree)) for tree in (support, before))
+
+    def one(path: str, leaf: Any) -> Any:
+        return found[path] if path in found else old.get(path, np.ones(leaf.shape, bool))
+
+    return _tree.map_named(one, chosen)
+
+
+def _worst(solutions: dict[str, Solution]) -> Status:
+    """The least that is known of all solutions."""
+    return max((s.status for s in solutions.values()), key=list(Status).index)
+
+
+def _stages(schedule: Schedule, constraint: Constraint, chosen: Tree) -> list[Stage]:
     if isinstance(schedule, type) or not hasattr(schedule, "stages"):
         raise TypeError(f"schedule is {schedule!r}; pass an instance such as Cubic(10)")
-    stages = list(schedule.stages(density))
+    stages = [Stage(1.0)] if isinstance(schedule, OneShot) else list(schedule.stages(constraint.density(chosen)))
     if not (stages and all(isinstance(stage, Stage) for stage in stages) and abs(stages[-1].cut - 1) < 1e-9):
         raise ValueError(f"schedule {schedule!r} gives {stages}; its stages must be Stage objects that end at cut=1")
     return stages

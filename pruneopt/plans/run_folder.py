@@ -45,7 +45,7 @@ class RunFolder:
             raise ValueError(f"run_dir='{folder}': {_RUN} is damaged; delete the folder and start again") from error
         if changed := [name for name in mine if mine[name] != theirs.get(name)]:
             raise ValueError(
-                f"run_dir='{folder}' holds a run with other {', '.join(changed)}; repeat that call, or pass a new folder"
+                f"run_dir='{folder}' holds a run with other {', '.join(changed)}; repeat that call or pass a new folder"
             )
 
     def load(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:

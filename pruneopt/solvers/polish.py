@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jaxtyping import Array, Bool, Float
 
 from pruneopt import _tree
@@ -28,15 +28,14 @@ class Polish(Solver):
     """argmin over w on the support S of f(w), a quadratic with a Gram or a diagonal curvature.
 
     With a Gram, each output solves its own system (H + lambda I)_SS d_S = (H + lambda I)_S,cut w0_cut for the change
-    d from w0 (this form loses no digits where w0 nearly fits), by Cholesky in float64, batched over outputs; an
-    output whose matrix is singular takes the least-squares solution of least change, by eigendecomposition.
+    d from w0 (this form loses no digits where w0 nearly fits), by Cholesky in float64, one factor for the outputs
+    that share a support; an output whose matrix is singular takes the least-squares solution of least change, by
+    eigendecomposition.
 
     The support is that of `init`, or the mask of a `Support` constraint. The result is never worse than w0 on it.
-    Cost: sum over outputs of |S|^3 / 3; memory: `block_bytes` of matrices at a time.
+    Cost: sum over distinct supports of |S|^3 / 3 on the host; memory: one matrix at a time.
     stats: singular_outputs. Source: the exact refit of OBS, Hassibi and Stork 1993, equation 5, for a set of weights.
     """
-
-    block_bytes: int = 1 << 28
 
     def refuses(self, problem: Problem) -> str | None:
         """A penalty, or an objective that is not a quadratic with a Gram, diagonal or identity curvature."""
@@ -58,7 +57,7 @@ class Polish(Solver):
         support = _support(problem, init)
         proof = StrongConvexity() if isinstance(problem.subject_to, Support) and f.damping > 0 else None
         if isinstance(f.curvature, Gram):
-            w, singular = _refit_gram(f.curvature.matrix, f.center, support, float(f.ridge()), self.block_bytes)
+            w, singular = _refit_gram(f.curvature.matrix, f.center, support, float(f.ridge()))
             return Outcome(w, support, evidence=proof, stats={"singular_outputs": singular})
         value = _tree.masked(f.center if f.gradient is None else _newton(f), support)
         return Outcome(value, support, evidence=proof)
@@ -81,69 +80,44 @@ def _newton(f: QuadraticObjective) -> Tree:
 
 
 def _refit_gram(
-    gram: Float[Array, "n n"],
-    center: Float[Array, "n m"],
-    support: Bool[Array, "n m"],
-    ridge: float,
-    block_bytes: int,
+    gram: Float[Array, "n n"], center: Float[Array, "n m"], support: Bool[Array, "n m"], ridge: float
 ) -> tuple[Float[Array, "n m"], int]:
     """The refit of every column, and how many of them had a singular matrix."""
     mask, w0 = np.asarray(support), np.asarray(center, np.float64)
-    n = mask.shape[0]
-    h = np.asarray(gram, np.float64) + ridge * np.eye(n)
-    cut = np.where(mask, 0.0, w0)
+    h = np.asarray(gram, np.float64) + ridge * np.eye(mask.shape[0])
     start = np.where(mask, w0, 0.0)
     refit, singular = start.copy(), 0
-    wanted = h @ cut
-    for columns, width in _blocks(mask.sum(axis=0), n, block_bytes):
-        kept = [np.flatnonzero(mask[:, column]) for column in columns]
-        matrices = np.tile(np.eye(width), (len(columns), 1, 1))  # padded by the identity
-        sides = np.zeros((len(columns), width))
-        for matrix, side, column, s in zip(matrices, sides, columns, kept, strict=True):
-            matrix[: s.size, : s.size] = h[np.ix_(s, s)]
-            side[: s.size] = wanted[s, column]
-        with jax.enable_x64(True):
-            steps = np.asarray(_solve(jnp.asarray(matrices), jnp.asarray(sides)))
-        for step, column, s in zip(steps, columns, kept, strict=True):
-            if np.all(np.isfinite(step)):
-                refit[s, column] += step[: s.size]
-            else:
-                singular += 1
-                refit[s, column] += _least_change(h[np.ix_(s, s)], wanted[s, column])
+    wanted = h @ (w0 - start)
+    supports, owner = np.unique(mask, axis=1, return_inverse=True)
+    for i, alike in enumerate(supports.T):
+        s, columns = np.flatnonzero(alike), np.flatnonzero(owner.reshape(-1) == i)
+        if not s.size:
+            continue
+        at, matrix = np.ix_(s, columns), h[np.ix_(s, s)]
+        step = _solved(matrix, wanted[at])
+        if step is None:
+            singular += columns.size
+            step = _least_change(matrix, wanted[at])
+        refit[at] += step
     refit = refit.astype(np.asarray(center).dtype)
     worse = _column_errors(h, refit - w0) > _column_errors(h, start - w0)  # by rounding, in singular columns
     return jnp.asarray(np.where(worse, start, refit), center.dtype), singular
 
 
-def _blocks(sizes: np.ndarray, n: int, block_bytes: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Columns with like numbers of kept rows together, and the one of eight widths that they are padded to."""
-    unit = -(-n // 8)
-    widths = -(-sizes // unit) * unit
-    for width in np.unique(widths[widths > 0]):
-        members = np.flatnonzero(widths == width)
-        batch = max(1, block_bytes // (8 * int(width) ** 2))
-        for first in range(0, len(members), batch):
-            yield members[first : first + batch], int(width)
-
-
-@jax.jit
-def _solve(matrices: Float[Array, "b n n"], sides: Float[Array, "b n"]) -> Float[Array, "b n"]:
-    """Each system by Cholesky; NaN where its matrix is singular to working precision."""
-
-    def one(matrix: Float[Array, "n n"], side: Float[Array, " n"]) -> Float[Array, " n"]:
-        factor = jnp.linalg.cholesky(matrix)
-        pivots = jnp.square(jnp.diagonal(factor))
-        tolerance = side.shape[0] * jnp.finfo(side.dtype).eps * jnp.max(jnp.diagonal(matrix))
-        step = jax.scipy.linalg.cho_solve((factor, True), side)
-        return jnp.where(jnp.min(pivots) > tolerance, step, jnp.nan)
-
-    return jax.vmap(one)(matrices, sides)
+def _solved(matrix: np.ndarray, sides: np.ndarray) -> np.ndarray | None:
+    """By Cholesky; None where the matrix is singular to working precision."""
+    factorise, solve = scipy.linalg.get_lapack_funcs(("potrf", "potrs"), (matrix,))
+    factor, failed = factorise(matrix, lower=True)
+    tolerance = len(matrix) * np.finfo(matrix.dtype).eps * np.max(np.diagonal(matrix))
+    if failed or np.min(np.diagonal(factor)) ** 2 <= tolerance:
+        return None
+    return solve(factor, sides, lower=True)[0]
 
 
 def _least_change(h: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(h)
     live = values > len(values) * np.finfo(h.dtype).eps * max(values[-1], 0.0)
-    return vectors[:, live] @ ((vectors[:, live].T @ wanted) / values[live])
+    return vectors[:, live] @ ((vectors[:, live].T @ wanted) / values[live, None])
 
 
 def _column_errors(h: np.ndarray, d: np.ndarray) -> np.ndarray:

@@ -154,10 +154,11 @@ def _sums(form: Form, x: Any, sizes: Any, weights: Any, want: tuple[str, ...]) -
         out["absolute"] = _blocked(form, partial(_weighted, jnp.abs), each, x)
     if "activations" in want:
         units = form.units(x)
-        out["units"] = jnp.full((units.shape[0],), units.shape[1], x.dtype)
+        out["units"] = jnp.full((units.shape[0], 1), units.shape[1], x.dtype)
         out["zeros"] = jnp.sum((units == 0).astype(x.dtype), axis=1)
         out["unit_sum"] = jnp.sum(units, axis=1)
-        out["unit_square"] = jnp.sum(units * units, axis=1)
+        centred = units - jnp.mean(units, axis=1, keepdims=True)
+        out["unit_square"] = jnp.sum(centred * centred, axis=1)
     return out
 
 
@@ -213,35 +214,50 @@ def _weighted(of: Callable[[Any], Any], rows: Any, each: Any) -> Any:
 
 
 def _add(total: dict[str, Any], sums: dict[str, Any]) -> None:
-    for name, value in sums.items():
-        if name == "count":
-            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
-        else:
-            total[name] = total[name] + value if name in total else value
+    on_host = {
+        n: np.asarray(v, np.float64) for n, v in sums.items() if n in ("count", "units", "unit_sum", "unit_square")
+    }
+    if "units" in on_host and "units" in total:  # squares around two means, joined (Chan, Golub and LeVeque 1979)
+        n, m = total["units"], on_host["units"]
+        apart = total["unit_sum"] / n - on_host["unit_sum"] / m
+        on_host["unit_square"] = on_host["unit_square"] + apart**2 * n * m / (n + m)
+    summed = {n: v for n, v in sums.items() if n not in on_host and n in total}
+    summed = _joined({n: total[n] for n in summed}, summed)
+    total.update({n: total[n] + v if n in total else v for n, v in on_host.items()})
+    total.update({n: summed.get(n, v) for n, v in sums.items() if n not in on_host})
+
+
+# One compiled program for all sums of an operator: compiling costs more than running.
+@jax.jit
+def _joined(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    return {n: one[n] + two[n] for n in one}
+
+
+@jax.jit
+def _divided(sums: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    return {n: s / by[n].reshape(-1, *[1] * (s.ndim - 1)) for n, s in sums.items()}
 
 
 def _finished(total: dict[str, Any]) -> Statistics:
     """Sums divided by their counts."""
 
-    def over(name: str, count: Any) -> Any:
-        if name not in total:
-            return None
-        value = total[name]
-        safe = jnp.asarray(np.where(count > 0, count, 1.0), value.dtype)
-        return value / safe.reshape(-1, *[1] * (value.ndim - 1))
-
     count = total["count"]
-    units = np.asarray(total.get("units", count), np.float64)
-    mean, square = over("unit_sum", units), over("unit_square", units)
+    units = total.get("units", count)
+    by = {"gram": count, "mean": count, "absolute": count, "zeros": units, "output_gradient": count}
+    sums = {n: total[n] for n in by if n in total}
+    over: dict[str, Any] = _divided(sums, {n: np.where(by[n] > 0, by[n], 1.0).astype(s.dtype) for n, s in sums.items()})
+    for name in ("unit_sum", "unit_square"):
+        if name in total:
+            over[name] = jnp.asarray(total[name] / np.maximum(units, 1.0), over["zeros"].dtype)
     return Statistics(
         count,
-        over("gram", count),
-        over("mean", count),
-        over("absolute", count),
-        over("zeros", units),
-        mean,
-        None if mean is None else jnp.maximum(square - mean * mean, jnp.zeros((), mean.dtype)),
-        over("output_gradient", count),
+        gram=over.get("gram"),
+        mean=over.get("mean"),
+        absolute=over.get("absolute"),
+        zeros=over.get("zeros"),
+        unit_mean=over.get("unit_sum"),
+        unit_variance=over.get("unit_square"),
+        output_gradient=over.get("output_gradient"),
     )
 
 

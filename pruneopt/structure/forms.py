@@ -28,7 +28,7 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, x: Shaped[Array, "..."]) -> Shaped[Array, "problems positions n_in"]:
-        """The inputs that meet the weights, one row a position. One problem's rows may stand for all (leading axis 1)."""
+        """The inputs that meet the weights, one row a position. One problem's rows may stand for all (axis 1)."""
 
     @abc.abstractmethod
     def output_rows(self, y: Shaped[Array, "..."]) -> Shaped[Array, "problems positions n_out"]:
@@ -215,11 +215,8 @@ class Conv(Form):
     def row_key(self) -> Any:
         """Everything but the number of outputs."""
         shape, spec = self.x_shape, self.x_spec
-        return (Conv, shape, spec, self.window, self.positions[1:], self.strides, self.padding) + (
-            self.x_dilation,
-            self.w_dilation,
-            self.groups,
-        )
+        dilations = (self.x_dilation, self.w_dilation)
+        return (Conv, shape, spec, self.window, self.positions[1:], self.strides, self.padding, dilations, self.groups)
 
     def to_matrix(self, operand: Shaped[Array, "..."]) -> Shaped[Array, "problems n_in n_out"]:
         """(*window, in, groups, out)."""
@@ -371,17 +368,22 @@ def of_equation(equation: Any, shapes: list[tuple[int, ...]], side: int, repeate
             return "the convolution has batch groups, as gradients of convolutions do"
         spec = params["dimension_numbers"]
         return Conv(
-            shapes[0],
-            shapes[1],
-            *(tuple(s) for s in (spec.lhs_spec, spec.rhs_spec, spec.out_spec)),
-            shapes[2],
-            *(tuple(params[k]) for k in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")),
-            params["feature_group_count"],
+            x_shape=shapes[0],
+            w_shape=shapes[1],
+            x_spec=tuple(spec.lhs_spec),
+            w_spec=tuple(spec.rhs_spec),
+            y_spec=tuple(spec.out_spec),
+            y_shape=shapes[2],
+            strides=tuple(params["window_strides"]),
+            padding=tuple(params["padding"]),
+            x_dilation=tuple(params["lhs_dilation"]),
+            w_dilation=tuple(params["rhs_dilation"]),
+            groups=params["feature_group_count"],
         )
     numbers = params["ragged_dot_dimension_numbers"]
     (left, right), (left_batch, _) = numbers.dot_dimension_numbers
     ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
-    if side == 0 or left_batch or len(left) != 1 or len(groups) != 1 or set(ragged) & set(left):
+    if side == 0 or left_batch or len(left) != 1 or len(groups) != 1 or len(shapes[0]) != 2 or set(ragged) & set(left):
         return "the ragged product is not rows by groups of matrices"
     other = next(a for a in range(3) if a not in (groups[0], right[0]))
     return Ragged(shapes[0], shapes[1], (ragged[0], left[0]), (groups[0], right[0], other))

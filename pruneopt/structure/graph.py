@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -55,13 +56,19 @@ class Lookup:
 
 @dataclass(eq=False)
 class Reading:
-    """How an operand is made of leaves: the layout (without scales), the parts read, the primitives passed."""
+    """How an operand is made of leaves: the layout (without scales), the parts read, the primitives passed.
+
+    slab: the layer of a stacked leaf, as text, if the leaf is first cut into layers. again: whether a leaf occurs in it
+    more than once.
+    """
 
     leaves: dict[str, int]
     scaled_by: tuple[str, ...]
     through: tuple[str, ...]
     repeated: frozenset[int]
     part: str
+    slab: str | None
+    again: bool
     layout: Segment
     whole: Segment
 
@@ -82,8 +89,17 @@ class Operator:
     @property
     def slab(self) -> str | None:
         """Which layer of a stacked leaf it reads, as text, if it reads one."""
-        layer = re.match(r"\[\d+\]", self._reading.part)
-        return layer.group() if layer and len(self.paths) == 1 else None
+        return self._reading.slab if len(self.paths) == 1 else None
+
+    @property
+    def scaled_by(self) -> tuple[str, ...]:
+        """Leaves that mask or scale it."""
+        return self._reading.scaled_by
+
+    @property
+    def repeated(self) -> frozenset[int]:
+        """Axes of the operand along which it repeats itself."""
+        return self._reading.repeated
 
     @property
     def flops(self) -> int:
@@ -100,76 +116,114 @@ class Operator:
         """What stands between the leaf and the product: primitives passed, scaling leaves last."""
         return self._reading.through + tuple(f"scaled by {p}" for p in self._reading.scaled_by)
 
-    def to_matrix(self, leaves: dict[str, Any]) -> Shaped[Array, "problems n_in n_out"]:
+    def to_matrix(self, leaves: Mapping[str, Any]) -> Shaped[Array, "problems n_in n_out"]:
         """The weights that the product sees. leaves: {path: array} of all params that it reads."""
-        operand = self._reading.whole.run(self._inputs(self._reading.whole, leaves))[0]
-        return self.uses[0].form.to_matrix(operand)
+        return _matrix(self._reading.whole, self.uses[0].form, self._inputs(self._reading.whole, leaves))
 
-    def to_leaves(self, matrix: Shaped[Array, "problems n_in n_out"], leaves: dict[str, Any]) -> dict[str, Any]:
-        """{path: leaf} for the operator's leaves, holding `matrix` where the operator reads them and `leaves` elsewhere.
+    def to_leaves(self, matrix: Shaped[Array, "problems n_in n_out"], leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """{path: leaf} of the operator's leaves: `matrix` where the operator reads them, `leaves` elsewhere.
 
         Entries of `matrix` that equal `to_matrix(leaves)` leave theirs bit for bit; scales are divided out.
         """
-        old = self.to_matrix(leaves)
-        scale = self._laid(self._scale(leaves))
-        safe = jnp.where(scale == 0, jnp.ones((), scale.dtype), scale)
-        moved = self._back(jnp.where(scale == 0, jnp.zeros((), scale.dtype), matrix.astype(scale.dtype) / safe))
-        same = self._back((matrix.astype(old.dtype) == old).astype(scale.dtype))
-        return {
-            path: jnp.where(self.part_of(path) & (same[path] == 0), new.astype(leaves[path].dtype), leaves[path])
-            for path, new in moved.items()
-        }
+        layout, whole = self._reading.layout, self._reading.whole
+        new = _merged(
+            (layout, whole, self.uses[0].form, self._places(layout), self._places(whole)),
+            self._inputs(layout, leaves),
+            self._inputs(whole, leaves),
+            matrix,
+        )
+        return dict(zip(self.paths, new, strict=True))
 
     def masks(self, support: Shaped[Array, "problems n_in n_out"]) -> dict[str, Any]:
         """{path: boolean mask}: `support` where the operator reads the leaf, True elsewhere."""
-        back = self._back(support.astype(self._dtype))
-        return {path: (mask != 0) | ~self.part_of(path) for path, mask in back.items()}
+        return dict(zip(self.paths, self._back(jnp.asarray(support).astype(self.dtype), True), strict=True))
 
-    def support(self, masks: dict[str, Any]) -> Shaped[Array, "problems n_in n_out"]:
+    def support(self, masks: Mapping[str, Any]) -> Shaped[Array, "problems n_in n_out"]:
         """The canonical form of boolean masks {path: mask} of its leaves."""
-        ones = {p: jnp.asarray(masks[p]).astype(self._types[p].dtype) for p in self.paths}
-        return self._laid(ones) != 0
+        program, layout = self._program, self._reading.layout
+        ones = {p: jnp.asarray(masks[p]).astype(program.shapes[v].dtype) for p, v in self._reading.leaves.items()}
+        return _matrix(layout, self.uses[0].form, self._inputs(layout, ones)) != 0
 
     def part_of(self, path: str) -> Shaped[Array, "..."]:
         """Which entries of a leaf the operator reads."""
-        return self._back(jnp.ones((self.problems, self.n_in, self.n_out), self._dtype))[path] != 0
+        ones = jnp.ones((self.problems, self.n_in, self.n_out), self.dtype)
+        return self._back(ones, False)[self.paths.index(path)]
 
     @property
-    def _dtype(self) -> Any:
+    def is_one_to_one(self) -> bool:
+        """Whether no weight stands in two places of the matrix; only joining a leaf with itself does that."""
+        layout = self._reading.layout
+        if not self._reading.again:
+            return True
+        _, back = _inverse(layout, self.uses[0].form, self._places(layout), self._zeros())
+        ones = jnp.ones((self.problems, self.n_in, self.n_out), self.dtype)
+        return all(bool(jnp.max(times) <= 1) for times in back(ones))
+
+    @property
+    def dtype(self) -> Any:
+        """Of the weights as the product sees them."""
         return self._program.type_of(self._reading.layout.outputs[0]).dtype
 
-    @property
-    def _types(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            p: jax.ShapeDtypeStruct(self._program.shapes[v].shape, self._program.shapes[v].dtype)
-            for p, v in self._reading.leaves.items()
-        }
-
-    def _inputs(self, segment: Segment, leaves: dict[str, Any]) -> dict[int, Any]:
+    def _inputs(self, segment: Segment, leaves: Mapping[str, Any]) -> list[Any]:
         named = self._program.names
-        return {v: leaves[named[v]] if v in named else self._program.constants[v] for v in segment.inputs}
+        return [leaves[named[v]] if v in named else self._program.constants[v] for v in segment.inputs]
 
-    def _scale(self, leaves: dict[str, Any]) -> dict[str, Any]:
-        """What multiplies each entry, as leaves: the whole map at ones, brought back."""
-        if "scale" not in self._reading.through and not self._reading.scaled_by:
-            return {p: jnp.ones(t.shape, t.dtype) for p, t in self._types.items()}
-        ones = {**leaves, **{p: jnp.ones(t.shape, t.dtype) for p, t in self._types.items()}}
-        return self._back(self.to_matrix(ones))
+    def _places(self, segment: Segment) -> tuple[int, ...]:
+        """Where its leaves stand among a segment's inputs."""
+        return tuple(segment.inputs.index(v) for v in self._reading.leaves.values())
 
-    def _laid(self, leaves: dict[str, Any]) -> Any:
-        operand = self._reading.layout.run(self._inputs(self._reading.layout, leaves))[0]
-        return self.uses[0].form.to_matrix(operand)
+    def _zeros(self) -> list[Any]:
+        """Inputs of the layout with zeros for its leaves."""
+        shapes = {v: self._program.shapes[v] for v in self._reading.leaves.values()}
+        known = self._program.constants
+        return [jnp.zeros(t.shape, t.dtype) if (t := shapes.get(v)) else known[v] for v in self._reading.layout.inputs]
 
-    def _back(self, matrix: Any) -> dict[str, Any]:
-        """The transpose of the layout, which is its inverse on the entries that it reads."""
-        names = {v: p for p, v in self._reading.leaves.items()}
-        given = {v: self._program.constants[v] for v in self._reading.layout.inputs if v not in names}
+    def _back(self, matrix: Any, elsewhere: bool) -> list[Any]:
+        layout = self._reading.layout
+        return _masks((layout, self.uses[0].form, self._places(layout)), self._zeros(), matrix, elsewhere)
 
-        def laid(leaves: dict[str, Any]) -> Any:
-            values = [leaves[names[v]] if v in names else given[v] for v in self._reading.layout.inputs]
-            return self.uses[0].form.to_matrix(self._reading.layout.trace(values)[0])
 
-        return jax.linear_transpose(laid, self._types)(matrix)[0]
+@partial(jax.jit, static_argnums=(0, 1))
+def _matrix(segment: Segment, form: Form, inputs: list[Any]) -> Any:
+    return form.to_matrix(segment.trace(inputs)[0])
+
+
+def _inverse(layout: Segment, form: Form, places: tuple[int, ...], inputs: list[Any]) -> tuple[Any, Any]:
+    """(leaves -> matrix, matrix -> leaves): a layout's transpose is its inverse on the entries that it reads."""
+
+    def laid(leaves: list[Any]) -> Any:
+        values = list(inputs)
+        for place, leaf in zip(places, leaves, strict=True):
+            values[place] = leaf
+        return form.to_matrix(layout.trace(values)[0])
+
+    types = [jax.ShapeDtypeStruct(inputs[i].shape, inputs[i].dtype) for i in places]
+    transpose = jax.linear_transpose(laid, types)
+    return laid, lambda matrix: transpose(matrix)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _merged(static: Any, layout_inputs: list[Any], whole_inputs: list[Any], matrix: Any) -> list[Any]:
+    layout, whole, form, places, whole_places = static
+    _, back = _inverse(layout, form, places, layout_inputs)
+    old = form.to_matrix(whole.trace(whole_inputs)[0])
+    with_ones = list(whole_inputs)
+    for place in whole_places:
+        with_ones[place] = jnp.ones(whole_inputs[place].shape, whole_inputs[place].dtype)
+    scale = form.to_matrix(whole.trace(with_ones)[0])
+    dead, one, zero = scale == 0, jnp.ones((), scale.dtype), jnp.zeros((), scale.dtype)
+    new = back(jnp.where(dead, zero, matrix.astype(scale.dtype) / jnp.where(dead, one, scale)))
+    changed = back((matrix.astype(old.dtype) != old).astype(scale.dtype))
+    leaves = [layout_inputs[place] for place in places]
+    return [jnp.where(c != 0, n.astype(x.dtype), x) for c, n, x in zip(changed, new, leaves, strict=True)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _masks(static: Any, inputs: list[Any], matrix: Any, elsewhere: bool) -> list[Any]:
+    layout, form, places = static
+    _, back = _inverse(layout, form, places, inputs)
+    part = back(jnp.ones(matrix.shape, matrix.dtype))
+    return [(m != 0) | (elsewhere & (p == 0)) for m, p in zip(back(matrix), part, strict=True)]
 
 
 @dataclass(eq=False)
@@ -198,7 +252,7 @@ class Graph:
                     str(len(op.uses)),
                     f"{op.flops / 1e6:.3f}",
                     f"{op.size:,}",
-                    f"{op.size * op._dtype.itemsize / 1024:.1f}",
+                    f"{op.size * op.dtype.itemsize / 1024:.1f}",
                     ", ".join(filter(None, (op.uses[0].form.arrangement, *op.through))),
                 )
             )
@@ -211,9 +265,19 @@ class Graph:
         ]
         text += [f"look-up of {', '.join(look.paths)}: {look.picked} of {look.rows} rows" for look in self.lookups]
         text += [f"not read: {refusal}" for refusal in self.refusals]
+        text += [f"not an operator: {path}: {self.why_not(path)}" for path in self.others]
         total = sum(op.flops for op in self.operators)
         text.append(f"{total / 1e6:.3f} MFLOPs in operators, {self.activations / 1e6:.3f} between activations")
         return "\n".join(line.rstrip() for line in text)
+
+    @property
+    def others(self) -> list[str]:
+        """Floating leaves of two or more axes, those of size 1 apart, that no operator, look-up or refusal names."""
+        named = {p for part in (self.operators, self.lookups, self.refusals) for entry in part for p in entry.paths}
+        named |= {p for op in self.operators for p in op.scaled_by}
+        types = {p: self.program.shapes[v] for p, v in self.program.leaves.items() if p not in named}
+        wide = {p: t for p, t in types.items() if sum(n > 1 for n in t.shape) >= 2}
+        return [p for p, t in wide.items() if jnp.issubdtype(t.dtype, jnp.floating)]
 
     def operator(self, name: str) -> Operator:
         """The operator of that name or leaf path. Raises ValueError, the nearest names first."""
@@ -252,32 +316,88 @@ def read(program: Program) -> Graph:
     """The graph of a straight-line program."""
     graph = Graph(program, [])
     found: dict[Any, Operator] = {}
+    fixed: list[tuple[int, Equation, int]] = []
     for index, equation in enumerate(program.equations):
         name = equation.primitive.name
         if name in PRODUCTS:
-            _product(graph, found, index, equation)
+            _product(graph, found, fixed, index, equation)
         elif (
             name in LOOKUPS and program.is_parametric(equation.inputs[0]) and any(map(program.is_data, equation.inputs))
         ):
-            shape = program.type_of(equation.inputs[0]).shape
-            picked = math.prod(program.type_of(equation.inputs[1]).shape[:-1])
-            graph.lookups.append(Lookup(tuple(_leaves_of(program, equation.inputs[0])), shape[0], picked))
+            graph.lookups.append(_lookup(program, equation))
         elif bodies(equation) and any(holds(opened_only(b), PRODUCTS) for b in bodies(equation)):
             paths = tuple(dict.fromkeys(p for a in equation.inputs for p in _leaves_of(program, a)))
             weights = tuple(p for p in paths if program.shapes[program.leaves[p]].ndim >= 2)
             if weights:
                 reason = f"it stands inside {BLOCKS.get(name, 'a call without a rule')}"
                 graph.refusals.append(Refusal(name, weights, reason))
+    _known_inputs(graph, found, fixed)
     graph.operators = _consistent(graph, list(found.values()))
+    seen: dict[str, int] = {}
+    for op in graph.operators:  # what differs in a way that no part tells, such as a transpose before a slice
+        seen[op.name] = seen.get(op.name, 0) + 1
+        op.name += f" ({seen[op.name]})" if seen[op.name] > 1 else ""
     return graph
 
 
-def _product(graph: Graph, found: dict[Any, Operator], index: int, equation: Equation) -> None:
+def _lookup(program: Program, equation: Equation) -> Lookup:
+    """A gather or dynamic slice of leaves at indices from the data."""
+    shape, sizes = program.type_of(equation.inputs[0]).shape, equation.params["slice_sizes"]
+    rows = [a for a in range(len(shape)) if sizes[a] < shape[a]]
+    indices = program.type_of(equation.inputs[1]).shape[:-1]
+    picked = math.prod(indices) * math.prod(sizes[a] for a in rows)
+    return Lookup(tuple(_leaves_of(program, equation.inputs[0])), math.prod(shape[a] for a in rows), picked)
+
+
+def _picked(program: Program, atom: Any) -> tuple[str, ...]:
+    """The leaves of which an operand is matrices picked at indices from the data, or none."""
+    while isinstance(atom, int) and atom in program.maker:
+        equation = program.equations[program.maker[atom]]
+        if equation.primitive.name in LOOKUPS and program.is_parametric(equation.inputs[0]):
+            is_matrix = sum(size > 1 for size in equation.params["slice_sizes"]) > 1
+            return tuple(_leaves_of(program, equation.inputs[0])) if is_matrix else ()
+        if equation.primitive.name not in LAYOUT:
+            return ()
+        atom = equation.inputs[0]
+    return ()
+
+
+def _known_inputs(graph: Graph, found: dict[Any, Operator], fixed: list[tuple[int, Equation, int]]) -> None:
+    """Products with a constant input: one more use of weights that data meet too, as an RNN's first state of zeros."""
+    by_operand: dict[Any, list[Operator]] = {}
+    for (operand, _), op in found.items():
+        by_operand.setdefault(operand, []).append(op)
+    for index, equation, side in fixed:
+        shapes = _shapes(graph.program, equation)
+        for op in by_operand.get(equation.inputs[side], []):
+            form = forms.of_equation(equation, shapes, side, op.repeated)
+            if isinstance(form, Form) and form.weight_key == op.uses[0].form.weight_key:
+                inputs = _others(equation, side)
+                graph.program.data.update(inputs)
+                op.uses = sorted([*op.uses, Use(index, inputs, form)], key=lambda use: use.equation)
+                break
+        else:
+            paths = tuple(_leaves_of(graph.program, equation.inputs[side]))
+            graph.refusals.append(Refusal(equation.primitive.name, paths, "the other side is a constant, no input"))
+
+
+def _shapes(program: Program, equation: Equation) -> list[tuple[int, ...]]:
+    """Of both operands and the result."""
+    return [tuple(program.type_of(a).shape) for a in (*equation.inputs[:2], equation.outputs[0])]
+
+
+def _others(equation: Equation, side: int) -> tuple[int, ...]:
+    """The variables that a product reads beside its operand number `side`."""
+    return tuple(a for i, a in enumerate(equation.inputs) if i != side and isinstance(a, int))
+
+
+def _product(
+    graph: Graph, found: dict[Any, Operator], fixed: list[tuple[int, Equation, int]], index: int, equation: Equation
+) -> None:
     program = graph.program
     sides = [i for i in (0, 1) if program.is_parametric(equation.inputs[i])]
     other = [i for i in (0, 1) if program.is_data(equation.inputs[i])]
-    shapes = [tuple(program.type_of(a).shape) for a in equation.inputs[:2]]
-    shapes.append(tuple(program.type_of(equation.outputs[0]).shape))
+    shapes = _shapes(program, equation)
     if not sides:
         _between(graph, equation, shapes)
         return
@@ -286,7 +406,7 @@ def _product(graph: Graph, found: dict[Any, Operator], index: int, equation: Equ
     refuse = lambda why: graph.refusals.append(Refusal(equation.primitive.name, paths, why))  # noqa: E731
     if not other:
         if len(sides) == 1:  # a constant meets a leaf
-            refuse("the other side is a constant, no input")
+            fixed.append((index, equation, side))
         return  # a product of parameters: an operand in the making, read where it meets data
     try:
         reading = read_operand(program, equation.inputs[side])
@@ -297,8 +417,7 @@ def _product(graph: Graph, found: dict[Any, Operator], index: int, equation: Equ
     if isinstance(form, str):
         refuse(form)
         return
-    inputs = tuple(a for i, a in enumerate(equation.inputs) if i != side and isinstance(a, int))
-    use = Use(index, inputs, form)
+    use = Use(index, _others(equation, side), form)
     key = (equation.inputs[side], form.weight_key)
     if key in found:
         found[key].uses.append(use)
@@ -308,10 +427,15 @@ def _product(graph: Graph, found: dict[Any, Operator], index: int, equation: Equ
 
 
 def _between(graph: Graph, equation: Equation, shapes: list[tuple[int, ...]]) -> None:
-    """A product without a parameter: of activations, or with a large constant that the function closed over."""
+    """A product of activations, of matrices that the data pick, or with a constant that the function closed over."""
     program = graph.program
     for side in (0, 1):
         atom = equation.inputs[side]
+        if paths := _picked(program, atom):
+            why = "its matrices are picked at indices from the data; multiply by all, or sort rows for ragged_dot"
+            graph.refusals.append(Refusal(equation.primitive.name, paths, why))
+            graph.lookups = [look for look in graph.lookups if look.paths != paths]
+            return
         if isinstance(atom, int) and not program.is_data(atom) and program.is_data(equation.inputs[1 - side]):
             known = [v for v in _sources(program, atom) if v in program.constants]
             shape = "x".join(map(str, shapes[side]))
@@ -335,29 +459,45 @@ def _consistent(graph: Graph, operators: list[Operator]) -> list[Operator]:
         for path in op.paths:
             owners.setdefault(path, []).append(op)
     bad: set[int] = set()
+    for op in operators:
+        if not op.is_one_to_one:
+            bad.add(id(op))
+            graph.refusals.append(Refusal(op.kind, op.paths, "its matrix holds the same weight in several places"))
     for path, ops in owners.items():
-        if len(ops) == 1 or len({op.slab for op in ops} - {None}) == len(ops):
-            continue  # alone, or each with its own layer of a stack
-        parts = [np.asarray(op.part_of(path)) for op in ops]
-        if np.max(np.sum(parts, axis=0)) <= 1:
-            continue
-        clash = {i for i in range(len(ops)) for j in range(len(ops)) if i != j and np.any(parts[i] & parts[j])}
-        bad |= {id(ops[i]) for i in clash}
-        reason = "its products read the same weights in different arrangements: no single Gram holds for them"
-        graph.refusals.append(Refusal(ops[0].kind, (path,), reason))
+        layers: dict[str | None, list[Operator]] = {}
+        for op in ops:
+            layers.setdefault(op.slab if all(op.slab for op in ops) else None, []).append(op)
+        for together in layers.values():
+            clash = _clash(path, together) if len(together) > 1 else []
+            bad |= set(map(id, clash))
+            if clash:
+                reason = "its products read the same weights in different arrangements: no single Gram holds for them"
+                graph.refusals.append(Refusal(clash[0].kind, (path,), reason))
     return [op for op in operators if id(op) not in bad]
+
+
+def _clash(path: str, operators: list[Operator]) -> list[Operator]:
+    """The operators that share an entry of a leaf with another of them."""
+    times = np.zeros(1, np.uint16)
+    for op in operators:
+        times = times + np.asarray(op.part_of(path))
+    if np.max(times) <= 1:
+        return []
+    return [op for op in operators if np.any(times[np.asarray(op.part_of(path))] > 1)]
 
 
 class Unreadable(Exception):
     """Why an operand is not a leaf in another layout."""
 
 
-def read_operand(program: Program, operand: int) -> Reading:
+def read_operand(program: Program, operand: Any) -> Reading:
     """How `operand` is made of leaves. Raises Unreadable, saying which primitive computes with them."""
     leaves: dict[str, int] = {}
     scaled: list[str] = []
     through: list[str] = []
     parts: list[str] = []
+    slabs: list[str] = []
+    reads: list[str] = []
     alias: dict[int, Any] = {}
     named = program.names
 
@@ -369,6 +509,7 @@ def read_operand(program: Program, operand: int) -> Reading:
             ):
                 raise Unreadable(f"leaf '{named[var]}' is {program.shapes[var].dtype}, not floating point")
             leaves[named[var]] = var
+            reads.append(named[var])
             return frozenset()
         equation = program.equations[program.maker[var]]
         name = equation.primitive.name
@@ -385,8 +526,10 @@ def read_operand(program: Program, operand: int) -> Reading:
             raise Unreadable(f"its weights are joined with constants by {name}")
         if name != "convert_element_type" or program.type_of(arrays[0]).dtype != program.type_of(var).dtype:
             through.append(name)
-        if name in ("slice", "dynamic_slice"):
-            parts.append(_part(program, equation))
+        if name in ("slice", "dynamic_slice", "split"):
+            parts.append(_part(program, equation, var))
+            if re.fullmatch(r"\[\d+\]", parts[-1]) and _is_leaf(program, arrays[0]):
+                slabs.append(parts[-1])
         repeated = [follow(a) for a in arrays]
         return _repeated(program, equation, repeated[0]) if len(arrays) == 1 else frozenset().union(*repeated)
 
@@ -413,6 +556,8 @@ def read_operand(program: Program, operand: int) -> Reading:
         tuple(dict.fromkeys(through)),
         repeated,
         "".join(p for p in reversed(parts) if p),
+        slabs[0] if slabs else None,
+        len(reads) > len(leaves),
         Segment(program, needed, [target]),
         Segment(program, whole, [operand]),
     )
@@ -480,26 +625,42 @@ def _repeated(program: Program, equation: Equation, before: frozenset[int]) -> f
         return before
     if name == "transpose":
         return frozenset(params["permutation"].index(a) for a in before)
-    if name in ("convert_element_type", "copy", "copy_p", "reduce_precision", "device_put", "optimization_barrier"):
+    if name in ("convert_element_type", "copy", "copy_p", "reduce_precision", "device_put"):
         return before
     raise Unreadable(f"its entries are repeated by broadcasting, then go through {name}")
 
 
-def _part(program: Program, equation: Equation) -> str:
+def _is_leaf(program: Program, var: Any) -> bool:
+    """Whether a variable is a leaf, its dtype apart."""
+    while var in program.maker and program.equations[program.maker[var]].primitive.name == "convert_element_type":
+        var = program.equations[program.maker[var]].inputs[0]
+    return var in program.names
+
+
+def _part(program: Program, equation: Equation, var: int) -> str:
     """The slice that an equation takes, as text: "[2]", "[:, 0:64]"; empty for the whole."""
     shape, inside = program.type_of(equation.inputs[0]).shape, []
+    steps = (1,) * len(shape)
     if equation.primitive.name == "slice":
         starts, stops = equation.params["start_indices"], equation.params["limit_indices"]
+        steps = equation.params["strides"] or steps
+    elif equation.primitive.name == "split":
+        axis, before = equation.params["axis"], equation.params["sizes"][: equation.outputs.index(var)]
+        starts = [sum(before) if a == axis else 0 for a in range(len(shape))]
+        stops = [s + n for s, n in zip(starts, program.type_of(var).shape, strict=True)]
     else:
-        known = [a.value if isinstance(a, Literal) else program.constants.get(a) for a in equation.inputs[1:]]
+        known: list[Any] = [
+            a.value if isinstance(a, Literal) else program.constants.get(a) for a in equation.inputs[1:]
+        ]
         if any(k is None for k in known):
             raise Unreadable("it is sliced at an index that is computed from params or data")
         starts = [
             int(np.clip(int(k), 0, n - s)) for k, n, s in zip(known, shape, equation.params["slice_sizes"], strict=True)
         ]
         stops = [k + s for k, s in zip(starts, equation.params["slice_sizes"], strict=True)]
-    for start, stop, n in zip(starts, stops, shape, strict=True):
-        inside.append(":" if stop - start == n else str(start) if stop - start == 1 else f"{start}:{stop}")
+    for start, stop, step, n in zip(starts, stops, steps, shape, strict=True):
+        span = f"{start}:{stop}" + (f":{step}" if step > 1 else "")
+        inside.append(":" if stop - start == n and step == 1 else str(start) if stop - start == 1 else span)
     while inside and inside[-1] == ":":
         inside.pop()
     return f"[{', '.join(inside)}]" if inside else ""

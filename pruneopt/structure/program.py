@@ -18,6 +18,12 @@ from pruneopt.structure.leaves import combine, is_floating, partition
 from pruneopt.structure.rules import CALLS, DERIVATIVES, PRODUCTS, SIZE_ONE_COLLECTIVES
 
 Tree = Any
+_NOT_TRACEABLE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
 UNROLL_LIMIT = 4096  # steps of one loop over layers; beyond it the loop stays whole and its products are named
 
 
@@ -56,9 +62,10 @@ class Equation(NamedTuple):
 class Program:
     """Equations in order, over variables that are numbers.
 
-    shapes: {variable: ShapeDtypeStruct}. leaves: {path: variable} of the arrays of params; names: the inverse. constants: {variable: array},
-    closed over by the function or loop counters. data: variables that depend on the batch. maker: {variable: index of
-    the equation that makes it}. outputs: what the function returns. loops: {primitive of a whole loop: note}.
+    shapes: {variable: its type}. leaves: {path: variable} of the arrays of params; names: the inverse. constants:
+    {variable: array}, closed over by the function or loop counters. data, parametric: variables that depend on the
+    batch, on params. maker: {variable: index of the equation that makes it}. outputs: the arrays that the function
+    returns. masks: whether the leaf of a path holds zeros and ones alone.
     """
 
     equations: list[Equation] = field(default_factory=list)
@@ -82,10 +89,14 @@ class Program:
         return var
 
     def constant(self, value: Any) -> int:
-        """A variable that holds `value`, an array or number."""
-        var = self.new(jax.typeof(value))
-        self.constants[var] = value
-        return var
+        """The variable that holds `value`, an array or number; the same one when the same value comes again."""
+        small = _is_array_of_numbers(value) and value.size <= 16
+        key = ("constant", _type_key(jax.typeof(value)), np.asarray(value).tobytes() if small else _Same(value))
+        if key not in self._known:
+            var = self.new(jax.typeof(value))
+            self.constants[var] = value
+            self._known[key] = (var,)
+        return self._known[key][0]
 
     def is_data(self, atom: Atom) -> bool:
         """Whether `atom` depends on the batch."""
@@ -124,7 +135,7 @@ class Program:
         """Whether the equation computes small whole numbers from known ones, such as the index of a loop."""
         return (
             all(isinstance(a, Literal) or a in self.constants for a in inputs)
-            and all(v.aval.size <= 16 and np.dtype(v.aval.dtype).kind in "biu" for v in eqn.outvars)
+            and all(v.aval.size <= 16 and _is_whole(v.aval.dtype) for v in eqn.outvars)
             and all(math.prod(self.type_of(a).shape) <= 16 for a in inputs)
         )
 
@@ -174,24 +185,56 @@ def traced(fn: Callable[[Tree, Any], Any], chosen: Tree, rest: Any, batch: Any) 
 
     def closed(c: Tree, r: Any, b: Any) -> Any:
         out = fn(combine(c, r), b)
-        if not any(hasattr(x, "dtype") for x in jax.tree.leaves(out)):
+        arrays = [x for x in jax.tree.leaves(out) if hasattr(x, "dtype")]
+        if not arrays:
             raise ValueError(f"fn returns {out!r}, no array; return the network's outputs or its loss")
-        return out
+        return arrays
 
-    try:
-        one, two = (jax.make_jaxpr(closed)(chosen, rest, batch) for _ in range(2))
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+    try:  # JAX would answer the second call on the same function from its cache
+        one, two = (jax.make_jaxpr(lambda *a: closed(*a))(chosen, rest, batch) for _ in range(2))
+    except _NOT_TRACEABLE as error:
         raise ValueError(
             "fn is not traceable: it turns an array into a Python number or a NumPy array, or branches on its value; "
             f"use jnp and jnp.where or lax.cond there. JAX said: {str(error).splitlines()[0]}"
         ) from error
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
-            "fn is not a pure function: it keeps an array from an earlier call; compute everything from params and batch"
+            "fn is not a pure function: it keeps an array from an earlier call; compute all from params and batch"
         ) from error
-    if [str(e.primitive) for e in one.jaxpr.eqns] != [str(e.primitive) for e in two.jaxpr.eqns]:
+    if _signature(one) != _signature(two):
         raise ValueError("fn is not a pure function: two traces of it differ; it must depend on params and batch alone")
     return one
+
+
+def _signature(body: Any) -> list[Any]:
+    """What a jaxpr does, for telling two traces apart: its numbers, shapes, primitives and their plain parameters."""
+    numbers = [a.val for e in opened_only(body).eqns for a in e.invars if hasattr(a, "val")] + list(
+        getattr(body, "consts", ())
+    )
+    equations = [
+        (
+            e.primitive.name,
+            [str(v.aval) for v in e.outvars],
+            [(k, v) for k, v in e.params.items() if _is_plain(v)],
+            *map(_signature, bodies(e)),
+        )
+        for e in opened_only(body).eqns
+    ]
+    return [[np.asarray(n).tobytes() if _is_array_of_numbers(n) else str(n) for n in numbers], equations]
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str)) or (type(value) is tuple and all(map(_is_plain, value)))
+
+
+def _is_array_of_numbers(value: Any) -> bool:
+    """Whether NumPy can hold `value` (no random key, no reference)."""
+    return _tree.is_array(value) or isinstance(value, np.generic)
+
+
+def _is_whole(dtype: Any) -> bool:
+    """Whether a dtype is boolean or a whole number (random keys have dtypes that NumPy does not know)."""
+    return jnp.issubdtype(dtype, jnp.integer) or dtype == np.bool_
 
 
 def _inline(program: Program, jaxpr: Any, constants: tuple[Atom, ...], inputs: tuple[Atom, ...], keep: bool) -> tuple:
@@ -215,6 +258,8 @@ def _equation(program: Program, eqn: Any, inputs: tuple[Atom, ...], keep: bool) 
         return _inline(program, body, constants, inputs, keep)
     if name == "shard_map" and math.prod(eqn.params["mesh"].shape.values()) == 1 and not _blocked(eqn.params["jaxpr"]):
         return _inline(program, eqn.params["jaxpr"], (), inputs, False)
+    if name == "optimization_barrier":
+        return inputs
     if not keep and name in SIZE_ONE_COLLECTIVES:
         return _collective(program, eqn, inputs)
     if name == "scan" and eqn.params["length"] <= UNROLL_LIMIT and _holds_product(program, eqn, inputs):
@@ -281,10 +326,11 @@ def _collective(program: Program, eqn: Any, inputs: tuple[Atom, ...]) -> tuple[A
 
 
 def _blocked(jaxpr: Any) -> bool:
-    """Whether a body of shard_map holds a collective without a rule, which only its mesh can run."""
-    named = (e for e in jaxpr.eqns if {"axes", "axis_name"} & e.params.keys())
+    """Whether a body of shard_map holds a collective without a rule, at any depth, which only its mesh can run."""
     return any(
-        e.primitive.name not in SIZE_ONE_COLLECTIVES and any(isinstance(a, str) for a in _axes(e.params)) for e in named
+        (e.primitive.name not in SIZE_ONE_COLLECTIVES and any(isinstance(a, str) for a in _axes(e.params)))
+        or any(_blocked(opened_only(body)) for body in bodies(e))
+        for e in jaxpr.eqns
     )
 
 

@@ -17,6 +17,8 @@ CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_vmap_call": "call",
+    "composite": "jaxpr",
 }
 
 # Calls with a derivative of their own.
@@ -30,7 +32,7 @@ SIZE_ONE_COLLECTIVES = frozenset(
 # An array that only lies otherwise in memory: each entry of the result is one entry of the parameter.
 LAYOUT = frozenset(
     {"transpose", "reshape", "broadcast_in_dim", "convert_element_type", "squeeze", "expand_dims", "rev", "copy"}
-    | {"copy_p", "slice", "dynamic_slice", "concatenate", "reduce_precision", "optimization_barrier", "device_put"}
+    | {"copy_p", "slice", "dynamic_slice", "concatenate", "reduce_precision", "device_put"}
     | {"stop_gradient", "sharding_constraint", "split", "pvary", "name"}
 )
 
@@ -43,7 +45,7 @@ LOOKUPS = frozenset({"gather", "take", "dynamic_slice"})
 # Bodies that are evaluated whole; what they multiply inside is named, not read.
 BLOCKS = {
     "while": "a while loop, whose number of steps depends on the data",
-    "cond": "a cond, whose branch depends on the data",
+    "cond": "a cond, whose branch depends on data or params",
     "scan": "a loop that was not unrolled",
     "shard_map": "a shard_map over several devices, or one with a collective that has no rule",
     "pallas_call": "a Pallas kernel",

@@ -23,13 +23,18 @@ Env = dict[int, Any]
 class Cut:
     """Operators whose first product has the same input rows. inputs: the data variables that they read.
 
-    further: later products with the same weights, whose Grams add.
+    further: later products with the same weights, in order; their Grams add.
     """
 
     inputs: tuple[int, ...]
     operators: tuple[int, ...]
     use: Use
     further: tuple[tuple[int, Use], ...]
+
+    @property
+    def demands(self) -> list[tuple[int, ...]]:
+        """All variables that are read, product by product."""
+        return [self.inputs, *(use.inputs for _, use in self.further)]
 
 
 def cuts(operators: Sequence[Operator]) -> list[Cut]:
@@ -38,10 +43,11 @@ def cuts(operators: Sequence[Operator]) -> list[Cut]:
     for i in sorted(range(len(operators)), key=lambda i: operators[i].uses[0].equation):
         use = operators[i].uses[0]
         together.setdefault((use.inputs, use.form.row_key), []).append(i)
-    return [
-        Cut(inputs, tuple(ops), operators[ops[0]].uses[0], tuple((i, u) for i in ops for u in operators[i].uses[1:]))
-        for (inputs, _), ops in together.items()
-    ]
+    found = []
+    for (inputs, _), ops in together.items():
+        further = sorted(((i, u) for i in ops for u in operators[i].uses[1:]), key=lambda pair: pair[1].equation)
+        found.append(Cut(inputs, tuple(ops), operators[ops[0]].uses[0], tuple(further)))
+    return found
 
 
 class Walk:
@@ -68,7 +74,8 @@ class Walk:
 
     def start(self, batch: Any) -> Env:
         """The environment of a batch before anything is evaluated."""
-        return {v: x for v, x in zip(self._program.batch, jax.tree.leaves(batch), strict=True) if v in self._have}
+        given = zip(self._program.batch, jax.tree.leaves(batch), strict=True)
+        return {v: x for v, x in given if v in self._have}
 
     def advance(self, demand: tuple[int, ...]) -> Callable[[Env, Mapping[str, Any]], Env]:
         """Move to `demand`. Returns the step (environment, leaves) -> environment, in which its variables are live."""
@@ -114,6 +121,11 @@ class Graphs:
     def __init__(self, fn: Callable[[Tree, Any], Any], params: Tree, keep_derivatives: bool = False):
         self._fn, self._params, self._keep = fn, params, keep_derivatives
         self._known: dict[Any, Graph] = {}
+
+    @property
+    def first(self) -> Graph:
+        """The graph of the first batch."""
+        return next(iter(self._known.values()))
 
     def of(self, batch: Any) -> Graph:
         """The graph for batches of this shape. Raises ValueError where it differs from the first batch's."""

@@ -1,0 +1,152 @@
+"""Calibration batches on their way through a network, stopped at each operator to see what reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pruneopt import _data
+from pruneopt.curvature.gram import Gram
+from pruneopt.structure import capture, walk
+from pruneopt.structure.graph import Operator
+from pruneopt.structure.walk import Cut, Env, Graphs, Walk
+
+Tree = Any
+Leaves = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What reaches one problem: count of positions, Gram X^T X / count, cross term X^T X0 / count with X0 the dense
+    network's inputs (None where they are not followed).
+    """
+
+    count: float
+    gram: Any
+    cross: Any
+
+    def target(self, center: Any, damping: float) -> Any:
+        """W0 - (H + lambda I)^-1 X^T (X - X0) W0 / N, in float64.
+
+        With this centre, 1/2 tr(D^T (H + lambda I) D) differs only by a constant from
+        ||X0 W0 - X W||^2 / 2N + lambda / 2 ||W - W0||^2. Directions that no input takes and no damping holds stay.
+        """
+        if self.cross is None or not self.count:
+            return center
+        h, cross, w = (np.asarray(x, np.float64) for x in (self.gram, self.cross, center))
+        values, vectors = np.linalg.eigh(h)
+        values += damping * np.mean(np.diagonal(h))
+        live = values > len(h) * np.finfo(self.gram.dtype).eps * values[-1]
+        move = vectors[:, live] @ ((vectors[:, live].T @ ((cross - h) @ w)) / values[live, None])
+        return jnp.asarray(w + move, center.dtype)
+
+
+class Calibration:
+    """Every batch's live variables, in the pruned network and, if asked, in the dense one.
+
+    batches: read once. weights: batch -> weights of positions, or None. choose: graph -> the operators to stop at.
+    dense: the leaves of the dense network, to follow it too; None to follow the pruned one alone.
+    """
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        batches: _data.Source,
+        weights: Callable[[Any], Any] | None,
+        choose: Callable[[Any], list[Operator]],
+        dense: Leaves | None,
+    ):
+        self._programs: list[Any] = []
+        self._walks: dict[Any, Walk] = {}
+        self._cuts: dict[Any, list[Cut]] = {}
+        self._envs: list[Env] = []
+        self._weights: list[Any] = []
+        for batch in _data.Batches(batches):
+            program = (graph := graphs.of(batch)).program
+            if program not in self._walks:
+                cuts = walk.cuts(choose(graph))
+                self._cuts[program] = cuts
+                self._walks[program] = Walk(program, [d for cut in cuts for d in cut.demands])
+            self._programs.append(program)
+            self._envs.append(self._walks[program].start(batch))
+            self._weights.append(None if weights is None else weights(batch))
+        self._dense_leaves = dense
+        self._dense = None if dense is None else list(self._envs)
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """Where it stops, for the first batch; the same operators for the others."""
+        return self._cuts[self._programs[0]]
+
+    @property
+    def arrays(self) -> list[list[Any]]:
+        """What is live of each batch, and its weights."""
+        return [[*env.values(), w] for env, w in zip(self._envs, self._weights, strict=True)]
+
+    def advance(self, cut: int, leaves: Leaves) -> None:
+        """Evaluate every batch up to a cut, the pruned network with `leaves`."""
+        steps = {}
+        for program, position in self._walks.items():
+            demand = self._cuts[program][cut].inputs
+            steps[program] = position.advance(demand)
+            position.release(demand)
+        for i, program in enumerate(self._programs):
+            self._envs[i] = steps[program](self._envs[i], leaves)
+            if self._dense is not None and self._dense_leaves is not None:
+                self._dense[i] = steps[program](self._dense[i], self._dense_leaves)
+        jax.block_until_ready(self._envs)
+
+    def sums(self, cut: int, leaves: Leaves) -> dict[int, dict[str, Any]]:
+        """{operator of the cut: sums over all batches}: count, gram and, where the dense network is followed, cross."""
+        total: dict[int, dict[str, Any]] = {}
+        for i, program in enumerate(self._programs):
+            here, weights = self._cuts[program][cut], self._weights[i]
+            arrays = walk.values(program, self._envs[i], here.inputs)
+            sums = capture.sums(here.use.form, arrays, weights)
+            if self._dense is not None:
+                others = walk.values(program, self._dense[i], here.inputs)
+                sums["cross"] = capture.cross(here.use.form, arrays, others, weights)
+            for op in here.operators:
+                _add(total, op, sums)
+            self._later(total, i, here, leaves)
+        return jax.block_until_ready(total)
+
+    def _later(self, total: Any, i: int, cut: Cut, leaves: Leaves) -> None:
+        """Add further products with the cut's weights, looking ahead with the weights as they are now."""
+        program, weights = self._programs[i], self._weights[i]
+        position, env = self._walks[program].ahead(), self._envs[i]
+        other = None if self._dense is None else self._dense[i]
+        for op, use in cut.further:
+            step = position.advance(use.inputs)
+            env = step(env, leaves)
+            arrays = walk.values(program, env, use.inputs)
+            sums = capture.sums(use.form, arrays, weights)
+            if other is not None and self._dense_leaves is not None:
+                other = step(other, self._dense_leaves)
+                others = walk.values(program, other, use.inputs)
+                sums["cross"] = capture.cross(use.form, arrays, others, weights)
+            position.release(use.inputs)
+            _add(total, op, sums)
+
+
+def problem(sums: Mapping[str, Any], e: int) -> Inputs:
+    """The inputs of problem e of an operator from its sums."""
+    count = float(sums["count"][e])
+    over = jnp.asarray(1.0 / count if count else 0.0, sums["gram"].dtype)
+    return Inputs(count, sums["gram"][e] * over, sums["cross"][e] * over if "cross" in sums else None)
+
+
+def gram(sums: Mapping[str, Any], e: int) -> Gram | None:
+    """The Gram of problem e, None where nothing reached it."""
+    inputs = problem(sums, e)
+    return Gram(inputs.gram) if inputs.count else None
+
+
+def _add(total: dict[int, dict[str, Any]], op: int, sums: dict[str, Any]) -> None:
+    old = total.get(op)
+    total[op] = sums if old is None else {name: old[name] + value for name, value in sums.items()}

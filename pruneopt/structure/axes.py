@@ -1,0 +1,264 @@
+"""Which axes of a program index the same units: a union-find whose classes may be products or sums of others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pruneopt.structure.program import Atom, Equation, Literal, Program
+from pruneopt.structure.rules import BLOCKS
+
+_STACKS = "it stacks layers: one entry of it is read at a time"
+_CONSTANT = "it meets an array of numbers that fn closed over"
+_PARTS = 64  # parts of one axis; beyond it the axis is blocked, not split further
+Ids = tuple[int, ...]
+Rule = Callable[["Reader", Equation], list[Ids] | None]  # the axes of each output, or None for no rule
+
+
+class Axes:
+    """Axes as numbers, in a union-find: two in one class index the same units in the same order.
+
+    A class is a set of units of its own or has parts: the ordered product of others (a reshape that merges them, the
+    first varying slowest) or their sum (a concatenation). Size 1 is the empty product.
+    """
+
+    def __init__(self) -> None:
+        self.size: list[int] = []
+        self.links: list[tuple[int, int, str]] = []  # (axis, axis, the words that tie them)
+        self.blocks: list[tuple[int, str]] = []
+        self._parent: list[int] = []
+        self._parts: dict[int, tuple[str, Ids]] = {}
+        self._dead: dict[int, str] = {}
+
+    def new(self, size: int, blocked: str = "") -> int:
+        """An axis of its own, blocked where a reason is given."""
+        axis = len(self.size)
+        self.size.append(size)
+        self._parent.append(axis)
+        if size == 1:
+            self._parts[axis] = ("product", ())
+        if blocked:
+            self.block(axis, blocked)
+        return axis
+
+    def find(self, axis: int) -> int:
+        """The axis that stands for its class."""
+        while self._parent[axis] != axis:
+            self._parent[axis] = axis = self._parent[self._parent[axis]]
+        return axis
+
+    def parts(self, axis: int) -> tuple[str, Ids]:
+        """("product" | "sum", parts), or ("", ()) for units of its own."""
+        return self._parts.get(self.find(axis), ("", ()))
+
+    def atoms(self, axis: int) -> Ids:
+        """The classes of units that an axis is made of, in order."""
+        kind, parts = self.parts(axis)
+        return tuple(a for part in parts for a in self.atoms(part)) if kind else (self.find(axis),)
+
+    def block(self, axis: int, reason: str) -> None:
+        """No unit of this axis can be cut, for this reason."""
+        self.blocks.append((axis, reason))
+        for one in {self.find(axis), *self.atoms(axis)}:
+            self._dead.setdefault(one, reason)
+
+    def why_blocked(self, axis: int) -> str:
+        """The first reason found so far for which the whole axis is blocked."""
+        return self._dead.get(self.find(axis), "")
+
+    def tie(self, a: int, b: int, why: str) -> None:
+        """Two axes index the same units."""
+        if a != b:
+            self.links.append((a, b, why))
+            self._unify(a, b)
+
+    def split(self, kind: str, whole: Ids, parts: Ids, why: str) -> None:
+        """The product or sum of `whole` is that of `parts`."""
+        self.links += [(a, b, why) for a in whole for b in parts]
+        self._match(kind, whole, parts)
+
+    def _unify(self, a: int, b: int) -> None:
+        a, b = self.find(a), self.find(b)
+        if a == b:
+            return
+        kinds = self.parts(a)[0], self.parts(b)[0]
+        if all(kinds):
+            if a in self._dead and b in self._dead:
+                return  # nothing can be cut; parts need not meet
+            if kinds[0] != kinds[1] or self.size[a] != self.size[b]:
+                self._clash((a, b))
+                return
+            self._match(kinds[0], (a,), (b,))
+            a, b = self.find(a), self.find(b)
+        elif kinds[0]:
+            a, b = b, a
+        self._parent[a] = b
+        for reason in [self._dead[one] for one in (a, b) if one in self._dead]:
+            for one in (b, *self.atoms(b)):
+                self._dead.setdefault(one, reason)
+
+    def _match(self, kind: str, left: Ids, right: Ids) -> None:
+        """Two lists of axes with one product (or sum): tie the parts that line up, splitting where one is larger."""
+        queues = [list(left)[::-1], list(right)[::-1]]
+        total = math.prod if kind == "product" else sum
+        for _ in range(_PARTS):
+            heads = [self._head(kind, queue) for queue in queues]
+            if heads[0] is None or heads[1] is None:
+                return
+            sizes = [self.size[h] for h in heads]
+            small, large = sorted((0, 1), key=lambda i: sizes[i])
+            root = self.find(heads[large])
+            if sizes[0] == sizes[1]:
+                self._unify(heads[0], heads[1])
+            elif self.parts(root)[0] or (kind == "product" and (not sizes[small] or sizes[large] % sizes[small])):
+                segment = [[heads[0]], [heads[1]]]
+                while (a := total(self.size[s] for s in segment[0])) != (b := total(self.size[s] for s in segment[1])):
+                    shorter = 0 if a < b else 1
+                    segment[shorter].append(self._head(kind, queues[shorter]))
+                self._clash((*segment[0], *segment[1]))
+            else:
+                rest = sizes[large] // sizes[small] if kind == "product" else sizes[large] - sizes[small]
+                pair = (self.new(sizes[small]), self.new(rest))
+                self._parts[root] = (kind, pair)
+                if root in self._dead:
+                    self._dead.update(dict.fromkeys(pair, self._dead[root]))
+                self._unify(heads[small], pair[0])
+                queues[large].append(pair[1])
+        else:
+            self._clash(tuple(a for queue in queues for a in queue))
+
+    def _head(self, kind: str, queue: list[int]) -> Any:
+        """The next axis of a list, parts of the same kind opened; None at its end."""
+        while queue:
+            axis = queue.pop()
+            own, parts = self.parts(axis)
+            if own != kind:
+                return axis
+            queue += parts[::-1]
+        return None
+
+    def _clash(self, axes: Ids) -> None:
+        for axis in axes:
+            self.block(axis, "it is cut into parts in two ways that do not line up")
+
+
+class Reader:
+    """The axes of every variable of a program, by the rules of its primitives.
+
+    leaves: {path: axes}. contractions: (axis of left, axis of right, left, right, primitive). roles: {axis: words}, of
+    axes of parameters. unknown: [(primitive, reason, axes that it touches)], without a rule.
+    """
+
+    def __init__(self, program: Program, rules: Mapping[str, Rule]):
+        self.program, self.axes, self._rules = program, Axes(), rules
+        self.contractions: list[tuple[int, int, Atom, Atom, str]] = []
+        self.roles: dict[int, list[str]] = {}
+        self.unknown: list[tuple[str, str, Ids]] = []
+        self._of: dict[int, Ids] = {}
+        self.leaves = {path: self.made(program.shapes[var].shape) for path, var in program.leaves.items()}
+        self._of.update({var: self.leaves[path] for path, var in program.leaves.items()})
+        for var in program.batch:
+            self._of[var] = self.made(program.shapes[var].shape, "it is an axis of the batch")
+        for equation in program.equations:
+            outputs = self._read(equation)
+            self._of.update(zip(equation.outputs, outputs, strict=True))
+        for atom in program.outputs:
+            for axis in self.of(atom):
+                self.axes.block(axis, "it is an output of fn")
+
+    def of(self, atom: Atom) -> Ids:
+        """The axes of a variable, of a constant or of a literal."""
+        if isinstance(atom, int) and atom in self._of:
+            return self._of[atom]
+        value = atom.value if isinstance(atom, Literal) else self.program.constants[atom]
+        shape = self.program.type_of(atom).shape
+        axes = tuple(self.made((n,), "" if _uniform(value, k) else _CONSTANT)[0] for k, n in enumerate(shape))
+        if isinstance(atom, int):
+            self._of[atom] = axes
+        return axes
+
+    def made(self, shape: tuple[int, ...], blocked: str = "") -> Ids:
+        """New axes; those of more than one entry are blocked where a reason is given."""
+        return tuple(self.axes.new(n, blocked if n != 1 else "") for n in shape)
+
+    def shape(self, atom: Atom) -> tuple[int, ...]:
+        """Of a variable."""
+        return tuple(self.program.type_of(atom).shape)
+
+    def part(self, atom: Atom, k: int, start: int, stop: int, stride: int, name: str) -> int:
+        """Axis `k` of a slice of `atom`: the axis itself, a part of it, or blocked."""
+        axis, n, length = self.of(atom)[k], self.shape(atom)[k], -(-(stop - start) // stride)
+        if length == n:
+            return axis
+        why = self.axes.why_blocked(axis)
+        if not why and stride == 1 and length > 1:
+            pieces = [self.axes.new(size) for size in (start, length, n - stop) if size]
+            self.axes.split("sum", (axis,), tuple(pieces), f"cut by {name}")
+            return pieces[bool(start)]
+        why = why or f"{'one entry' if length == 1 else 'a part'} of it is read by {name}"
+        if length == 1 and self.program.is_parametric(atom):
+            self.role(atom, (axis,), "layer")
+            self.axes.block(axis, _STACKS)
+        else:
+            self.axes.block(axis, why)
+        return self.made((length,), why)[0]
+
+    def block(self, atoms: Iterable[Atom], dims: Iterable[int], why: str) -> None:
+        """Block these axes of these variables; an axis of one entry holds nothing to cut."""
+        for atom in atoms:
+            for k in dims:
+                if self.shape(atom)[k] != 1:
+                    self.axes.block(self.of(atom)[k], why)
+
+    def meet(self, every: Sequence[Ids], dims: Iterable[int], why: str) -> None:
+        """These axes index the same units in all of `every`."""
+        for other in every[1:]:
+            for k in dims:
+                self.axes.tie(every[0][k], other[k], why)
+
+    def known(self, atom: Atom) -> int | None:
+        """The whole number that an atom holds, whatever params and the batch."""
+        value = atom.value if isinstance(atom, Literal) else self.program.constants.get(atom)
+        return None if value is None else int(value)
+
+    def contract(self, pairs: list[tuple[int, int]], equation: Equation) -> None:
+        """The products over these axes are summed."""
+        name = equation.primitive.name
+        left, right = equation.inputs[:2]
+        for a, b in pairs:
+            self.axes.tie(a, b, f"contracted in {name}")
+            self.contractions.append((a, b, left, right, name))
+            self.role(left, (a,), "in")
+            self.role(right, (b,), "in")
+
+    def role(self, atom: Atom, axes: Ids, word: str) -> None:
+        """What axes of a parameter are for."""
+        if self.program.is_parametric(atom):
+            for axis in axes:
+                self.roles.setdefault(axis, []).append(word)
+
+    def _read(self, equation: Equation) -> list[Ids]:
+        name = equation.primitive.name
+        made = self._rules[name](self, equation) if name in self._rules else None
+        if made is not None:
+            return made
+        why = f"it goes through {BLOCKS[name]} ({name})" if name in BLOCKS else f"{name} has no rule"
+        touched = tuple(axis for atom in equation.inputs for axis in self.of(atom))
+        for axis in touched:
+            self.axes.block(axis, why)
+        made = [self.made(self.shape(var), why) for var in equation.outputs]
+        self.unknown.append((name, why, (*touched, *(axis for ids in made for axis in ids))))
+        return made
+
+
+def _uniform(value: Any, axis: int) -> bool:
+    """Whether an array repeats itself along an axis."""
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return False
+    array = np.asarray(value)
+    return bool(np.all(array == array.take([0], axis))) if array.size else False

@@ -1,0 +1,311 @@
+"""Which axes of which leaves must be cut together: the dependency of axes, and why some cannot be cut."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pruneopt.structure.axes import Axes, Reader
+from pruneopt.structure.graph import Graph, Refusal
+from pruneopt.structure.leaves import nearest
+from pruneopt.structure.program import Atom, Equation, Literal
+from pruneopt.structure.unit_rules import RULES
+
+__all__ = ["RULES", "Group", "Units", "explain", "units"]
+_SHOWN = 8  # ties that an explanation spells out for each axis
+
+
+@dataclass(frozen=True)
+class Group:
+    """Axes that index the same `size` units: cutting unit u cuts its entries of every member.
+
+    members: ((path, axis), ...). blocked: why no unit can be cut; empty where units can be. because: what ties the
+    members, as words. `Units.places` says which entries of an axis a unit owns.
+    """
+
+    members: tuple[tuple[str, int], ...]
+    size: int
+    blocked: tuple[str, ...]
+    because: tuple[str, ...]
+
+
+class Units:
+    """The groups of a graph, in the order of their first member.
+
+    In a group that is not blocked, zeroing a unit in every member leaves fn's output as deleting it does, where numbers
+    that fn computed from shapes stay as they were traced. refusals: primitives without a rule and the leaves reached.
+    """
+
+    def __init__(self, graph: Graph):
+        self._reader = reader = Reader(graph.program, RULES)
+        self._axes = axes = reader.axes
+        read = {a for e in graph.program.equations for a in e.inputs if isinstance(a, int)}
+        for path, var in graph.program.leaves.items():
+            if var not in read and var not in graph.program.outputs:
+                for axis in reader.leaves[path]:
+                    axes.block(axis, "fn does not use it")
+        _Zeros(reader)
+        members: dict[int, list[tuple[str, int]]] = {}
+        for path, ids in reader.leaves.items():
+            for k, axis in enumerate(ids):
+                for atom in dict.fromkeys(axes.atoms(axis)):
+                    members.setdefault(atom, []).append((path, k))
+        blocked: dict[int, dict[str, None]] = {atom: {} for atom in members}
+        because: dict[int, dict[str, None]] = {atom: {} for atom in members}
+        for axis, reason in axes.blocks:
+            for atom in members.keys() & set(axes.atoms(axis)):
+                blocked[atom][reason] = None
+        for a, b, why in axes.links:
+            for atom in members.keys() & set(axes.atoms(a)) & set(axes.atoms(b)):
+                because[atom][why] = None
+        self._groups = {
+            atom: Group(tuple(found), axes.size[atom], tuple(blocked[atom]), tuple(because[atom]))
+            for atom, found in members.items()
+        }
+        self.groups = list(self._groups.values())
+        reached: dict[tuple[str, str], dict[str, None]] = {}
+        for name, why, touched in reader.unknown:
+            atoms = members.keys() & {a for axis in touched for a in axes.atoms(axis)}
+            paths = [p for p, ids in reader.leaves.items() if any(atoms & set(axes.atoms(axis)) for axis in ids)]
+            reached.setdefault((name, why), {}).update(dict.fromkeys(paths))
+        self.refusals = [Refusal(name, tuple(paths), why) for (name, why), paths in reached.items()]
+
+    def of(self, path: str, axis: int) -> tuple[Group, ...]:
+        """The groups of an axis of a leaf, one for each of its parts in order: one where the axis is whole, two where
+        it is heads x width or two joined projections, none where its size is 1. Raises ValueError for no such axis.
+        """
+        return tuple(self._groups[atom] for atom in dict.fromkeys(self._axes.atoms(self._axis(path, axis))))
+
+    def places(self, group: Group, path: str, axis: int) -> np.ndarray:
+        """Whole numbers (units, entries): the entries of an axis that each unit of a group owns."""
+        atom = next((a for a, g in self._groups.items() if g is group), None)
+        if atom is None or (path, axis) not in group.members:
+            raise ValueError(f"axis {axis} of '{path}' is no member of that group; its members are {group.members}")
+        owned = _owned(self._axes, self._axis(path, axis), atom)
+        return np.nonzero(owned)[1].reshape(group.size, -1)
+
+    def _axis(self, path: str, axis: int) -> int:
+        ids = self._reader.leaves.get(path)
+        if ids is None:
+            raise ValueError(f"params has no array '{path}'; there are {nearest(path, list(self._reader.leaves))}")
+        if not 0 <= axis < len(ids):
+            raise ValueError(f"leaf '{path}' has {len(ids)} axes, so axis={axis} is none; count them from 0")
+        return ids[axis]
+
+    def _parts(self, axis: int) -> str:
+        """The parts of an axis: "8 x 4", "(8 x 4) + 16"."""
+        kind, parts = self._axes.parts(axis)
+        if not parts:
+            return str(self._axes.size[axis])
+        inside = [self._parts(p) if self._axes.parts(p)[0] in ("", kind) else f"({self._parts(p)})" for p in parts]
+        return (" x " if kind == "product" else " + ").join(i for i in inside if kind == "sum" or i not in ("1", "(1)"))
+
+    def _ties(self, axis: int, atom: int) -> dict[tuple[str, int], tuple[str, ...]]:
+        """{(path, axis): the shortest chain of words that ties it to `axis`} for the members that share `atom`."""
+        near: dict[int, list[tuple[int, str]]] = {}
+        for a, b, why in self._axes.links:
+            if atom in self._axes.atoms(a) and atom in self._axes.atoms(b):
+                near.setdefault(a, []).append((b, why))
+                near.setdefault(b, []).append((a, why))
+        words: dict[int, tuple[str, ...]] = {axis: ()}
+        queue = deque([axis])
+        while queue:
+            for other, why in near.get(here := queue.popleft(), ()):
+                if other not in words:
+                    words[other] = tuple(dict.fromkeys((*words[here], why)))
+                    queue.append(other)
+        ids = {(p, k): self._axis(p, k) for p, k in self._groups[atom].members}
+        return {member: words.get(i, ()) for member, i in ids.items() if i != axis}
+
+    def _role(self, axis: int) -> str:
+        """What an axis of a leaf is for: "in", "out", "layer", ...; found through reshapes and slices of the leaf."""
+        layout = ("folded", "cut", "joined", "repeated")
+        seen, stack = {axis}, [axis]
+        while stack:
+            here = stack.pop()
+            for a, b, why in self._axes.links:
+                if here in (a, b) and why.startswith(layout) and (other := b if here == a else a) not in seen:
+                    seen.add(other)
+                    stack.append(other)
+        words = self._reader.roles.get(axis) or [w for i in sorted(seen) for w in self._reader.roles.get(i, ())]
+        return " and ".join(dict.fromkeys(words))
+
+
+def units(graph: Graph) -> Units:
+    """Which axes of the leaves of a graph must be cut together, by one rule a primitive; unsure means blocked."""
+    return Units(graph)
+
+
+def explain(graph: Graph, path: str) -> str:
+    """In words: which operators a leaf feeds, what its axes are, what they are tied to and what blocks cutting them.
+
+    Raises ValueError for an unknown path, the nearest ones named.
+    """
+    found = units(graph)
+    shape = graph.program.shapes[graph.program.leaves[path]] if path in graph.program.leaves else None
+    if shape is None:
+        raise ValueError(f"params has no array '{path}'; there are {nearest(path, list(graph.program.leaves))}")
+    text = [f"{path}: {' x '.join(map(str, shape.shape)) or 'a single number'}, {shape.dtype}"]
+    readers = [op for op in graph.operators if path in op.paths]
+    for op in readers[:_SHOWN]:
+        through = f", through {', '.join(op.through)}" if op.through else ""
+        text.append(f"  read by '{op.name}': {op.kind} {op.n_in} x {op.n_out}, {_count(len(op.uses), 'use')}{through}")
+    text += [f"  and by {_count(len(readers) - _SHOWN, 'operator')} more"] * (len(readers) > _SHOWN)
+    looks = [look for look in graph.lookups if path in look.paths]
+    text += [f"  looked up: {look.picked} of {look.rows} rows" for look in looks]
+    if not readers and not looks:
+        text.append(f"  no operator reads it: {graph.why_not(path)}")
+    for k, n in enumerate(shape.shape):
+        text += _axis_text(found, path, k, n)
+    return "\n".join(text)
+
+
+def _axis_text(found: Units, path: str, k: int, n: int) -> list[str]:
+    axis = found._axis(path, k)
+    atoms = list(dict.fromkeys(found._axes.atoms(axis)))
+    role = ", ".join(filter(None, (found._role(axis), str(n))))
+    text = [f"  axis {k} ({role})" + (f", made of {found._parts(axis)}" if len(atoms) > 1 else "")]
+    if not atoms:
+        return [f"{text[0]}: a single unit, nothing to cut"]
+    for atom in atoms:
+        group = found._groups[atom]
+        owned = found.places(group, path, k).shape[1]
+        margin = "    "
+        if len(atoms) > 1 or owned > 1:
+            text.append(f"    {_count(group.size, 'unit')} of {owned} {'entries' if owned > 1 else 'entry'}")
+            margin = "      "
+        ties = found._ties(axis, atom)
+        for (other, j), words in list(ties.items())[:_SHOWN]:
+            name = "its own" if other == path else other
+            text.append(f"{margin}tied to {name} axis {j}: {', '.join(words)}")
+        text += [f"{margin}tied to {_count(len(ties) - _SHOWN, 'axis', 'axes')} more"] * (len(ties) > _SHOWN)
+        text.append(f"{margin}blocked: {'; '.join(group.blocked)}" if group.blocked else f"{margin}units can be cut")
+    return text
+
+
+def _count(n: int, one: str, many: str = "") -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def _owned(axes: Axes, axis: int, atom: int) -> np.ndarray:
+    """(units, entries), True where the unit owns the entry of the axis."""
+    kind, parts = axes.parts(axis)
+    if not kind:
+        return np.eye(axes.size[atom], dtype=bool) if axes.find(axis) == atom else _nothing(axes, axis, atom)
+    inside = [_owned(axes, part, atom) for part in parts]
+    if kind == "sum":
+        return np.concatenate(inside, axis=1)
+    whole = np.zeros((axes.size[atom], 1), bool)
+    for one in inside:
+        whole = (whole[:, :, None] | one[:, None, :]).reshape(len(whole), -1)
+    return whole
+
+
+def _nothing(axes: Axes, axis: int, atom: int) -> np.ndarray:
+    return np.zeros((axes.size[atom], axes.size[axis]), bool)
+
+
+# f(0) = 0, or only another layout of the entries.
+_KEEPS = frozenset(
+    {"abs", "asin", "asinh", "atan", "atanh", "broadcast_in_dim", "cbrt", "ceil", "conj"}
+    | {"convert_element_type", "copy", "copy_p", "cumsum", "device_put", "dynamic_slice", "erf", "erf_inv"}
+    | {"expm1", "floor", "gather", "imag", "integer_pow", "log1p", "name", "neg", "optimization_barrier"}
+    | {"pvary", "real", "reduce_max", "reduce_min", "reduce_precision", "reduce_sum", "reshape", "rev"}
+    | {"round", "sharding_constraint", "sign", "sin", "sinh", "slice", "split", "sqrt", "square"}
+    | {"squeeze", "stop_gradient", "tan", "tanh", "tile", "transpose", "unstack"}
+)
+# Zero where any input is, and zero where all inputs are; functions that may have no finite value at zero.
+_ANY = frozenset({"mul", "and", "div", "rem"})
+_ALL = frozenset({"add", "add_any", "sub", "max", "min", "or", "xor", "select_n", "clamp"})
+_JOINS = frozenset({"concatenate", "stack", "pad", "dynamic_update_slice"})
+_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+_SINGULAR = frozenset({"div", "rem", "log", "rsqrt", "pow", "digamma", "lgamma", "acosh", "polygamma", "zeta", "atan2"})
+
+
+class _Zeros:
+    """Where variables are zero once a unit is zeroed in every leaf: for each axis, the units whose entries are."""
+
+    def __init__(self, reader: Reader):
+        self._reader, self._of, self._null = reader, {}, set()
+        axes, program = reader.axes, reader.program
+        atoms = {axis: frozenset(axes.atoms(axis)) for axis in range(len(axes.size))}
+        self._atoms = lambda atom: [atoms[axis] for axis in reader.of(atom)]
+        self._everything = frozenset().union(*atoms.values())
+        self._of.update({var: tuple(self._atoms(var)) for var in program.leaves.values()})
+        for equation in program.equations:
+            self._read(equation)
+        for a, b, left, right, name in reader.contractions:
+            if program.is_data(left) and program.is_data(right):
+                axes.block(a, f"it is contracted between two activations in {name}: a scale by its size would change")
+            elif not all(program.is_data(x) or program.is_parametric(x) for x in (left, right)):
+                axes.block(a, f"it is contracted with numbers that fn closed over in {name}")
+            for atom in atoms[a] - self._along(left, a) - self._along(right, b):
+                axes.block(atom, f"zeroing it in its leaves is no deletion: {name} sums what is left of it")
+
+    def _along(self, atom: Atom, axis: int) -> frozenset[int]:
+        """Units at which a variable is zero along one of its axes."""
+        found = [zero for i, zero in zip(self._reader.of(atom), self.of(atom), strict=True) if i == axis]
+        return frozenset.intersection(*found) if found else frozenset()
+
+    def of(self, atom: Atom) -> tuple[frozenset[int], ...]:
+        """For each axis, the units at which a variable is zero."""
+        rank = len(self._reader.shape(atom))
+        if self._is_null(atom):
+            return (self._everything,) * rank
+        return self._of.get(atom, (frozenset(),) * rank) if isinstance(atom, int) else (frozenset(),) * rank
+
+    def _is_null(self, atom: Atom) -> bool:
+        """Whether it is zero everywhere, whatever params and the batch."""
+        constants = self._reader.program.constants
+        if isinstance(atom, int) and atom not in constants:
+            return atom in self._null
+        value: Any = atom.value if isinstance(atom, Literal) else constants[atom]
+        return isinstance(value.dtype, np.dtype) and not np.any(np.asarray(value))
+
+    def _read(self, equation: Equation) -> None:
+        name, inputs = equation.primitive.name, equation.inputs
+        if name in _SINGULAR or (name == "integer_pow" and equation.params["y"] <= 0):
+            for atom in inputs[1:] if name in ("div", "rem") else inputs:
+                for unit in frozenset() if self._is_null(atom) else frozenset().union(*self.of(atom)):
+                    self._reader.axes.block(unit, f"{name} of a unit at zero may be infinite or not a number")
+        if name == "select_n":
+            inputs = inputs[1:]
+        elif name == "dynamic_update_slice":
+            inputs = inputs[:2]
+        elif name in _KEEPS or name in ("div", "rem"):  # a zero numerator
+            inputs = inputs[: len(equation.outputs)] if name == "optimization_barrier" else inputs[:1]
+        if name in ("broadcast_in_dim", "convert_element_type", "copy", "neg", "reshape") and self._is_null(inputs[0]):
+            self._null.update(equation.outputs)
+        for i, var in enumerate(equation.outputs):
+            read = inputs[i : i + 1] if name == "optimization_barrier" else inputs
+            self._of[var] = tuple(self._kept(equation, read, var, k) for k in range(len(self._reader.shape(var))))
+
+    def _kept(self, equation: Equation, inputs: tuple[Atom, ...], var: int, k: int) -> frozenset[int]:
+        """Units at which axis `k` of an output is zero."""
+        name, carried, none = equation.primitive.name, self._atoms(var)[k], frozenset()
+        n = self._reader.shape(var)[k]
+        if name in _ANY or name in _ALL:
+            same = [self._is_full(a, var, k, n) for a in inputs]
+            found = [self.of(a)[k] if full else none for a, full in zip(inputs, same, strict=True)]
+            found = [self._everything if self._is_null(a) else f for a, f in zip(inputs, found, strict=True)]
+            return carried & (none.union(*found) if name in _ANY else frozenset.intersection(*found))
+        if name in _PRODUCTS:
+            axis = self._reader.of(var)[k]
+            return carried & none.union(*(self._along(a, axis) for a in inputs[:2]))
+        if name == "broadcast_in_dim":
+            dims = list(equation.params["broadcast_dimensions"])
+            return carried & self.of(inputs[0])[dims.index(k)] if k in dims else none
+        if name == "pad" and not self._is_null(inputs[1]):
+            return none
+        if name not in _KEEPS and name not in _JOINS:
+            return none
+        pairs = [pair for a in inputs for pair in zip(self._atoms(a), self.of(a), strict=True)]
+        met = none.union(*(own for own, _ in pairs))
+        return (carried & met) - none.union(*(own - zero for own, zero in pairs))
+
+    def _is_full(self, atom: Atom, var: int, k: int, n: int) -> bool:
+        shape = self._reader.shape(atom)
+        return len(shape) == len(self._reader.shape(var)) and shape[k] == n
