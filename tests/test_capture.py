@@ -17,6 +17,7 @@ from jax import lax
 from pruneopt.structure import capture as module
 from pruneopt.structure import forms
 from pruneopt.structure.capture import capture
+from pruneopt.structure.graph import trace
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
@@ -121,7 +122,7 @@ def dense():
 
 def transposed():
     fn = lambda params, x: jnp.einsum("oi,bti->bto", params["w"], x)  # noqa: E731
-    return Case(fn, {"w": draw(3, 4)}, [draw(2, 3, 4), draw(1, 3, 4)], lambda p, x: {"w": flat(x)})
+    return Case(fn, {"w": draw(3, 4)}, [draw(2, 3, 4), draw(2, 3, 4, seed=1)], lambda p, x: {"w": flat(x)})
 
 
 def two_contracted():
@@ -131,12 +132,12 @@ def two_contracted():
     def rows(params, x):
         return {"w": [[[x[b, t, h, k] for h in range(2) for k in range(3)] for b in range(len(x)) for t in range(4)]]}
 
-    return Case(fn, {"w": draw(2, 3, 5)}, [draw(2, 4, 2, 3), draw(1, 4, 2, 3)], rows)
+    return Case(fn, {"w": draw(2, 3, 5)}, [draw(2, 4, 2, 3), draw(2, 4, 2, 3, seed=1)], rows)
 
 
 def two_outputs():
     fn = lambda params, x: jnp.einsum("btd,dhk->bthk", x, params["w"])  # noqa: E731
-    return Case(fn, {"w": draw(5, 2, 3)}, [draw(2, 4, 5), draw(1, 4, 5)], lambda p, x: {"w": flat(x)})
+    return Case(fn, {"w": draw(5, 2, 3)}, [draw(2, 4, 5), draw(2, 4, 5, seed=1)], lambda p, x: {"w": flat(x)})
 
 
 def experts():
@@ -168,7 +169,7 @@ def vmapped():
     def rows(params, x):
         return {"w": np.tanh(np.moveaxis(x, 1, 0))}
 
-    return Case(fn, {"w": draw(4, 5, 3)}, [draw(4, 3, 4), draw(2, 3, 4)], rows)
+    return Case(fn, {"w": draw(4, 5, 3)}, [draw(4, 3, 4), draw(4, 3, 4, seed=1)], rows)
 
 
 def vmapped_convolution():
@@ -182,7 +183,7 @@ def vmapped_convolution():
     def units(params, x):
         return {"w": x.reshape(2, -1, 2)}
 
-    return Case(fn, {"w": draw(2, 2, 2, 2, 3)}, [draw(2, 3, 4, 3, 2), draw(2, 1, 4, 3, 2)], rows, units)
+    return Case(fn, {"w": draw(2, 2, 2, 2, 3)}, [draw(2, 2, 4, 3, 2), draw(2, 2, 4, 3, 2, seed=1)], rows, units)
 
 
 def broadcast():
@@ -192,7 +193,7 @@ def broadcast():
         w = jnp.broadcast_to(params["w"], (x.shape[0], 4, 5))
         return jnp.einsum("btd,bdf->btf", x, w)
 
-    return Case(fn, {"w": draw(4, 5)}, [draw(2, 3, 4), draw(1, 3, 4)], lambda p, x: {"w": flat(x)})
+    return Case(fn, {"w": draw(4, 5)}, [draw(2, 3, 4), draw(2, 3, 4, seed=1)], lambda p, x: {"w": flat(x)})
 
 
 def tied():
@@ -219,14 +220,14 @@ def scanned(reverse=False):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"], reverse=reverse)[0]
 
     order = range(3)[::-1] if reverse else range(3)
-    return Case(fn, {"w": draw(3, 4, 4)}, [draw(4, 4), draw(2, 4)], lambda p, x: chained(p, x, order))
+    return Case(fn, {"w": draw(3, 4, 4)}, [draw(4, 4), draw(4, 4, seed=1)], lambda p, x: chained(p, x, order))
 
 
 def fori():
     def fn(params, x):
         return lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ params["w"][2 - i]), x)
 
-    return Case(fn, {"w": draw(3, 4, 4)}, [draw(4, 4), draw(2, 4)], lambda p, x: chained(p, x, (2, 1, 0)))
+    return Case(fn, {"w": draw(3, 4, 4)}, [draw(4, 4), draw(4, 4, seed=1)], lambda p, x: chained(p, x, (2, 1, 0)))
 
 
 def siamese():
@@ -240,7 +241,7 @@ def siamese():
         first, second = (chained(params, view, range(2)) for view in batch)
         return {name: np.concatenate([first[name], second[name]], axis=1) for name in first}
 
-    batches = [(draw(4, 4), draw(4, 4, seed=1)), (draw(2, 4), draw(2, 4, seed=1))]
+    batches = [(draw(4, 4), draw(4, 4, seed=1)), (draw(4, 4, seed=2), draw(4, 4, seed=3))]
     return Case(fn, {"w": draw(2, 4, 4)}, batches, rows)
 
 
@@ -264,7 +265,7 @@ def recurrent():
         return {"h": flat(np.concatenate(seen)), "x": flat(x), "out": flat(out)}
 
     params = {"h": draw(4, 4), "x": draw(5, 4), "out": draw(4, 3)}
-    return Case(fn, params, [draw(4, 3, 5), draw(2, 3, 5)], rows)
+    return Case(fn, params, [draw(4, 3, 5), draw(4, 3, 5, seed=1)], rows)
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -350,10 +351,36 @@ def test_the_reference_itself_makes_the_convolution(name):
     np.testing.assert_allclose(y.reshape(by_hand.shape), by_hand, rtol=1e-12, atol=1e-13)
 
 
+# Networks that are one product, the rows of their output in the order of the rows by hand.
+PRODUCTS = {
+    "transposed-weight": lambda y: y.reshape(1, -1, 3),
+    "conv-same-strided": lambda y: y.reshape(1, -1, 6),
+    "conv-grouped-same": lambda y: np.moveaxis(y.reshape(-1, 2, 3), 1, 0),
+    "conv-nchw": lambda y: np.moveaxis(y, 1, -1).reshape(1, -1, 6),
+    "two-contracted-axes": lambda y: y.reshape(1, -1, 5),
+    "two-output-axes": lambda y: y.reshape(1, -1, 6),
+    "batched-experts": lambda y: y,
+    "vmapped": lambda y: y,
+    "vmapped-conv": lambda y: y.reshape(2, -1, 3),
+    "broadcast-weight": lambda y: y.reshape(1, -1, 5),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_changed_matrix_is_what_fn_multiplies_by(name):
+    case = CASES[name]()
+    x = case.batches[0]
+    op = trace(case.fn, case.params, x).operator("w")
+    matrix = draw(op.problems, op.n_in, op.n_out, seed=5)
+    params = op.to_leaves(jnp.asarray(matrix), case.params)
+    y = np.asarray(case.fn(params, x))
+    np.testing.assert_allclose(PRODUCTS[name](y), case.rows(case.params, x)["w"] @ matrix, **EXACT)
+    if name != "vmapped-conv":  # whose product is rearranged before it is returned
+        np.testing.assert_array_equal(op.uses[0].form.output_rows(y), PRODUCTS[name](y))
+
+
 @pytest.mark.default_flags
-@pytest.mark.parametrize(
-    "name", ["dense", "conv-same-strided", "conv-depthwise", "batched-experts", "ragged-experts", "scanned"]
-)
+@pytest.mark.parametrize("name", ["dense", "conv-same-strided", "ragged-experts", "scanned"])
 def test_grams_in_single_precision(name):
     case = CASES[name]()
     single = lambda tree: jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, tree)  # noqa: E731
@@ -367,7 +394,7 @@ def test_grams_in_single_precision(name):
 @pytest.mark.default_flags
 def test_bf16_inputs_accumulate_in_float32():
     x = jnp.asarray(1 + draw(700, 3) / 8, jnp.bfloat16)
-    batches = [x[:512], x[512:]]
+    batches = [x[:350], x[350:]]
     found = capture(
         lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2), jnp.bfloat16)}, batches, means=True, activations=True
     )
@@ -390,7 +417,7 @@ def test_the_variance_of_units_far_from_zero():
 # ------------------------------------------------------------------------------------------------------ batches
 
 
-@pytest.mark.parametrize("name", ["dense", "conv-grouped-same", "recurrent"])
+@pytest.mark.parametrize("name", ["conv-grouped-same", "tied"])
 def test_how_the_data_are_cut_does_not_matter(name):
     case = CASES[name]()
     data = np.concatenate(case.batches)
@@ -406,6 +433,21 @@ def test_batches_may_come_from_a_function():
     case = dense()
     listed, made = (capture(case.fn, case.params, b) for b in (case.batches, lambda: iter(case.batches)))
     assert all(np.array_equal(listed[op].gram, made[op].gram) for op in listed)
+
+
+def test_loops_that_differ_in_a_constant_deep_inside():
+    """Equal equations are evaluated once; these two only look equal, in print too."""
+
+    def grown(x, step):
+        inner = jax.jit(lambda x: x + jnp.asarray(step))
+        return lax.while_loop(lambda x: jnp.min(x) < 3, inner, x)
+
+    one, two = np.ones((2, 4)), np.full((2, 4), 2.0)
+    found = capture(
+        lambda p, x: grown(x, one) @ p["a"] + grown(x, two) @ p["b"], {"a": draw(4, 4), "b": draw(4, 4)}, [0 * one]
+    )
+    np.testing.assert_array_equal(found["a"].gram, np.full((1, 4, 4), 9.0))
+    np.testing.assert_array_equal(found["b"].gram, np.full((1, 4, 4), 16.0))
 
 
 def test_only_what_is_asked_for():
@@ -434,11 +476,9 @@ def blocks(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("per", ["example", "pixel"])
-@pytest.mark.parametrize("name", ["conv-grouped-same", "conv-nchw"])
+@pytest.mark.parametrize(("name", "per"), [("conv-grouped-same", "pixel"), ("conv-nchw", "example")])
 def test_weights_on_convolutions(name, per):
     case = CASES[name]()
-    case.batches = [np.concatenate(case.batches), case.batches[0]]
     pixels = {"conv-grouped-same": (5, 6), "conv-nchw": (3, 6)}[name]
 
     def weights(batch):
@@ -478,17 +518,17 @@ def masked_network():
         return flat.sum(axis=1) @ params["pooled"]
 
     params = {"split": draw(4, 2, 3), "join": draw(2, 3, 4), "flat": draw(4, 4), "pooled": draw(4, 3)}
-    mask = (np.arange(5) < np.array([[5], [2], [0]])).astype(np.float64)
-    return fn, params, {"x": draw(3, 5, 4), "mask": mask}
+    mask = (np.arange(5) < np.array([[5], [2], [0], [4]])).astype(np.float64)
+    return fn, params, {"x": draw(4, 5, 4), "mask": mask}
 
 
 def test_an_attention_mask_reaches_every_operator():
     fn, params, batch = masked_network()
-    small = jax.tree.map(lambda x: x[:2], batch)
-    found = capture(fn, params, [batch, small], weights=lambda b: b["mask"], means=True)
+    halves = [jax.tree.map(lambda x: x[:2], batch), jax.tree.map(lambda x: x[2:], batch)]
+    found = capture(fn, params, halves, weights=lambda b: b["mask"], means=True)
     total = dict.fromkeys(params, 0.0)
     count = dict(total)
-    for b in (batch, small):
+    for b in halves:
         for x, mask in zip(b["x"], b["mask"], strict=True):
             heads = np.einsum("td,dhk->thk", x, params["split"]).reshape(5, 6)
             joined = np.tanh(heads @ params["join"].reshape(6, 4))
@@ -575,7 +615,7 @@ def mixed_network(params, bump, x):
     """A convolution, heads and tied weights; bump: what is added to each operator's output."""
     x = lax.conv_general_dilated(x, params["conv"], (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     x = jnp.tanh(x + bump["conv"])
-    x = jax.nn.gelu(jnp.einsum("bhwc,cgk->bgkhw", x, params["heads"]) + bump["heads"])
+    x = jnp.tanh(jnp.einsum("bhwc,cgk->bgkhw", x, params["heads"]) + bump["heads"])
     x = jnp.tanh(jnp.einsum("bgkhw,gkd->bd", x, params["join"]) + bump["join"])
     x = jnp.tanh(x @ params["tied"] + bump["tied1"]) @ params["tied"] + bump["tied2"]
     return jnp.mean(jnp.sum(x**4, axis=-1))
@@ -585,7 +625,7 @@ def test_output_gradients_against_plain_autodiff():
     params = {"conv": draw(2, 2, 3, 4), "heads": draw(4, 2, 3), "join": draw(2, 3, 5), "tied": draw(5, 5)}
     shapes = {"conv": (2, 4, 4), "heads": (2, 3, 2, 4), "join": (5,), "tied1": (5,), "tied2": (5,)}
     none = {name: np.zeros((1, *shape)) for name, shape in shapes.items()}
-    x = draw(3, 4, 4, 3)
+    x = draw(4, 4, 4, 3)
     found = capture(
         lambda p, x: mixed_network(p, dict.fromkeys(shapes, 0.0), x), params, [x[:2], x[2:]], output_gradients=True
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import primitives
 from jax.sharding import AxisType, PartitionSpec
 
+from paper_reproductions.networks import resnet20, stories
 from pruneopt.structure.capture import capture
 from pruneopt.structure.graph import Graph, trace
 
@@ -138,9 +141,33 @@ def concatenated_leaves():
 @reads({"a + b": (2, 4, 4, 1)})
 def stacked_leaves():
     def fn(p, x):
-        return jnp.einsum("bi,pio->pbo", x, jnp.stack([p["a"], p["b"]]))
+        return jnp.einsum("pbi,pio->pbo", x, jnp.stack([p["a"], p["b"]]))
 
-    return fn, {"a": W, "b": draw(4, 4, seed=2)}, X
+    return fn, {"a": W, "b": draw(4, 4, seed=2)}, draw(2, 3, 4)
+
+
+@reads({"w[0]": SQUARE, "w[1]": SQUARE, "w[2]": SQUARE})
+def unstacked_leaf():
+    def fn(p, x):
+        for w in jnp.unstack(p["w"]):
+            x = jnp.tanh(x @ w)
+        return x
+
+    return fn, {"w": STACK}, X
+
+
+@reads({"w[:, 0]": SQUARE, "w[:, 1]": SQUARE})
+def unstacked_along_another_axis():
+    def fn(p, x):
+        first, second = jnp.unstack(p["w"], axis=1)
+        return jnp.tanh(x @ first) @ second
+
+    return fn, {"w": draw(4, 2, 4)}, X
+
+
+@reads({}, refused={("w",): "computed from w by tile"})
+def tiled_leaf():
+    return lambda p, x: x @ jnp.tile(p["w"], (1, 2)), {"w": W}, X
 
 
 @reads({"w": SQUARE})
@@ -325,6 +352,30 @@ def broadcast_over_the_batch():
     return fn, {"w": W}, draw(3, 2, 4)
 
 
+@reads({"a + b": (1, 4, 6, 1)})
+def joined_and_then_broadcast():
+    def fn(p, x):
+        a, b = (jnp.broadcast_to(p[n], (3, *p[n].shape)) for n in "ab")
+        return jnp.einsum("btd,bdf->btf", x, jnp.concatenate([a, b], axis=2))
+
+    return fn, {"a": W, "b": draw(4, 2)}, draw(3, 2, 4)
+
+
+@reads(
+    {}, refused={("a", "b"): "some of its entries are repeated by broadcasting, then joined with others by concatenate"}
+)
+def partly_broadcast():
+    def fn(p, x):
+        return jnp.einsum("btd,bdf->btf", x, jnp.concatenate([jnp.broadcast_to(p["a"], (3, 4, 4)), p["b"]], axis=2))
+
+    return fn, {"a": W, "b": draw(3, 4, 2)}, draw(3, 2, 4)
+
+
+@reads({}, refused={("w",): "repeated by broadcasting, then go through reshape"})
+def broadcast_and_then_reshaped():
+    return lambda p, x: x @ jnp.broadcast_to(p["w"], (2, 4, 4)).reshape(4, 8), {"w": W}, X
+
+
 @reads({"w": (1, 18, 4, 1), "grouped": (2, 2, 3, 1), "depthwise": (6, 4, 1, 1)})
 def convolutions():
     def fn(p, x):
@@ -373,10 +424,9 @@ def custom_vmap(layer):
 
 
 def closed_call(layer):
-    from jax._src import core
-
     def call(w, x):
-        return core.call_p.bind(w, x, call_jaxpr=jax.make_jaxpr(layer)(w, x).jaxpr)[0]
+        bound = primitives.closed_call_p.get_bind_params({"call_jaxpr": jax.make_jaxpr(layer)(w, x)})
+        return primitives.closed_call_p.bind(w, x, **bound)[0]
 
     return call
 
@@ -398,6 +448,8 @@ WRAPPED = {
     "custom-jvp": custom_jvp,
     "custom-vjp": custom_vjp,
     "custom-vmap": custom_vmap,
+    "closed-call": closed_call,
+    "composite": lambda layer: lax.composite(layer, "my.layer"),
     "remat": jax.checkpoint,
     "remat-of-jit": lambda layer: jax.checkpoint(jax.jit(layer), policy=jax.checkpoint_policies.dots_saveable),
     "barrier": lambda layer: lambda w, x: layer(*lax.optimization_barrier((w, x))),
@@ -574,11 +626,13 @@ def check(network: Network) -> None:
 
 
 def check_way_back(network: Network) -> None:
+    """For one operator of each kind: leaf, matrix, leaf; masks and supports; a matrix put in is the matrix read."""
     graph, params = network.read
+    kinds = {(network.operators[op.name], op.uses[0].form.weight_key, op.through): op for op in graph.operators}
     named = {
         jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in jax.tree_util.tree_leaves_with_path(params)
     }
-    for i, op in enumerate(graph.operators):
+    for i, op in enumerate(kinds.values()):
         matrix = op.to_matrix(named)
         assert matrix.shape == (op.problems, op.n_in, op.n_out)
         same = op.to_leaves(matrix, named)
@@ -586,6 +640,8 @@ def check_way_back(network: Network) -> None:
         for path, leaf in same.items():
             assert leaf.dtype == named[path].dtype
             assert np.asarray(leaf).tobytes() == np.asarray(named[path]).tobytes()
+        if i > 1:
+            continue
         support = np.random.default_rng(i).random(matrix.shape) < 0.5
         masks = op.masks(jnp.asarray(support))
         np.testing.assert_array_equal(op.support(masks), support)
@@ -608,3 +664,382 @@ def test_what_is_read(name):
 @pytest.mark.parametrize("name", [name for name, network in NETWORKS.items() if network.operators])
 def test_to_the_matrix_and_back(name):
     check_way_back(NETWORKS[name])
+
+
+# --------------------------------------------------------------------------------------------------- frameworks
+
+KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles fastest
+IMAGES = draw(2, 8, 8, 2).astype(np.float32)
+TOKENS = draw(2, 3, 8).astype(np.float32)
+frameworks = partial(reads, table=FRAMEWORKS)
+
+
+@frameworks(
+    {
+        "params/Conv_0/kernel": (1, 18, 4, 1),
+        "params/Conv_1/kernel": (4, 9, 1, 1),
+        "params/Dense_0/kernel": (1, 64, 4, 1),
+    }
+)
+def linen_cnn():
+    from flax import linen as nn
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3), strides=2)(x)))
+            x = nn.Conv(4, (3, 3), feature_group_count=4)(x)
+            return nn.Dense(4)(x.reshape(x.shape[0], -1))
+
+    net = Net()
+    return net.apply, dict(jax.jit(net.init)(KEY, IMAGES)), IMAGES
+
+
+HEADS = {
+    f"params/MultiHeadDotProductAttention_0/{name}/kernel": (1, 8, 8, 1) for name in ("query", "key", "value", "out")
+}
+
+
+@frameworks(HEADS)
+def linen_self_attention():
+    from flax import linen as nn
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x), mask=nn.make_causal_mask(x[..., 0]))
+
+    net = Net()
+    return net.apply, jax.jit(net.init)(KEY, TOKENS), TOKENS
+
+
+@frameworks({f"layers/params/Dense_0/kernel[{i}]": (1, 8, 8, 1) for i in range(2)})
+def linen_scan_over_layers():
+    from flax import linen as nn
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.relu(nn.Dense(8)(x)), None
+
+    stack = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+    net = stack()
+    variables = jax.jit(net.init)(KEY, TOKENS, None)
+    return lambda p, x: net.apply(p["layers"], x, None)[0], {"layers": dict(variables)}, TOKENS
+
+
+@frameworks(
+    {"conv/kernel/value": (1, 18, 4, 1), "head/kernel/value": (1, 64, 4, 1)},
+    lookups={("embed/embedding/value",): (128, 3)},
+)
+def nnx_cnn():
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(3, 2, rngs=rngs)
+            self.conv = nnx.Conv(2, 4, (3, 3), strides=2, rngs=rngs)
+            self.drop = nnx.Dropout(0.1, deterministic=True, rngs=rngs)
+            self.head = nnx.Linear(64, 4, rngs=rngs)
+
+        def __call__(self, x):
+            x = nnx.relu(self.conv(self.embed(x)))
+            return self.head(self.drop(x.reshape(x.shape[0], -1)))
+
+    graph, state = nnx.split(nnx.jit(lambda: Net(nnx.Rngs(KEY)))())
+    return lambda p, x: nnx.merge(graph, p)(x), state, np.arange(128).reshape(2, 8, 8) % 3
+
+
+@frameworks({"conv/weight": (1, 18, 4, 1), "mlp/layers/0/weight": (1, 64, 8, 1), "mlp/layers/1/weight": (1, 8, 4, 1)})
+def equinox_cnn():
+    import equinox as eqx
+
+    class Net(eqx.Module):
+        conv: eqx.nn.Conv2d
+        drop: eqx.nn.Dropout
+        mlp: eqx.nn.MLP
+
+        def __init__(self, key):
+            self.conv = eqx.nn.Conv2d(2, 4, 3, 2, 1, key=key)
+            self.drop = eqx.nn.Dropout(0.1, inference=True)
+            self.mlp = eqx.nn.MLP(64, 4, 8, 1, key=key)
+
+        def __call__(self, x):
+            return self.mlp(self.drop(jax.nn.relu(self.conv(jnp.moveaxis(x, -1, 0)))).ravel())
+
+    return lambda net, x: jax.vmap(net)(x), eqx.filter_jit(Net)(KEY), IMAGES
+
+
+@frameworks({f"{name}_proj/weight": (1, 8, 8, 1) for name in ("query", "key", "value", "output")})
+def equinox_self_attention():
+    import equinox as eqx
+
+    net = eqx.nn.MultiheadAttention(2, 8, key=KEY)
+    return lambda net, x: jax.vmap(lambda x: net(x, x, x))(x), net, TOKENS
+
+
+def stateless(net):
+    """(fn, params, batch) of a Keras model, params by variable path."""
+    paths = [[v.path for v in kind] for kind in (net.trainable_variables, net.non_trainable_variables)]
+
+    def fn(params, x):
+        return net.stateless_call(*([params[path] for path in kind] for kind in paths), x, training=False)[0]
+
+    return fn, {v.path: v.value for v in net.variables}, IMAGES
+
+
+@frameworks({"net/conv/kernel": (1, 18, 4, 1), "net/depthwise/kernel": (4, 9, 2, 1), "net/head/kernel": (1, 128, 4, 1)})
+def keras_sequential_cnn():
+    import keras
+
+    layers = [
+        keras.Input((8, 8, 2)),
+        keras.layers.Conv2D(4, 3, 2, "same", activation="relu", kernel_initializer="ones", name="conv"),
+    ]
+    layers += [
+        keras.layers.DepthwiseConv2D(
+            3, padding="same", depth_multiplier=2, depthwise_initializer="ones", name="depthwise"
+        )
+    ]
+    layers += [keras.layers.BatchNormalization(), keras.layers.Flatten(), keras.layers.Dropout(0.1, seed=1)]
+    return stateless(
+        keras.Sequential([*layers, keras.layers.Dense(4, kernel_initializer="ones", name="head")], name="net")
+    )
+
+
+@frameworks({"left/kernel": (1, 8, 8, 1), "right/kernel": (1, 8, 8, 1), "head/kernel": (1, 8, 4, 2)})
+def keras_functional():
+    """Two branches that are added, and a head shared by two outputs."""
+    import keras
+
+    inputs = keras.Input((8, 8, 2))
+    x = keras.layers.Reshape((16, 8))(inputs)
+    left = keras.layers.Dense(8, "relu", name="left")(x)
+    right = keras.layers.Dense(8, "gelu", name="right")(x)
+    head = keras.layers.Dense(4, name="head")
+    return stateless(keras.Model(inputs, [head(keras.layers.Add()([left, right])), head(left)]))
+
+
+@frameworks({f"mlp/~/linear_{i}/w": (1, 8, 8, 1) for i in range(2)})
+def haiku_style():
+    """What hk.transform returns: apply(params, rng, x), params {module: {name: array}}."""
+
+    def apply(params, rng, x):
+        del rng
+        for i in range(2):
+            layer = params[f"mlp/~/linear_{i}"]
+            x = jnp.dot(x, layer["w"]) + jnp.broadcast_to(layer["b"], x.shape)
+        return x
+
+    params = {f"mlp/~/linear_{i}": {"w": jnp.ones((8, 8)), "b": jnp.zeros(8)} for i in range(2)}
+    return lambda p, x: apply(p, None, x), params, TOKENS
+
+
+BLOCK = {"qkv": (1, 8, 24, 1), "out": (1, 8, 8, 1), "up": (1, 8, 16, 1), "down": (1, 16, 8, 1)}
+
+
+@frameworks(
+    {f"blocks/{name}[{i}]": shape for i in range(3) for name, shape in BLOCK.items()} | {"table": (1, 8, 11, 1)},
+    lookups={("table",): (6, 11)},
+    others=("position",),
+)
+def scanned_transformer():
+    shapes = {"qkv": (8, 3, 2, 4), "out": (2, 4, 8), "up": (8, 16), "down": (16, 8), "scale": (8,)}
+    params = {
+        "blocks": {name: draw(3, *shape).astype(np.float32) for name, shape in shapes.items()},
+        "table": draw(11, 8).astype(np.float32),
+        "position": draw(3, 8).astype(np.float32),
+    }
+
+    @jax.checkpoint
+    def block(x, p):
+        h = p["scale"] * x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True))
+        q, k, v = jnp.moveaxis(jnp.einsum("btd,dchk->btchk", h, p["qkv"]), 2, 0)
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + jnp.einsum("bthk,hkd->btd", attended, p["out"])
+        return x + jax.nn.silu(x @ p["up"]) @ p["down"], None
+
+    def fn(p, ids):
+        x = lax.scan(block, p["table"][ids] + p["position"], p["blocks"])[0]
+        return jax.nn.log_softmax(x @ p["table"].T)
+
+    return fn, params, np.arange(6).reshape(2, 3)
+
+
+@pytest.mark.default_flags
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_what_is_read_in_frameworks(name):
+    check(FRAMEWORKS[name])
+    check_way_back(FRAMEWORKS[name])
+
+
+@pytest.fixture(scope="module")
+def folder():
+    if not os.environ.get("PRUNEOPT_DATA"):
+        pytest.skip("set PRUNEOPT_DATA to the folder with checkpoints/ and llm/")
+    return Path(os.environ["PRUNEOPT_DATA"])
+
+
+def paths_of(params, ndim):
+    """{path: leaf} of leaves with so many axes."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in leaves if v.ndim in ndim}
+
+
+@pytest.mark.default_flags
+@pytest.mark.parametrize(("checkpoint", "convolutions"), [("chita", 21), ("akamaster", 19)])
+def test_every_kernel_of_resnet20(folder, checkpoint, convolutions):
+    params = getattr(resnet20, f"load_{checkpoint}")(folder)
+    kernels = paths_of(params, (2, 4))
+    assert len(kernels) == convolutions + 1
+    shapes = {p: (1, int(np.prod(k.shape[:-1])), k.shape[-1], 1) for p, k in kernels.items()}
+    network = Network(lambda: (resnet20.forward, params, np.zeros((2, 32, 32, 3), np.float32)), shapes)
+    check(network)
+    check_way_back(network)
+
+
+@pytest.mark.default_flags
+@pytest.mark.parametrize("kind", ["unrolled", "scanned"])
+def test_every_projection_of_stories(folder, kind):
+    params = stories.load(folder)[0]
+    shapes = {"embedding": (1, 64, 512, 1)}
+    for path, leaf in paths_of(params["layers"], (2,)).items():
+        layer, name = path.split("/")
+        shapes[f"layers/{path}" if kind == "unrolled" else f"layers/{name}[{layer}]"] = (1, *leaf.shape, 1)
+    assert len(shapes) == 1 + 5 * 7
+    if kind == "scanned":
+        params = stories.stacked(params)
+    fn = stories.forward if kind == "unrolled" else stories.forward_scanned
+    ids = np.arange(12, dtype=np.int32).reshape(2, 6)
+    network = Network(lambda: (fn, params, ids), shapes, lookups={("embedding",): (12, 512)})
+    check(network)
+    check_way_back(network)
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+kept: list[Any] = []
+
+
+def keeps_a_tracer(p, x):
+    kept.append(x @ p["w"])
+    return sum(kept)
+
+
+def counts_its_calls(p, x):
+    kept.append(1.0)
+    return (x @ p["w"]) * float(len(kept))
+
+
+def draws_with_numpy(p, x):
+    return (x @ p["w"]) * np.random.default_rng().random((3, 4))
+
+
+def grows(p, x):
+    kept.append(None)
+    for _ in kept:
+        x = x @ p["w"]
+    return x
+
+
+TRACED = "fn is not traceable: it turns an array into a Python number or a NumPy array, or branches on its value; use "
+BAD_FUNCTIONS = {
+    "branches": (lambda p, x: x @ p["w"] if x.sum() > 0 else x, TRACED),
+    "numpy": (lambda p, x: np.asarray(x) @ p["w"], TRACED),
+    "numpy-function": (lambda p, x: np.tanh(x @ p["w"]), TRACED),
+    "float": (lambda p, x: x @ p["w"] * float(x[0, 0]), TRACED),
+    "range": (lambda p, x: [x @ p["w"] for _ in range(jnp.argmax(x))], TRACED),
+    "item": (lambda p, x: x @ p["w"] * x[0, 0].item(), TRACED),
+    "boolean-index": (lambda p, x: x[x[:, 0] > 0] @ p["w"], TRACED),
+    "none": (lambda p, x: None, "fn returns None, no array; return the network's outputs or its loss"),
+    "number": (lambda p, x: {"loss": 1.0}, "fn returns {'loss': 1.0}, no array; return"),
+    "keeps-a-tracer": (keeps_a_tracer, "fn is not a pure function: it keeps an array from an earlier call; compute"),
+    "counts": (counts_its_calls, "fn is not a pure function: two traces of it differ; it must depend on"),
+    "draws": (draws_with_numpy, "fn is not a pure function: two traces of it differ; it must depend on"),
+    "grows": (grows, "fn is not a pure function: two traces of it differ; it must depend on"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FUNCTIONS)
+def test_functions_that_cannot_be_read(name):
+    fn, message = BAD_FUNCTIONS[name]
+    kept.clear()
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        trace(fn, {"w": W}, X)
+    assert "\n" not in str(caught.value)
+
+
+def test_fn_that_is_no_function():
+    with pytest.raises(TypeError, match=re.escape("fn is 3; pass a function fn(params, batch) -> arrays")):
+        trace(3, {"w": W}, X)
+
+
+def plain(p, x):
+    return jnp.tanh(x @ p["kernel"]) @ p["other"] + p["scores"] + p["table"][jnp.argmax(x, axis=1)]
+
+
+PLAIN = {"kernel": W, "other": W, "scores": draw(3, 4), "table": draw(4, 4), "spare": W, "bias": np.zeros(4)}
+UNREAD = {
+    "scores": "'scores': it meets data in add alone, no product",
+    "table": "'table': it is an embedding look-up: its rows are picked, not multiplied",
+    "spare": "'spare': fn does not use it",
+    "kerne": "leaves: 'kerne' matches no leaf; the paths are ['kernel',",
+}
+
+
+@pytest.mark.parametrize("leaf", UNREAD)
+def test_leaves_that_no_operator_reads(leaf):
+    with pytest.raises(ValueError, match=re.escape(UNREAD[leaf])):
+        capture(plain, PLAIN, [X], leaves=leaf)
+
+
+def test_leaves_that_are_refused_or_read_together():
+    refused = lambda p, x: x @ p["w"] + x @ (p["a"] @ p["b"])  # noqa: E731
+    params = {"w": W, "a": W, "b": W}
+    assert list(capture(refused, params, [X])) == ["w"]
+    words = "no operator can be captured for 'a': dot_general: its weights are computed from a, b by dot_general"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        capture(refused, params, [X], leaves="a")
+    joined = lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], axis=1)  # noqa: E731
+    with pytest.raises(ValueError, match=re.escape("it is read together with others, as 'a + b'; choose all of them")):
+        capture(joined, params, [X], leaves="a")
+    assert list(capture(joined, params, [X], leaves=["a", "b"])) == ["a + b"]
+
+
+def test_the_operator_of_a_name():
+    graph = trace(plain, PLAIN, X)
+    assert graph.operator("kernel").paths == ("kernel",)
+    words = "'kernels' is no operator; there are ['kernel', 'other']"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        graph.operator("kernels")
+    assert graph.why_not("kernal").startswith("params has no such array; there are ['kernel', ")
+    assert graph.why_not("scores") == "it meets data in add alone, no product"
+
+
+def test_batches_of_another_structure():
+    with pytest.raises(
+        ValueError, match=r"batches: batch 1 has structure .*, batch 0 has .*; give all batches the same"
+    ):
+        capture(lambda p, b: b["x"] @ p["w"], {"w": W}, [{"x": X}, {"x": X, "y": X}])
+
+
+def test_batches_of_another_width():
+    with pytest.raises(TypeError, match=r"pruneopt called fn on batch 1 of batches"):
+        capture(lambda p, x: x @ p["w"], {"w": W}, [X, X[:, :3]])
+
+
+def test_a_function_that_differs_between_batch_sizes():
+    def fn(p, x):
+        return x @ p["a"] @ p["b"] if len(x) == 3 else x @ p["b"]
+
+    words = (
+        r"fn multiplies \['b'\] for a batch of 2 examples and \['a', 'b'\] for the first batch; it must be one network"
+    )
+    with pytest.raises(ValueError, match=words):
+        capture(fn, {"a": W, "b": W}, [X, X[:2]])
+
+
+def test_leaves_of_a_wrong_shape():
+    """The shapes are JAX's own words: fn itself cannot be called."""
+    with pytest.raises((TypeError, ValueError), match=r"contracting dimensions|incompatible"):
+        trace(lambda p, x: x @ p["w"], {"w": draw(5, 4)}, X)

@@ -7,10 +7,10 @@ import pytest
 
 import pruneopt as po
 from pruneopt.constraints import NM, ByPath, Cardinality, Support
-from pruneopt.plans import layerwise
+from pruneopt.plans import calibration, layerwise
 from pruneopt.plans.layerwise import DAMPINGS
 from pruneopt.solvers import Polish, Score, Then
-from pruneopt.structure import capture, segment
+from pruneopt.structure import segment
 
 HALF = Cardinality(sparsity=0.5)
 REFIT = Then(Score(), Polish())
@@ -178,8 +178,8 @@ def test_what_is_cut_before_stays_cut():
 
 def test_operators_with_one_input_share_one_gram(monkeypatch):
     seen = []
-    sums = capture.sums
-    monkeypatch.setattr(capture, "sums", lambda form, *rest: seen.append(form.n_in) or sums(form, *rest))
+    sums = calibration.sums_of
+    monkeypatch.setattr(calibration, "sums_of", lambda form, *rest: seen.append(form.n_in) or sums(form, *rest))
     params = {name: draw(6, 4) for name in "qkv"} | {"o": draw(4, 6)}
 
     def attention(p, x):

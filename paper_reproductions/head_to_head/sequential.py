@@ -158,7 +158,7 @@ if args.only:
     sys.exit()
 
 runs = {name: [] for name in JOBS}
-for round_ in range(args.rounds + 1):  # the first compiles
+for _ in range(args.rounds + 1):  # the first compiles
     for name, job in JOBS.items():
         clock = time.perf_counter()
         found, split = job()

@@ -115,11 +115,13 @@ def encode(text, tokenizer):
     return [BOS, *(tokenizer[piece][0] for piece in pieces)]
 
 
-def windows(folder):
-    """The 40 evaluation windows, each 1,200 characters of TinyStories, encoded and cut to 513 tokens."""
+def windows(folder, start=0, count=40):
+    """Windows of 1,200 characters of TinyStories, encoded and cut to 513 tokens; the first 40 are for evaluation."""
     text = gzip.decompress((Path(folder) / "text" / "tinystories_sample.txt.gz").read_bytes()).decode()
     text, pieces = re.sub("\n+", "\n", text), tokenizer(folder)
-    return [np.asarray(encode(text[i : i + 1200], pieces)[:513], np.int32) for i in range(0, 48000, 1200)]
+    return [
+        np.asarray(encode(text[i : i + 1200], pieces)[:513], np.int32) for i in range(start, start + 1200 * count, 1200)
+    ]
 
 
 def batches(windows, size=8):

@@ -12,7 +12,9 @@ import numpy as np
 
 from pruneopt import _data
 from pruneopt.curvature.gram import Gram
-from pruneopt.structure import capture, walk
+from pruneopt.structure import walk
+from pruneopt.structure.capture import cross
+from pruneopt.structure.capture import sums as sums_of
 from pruneopt.structure.graph import Operator
 from pruneopt.structure.walk import Cut, Env, Graphs, Walk
 
@@ -107,10 +109,10 @@ class Calibration:
         for i, program in enumerate(self._programs):
             here, weights = self._cuts[program][cut], self._weights[i]
             arrays = walk.values(program, self._envs[i], here.inputs)
-            sums = capture.sums(here.use.form, arrays, weights)
+            sums = sums_of(here.use.form, arrays, weights)
             if self._dense is not None:
                 others = walk.values(program, self._dense[i], here.inputs)
-                sums["cross"] = capture.cross(here.use.form, arrays, others, weights)
+                sums["cross"] = cross(here.use.form, arrays, others, weights)
             for op in here.operators:
                 _add(total, op, sums)
             self._later(total, i, here, leaves)
@@ -125,11 +127,11 @@ class Calibration:
             step = position.advance(use.inputs)
             env = step(env, leaves)
             arrays = walk.values(program, env, use.inputs)
-            sums = capture.sums(use.form, arrays, weights)
+            sums = sums_of(use.form, arrays, weights)
             if other is not None and self._dense_leaves is not None:
                 other = step(other, self._dense_leaves)
                 others = walk.values(program, other, use.inputs)
-                sums["cross"] = capture.cross(use.form, arrays, others, weights)
+                sums["cross"] = cross(use.form, arrays, others, weights)
             position.release(use.inputs)
             _add(total, op, sums)
 

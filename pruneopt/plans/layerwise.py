@@ -26,7 +26,7 @@ from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution, Status
 from pruneopt.solve import solve
 from pruneopt.solvers.base import Solver
-from pruneopt.structure import capture
+from pruneopt.structure.capture import selected
 from pruneopt.structure.graph import Operator
 from pruneopt.structure.leaves import Choice, check_finite, check_like, partition
 from pruneopt.structure.walk import Graphs
@@ -88,7 +88,7 @@ def layerwise(
     graphs = Graphs(fn, params)
 
     def choose(graph: Any) -> list[Operator]:
-        return capture.selected(graph, params, leaves)
+        return selected(graph, params, leaves)
 
     stream = Calibration(graphs, batches, weights, choose, before if target == "network" else None)
     aside = None if held_out is None else Calibration(graphs, held_out, weights, choose, None)

@@ -159,28 +159,55 @@ class Reader:
         self.contractions: list[tuple[int, int, Atom, Atom, str]] = []
         self.roles: dict[int, list[str]] = {}
         self.unknown: list[tuple[str, str, Ids]] = []
+        self.copies: set[int] = set()  # axes along which all entries are equal
         self._of: dict[int, Ids] = {}
+        self._now: dict[Any, Ids] = {}  # while an equation is read: the axes of its inputs
+        self._fresh: set[int] = set()
+        self._reading = True
         self.leaves = {path: self.made(program.shapes[var].shape) for path, var in program.leaves.items()}
         self._of.update({var: self.leaves[path] for path, var in program.leaves.items()})
         for var in program.batch:
             self._of[var] = self.made(program.shapes[var].shape, "it is an axis of the batch")
         for equation in program.equations:
+            self._now, self._fresh, links = {}, set(), len(self.axes.links)
             outputs = self._read(equation)
             self._of.update(zip(equation.outputs, outputs, strict=True))
+            met = {axis for a, b, _ in self.axes.links[links:] for axis in (a, b)}
+            kept = (self._fresh - met) & {axis for ids in outputs for axis in ids}
+            self.copies |= {axis for axis in kept if not self.axes.why_blocked(axis)}
+        self._now, self._reading = {}, False
         for atom in program.outputs:
             for axis in self.of(atom):
                 self.axes.block(axis, "it is an output of fn")
 
     def of(self, atom: Atom) -> Ids:
-        """The axes of a variable, of a constant or of a literal."""
-        if isinstance(atom, int) and atom in self._of:
-            return self._of[atom]
-        value = atom.value if isinstance(atom, Literal) else self.program.constants[atom]
-        shape = self.program.type_of(atom).shape
-        axes = tuple(self.made((n,), "" if _uniform(value, k) else _CONSTANT)[0] for k, n in enumerate(shape))
-        if isinstance(atom, int):
-            self._of[atom] = axes
+        """The axes of a variable, of a constant or of a literal.
+
+        All entries along an axis of copies are equal, so each equation that reads one may have its own number of them:
+        it gets an axis of its own, and a mask that two layers share does not tie their heads.
+        """
+        key = (atom.key, self.shape(atom)) if isinstance(atom, Literal) else atom
+        if key in self._now:
+            return self._now[key]
+        axes = self._of.get(atom) if isinstance(atom, int) else None
+        if axes is None:
+            value = atom.value if isinstance(atom, Literal) else self.program.constants[atom]
+            uniform = [_uniform(value, k) for k in range(len(self.shape(atom)))]
+            axes = tuple(
+                self.made((n,), "" if u else _CONSTANT)[0] for n, u in zip(self.shape(atom), uniform, strict=True)
+            )
+            self.copies.update(axis for axis, u in zip(axes, uniform, strict=True) if u)
+            if isinstance(atom, int):
+                self._of[atom] = axes
+        if self._reading:
+            axes = tuple(self._own(axis) if axis in self.copies else axis for axis in axes)
+            self._now[key] = axes
         return axes
+
+    def _own(self, axis: int) -> int:
+        new = self.axes.new(self.axes.size[axis])
+        self._fresh.add(new)
+        return new
 
     def made(self, shape: tuple[int, ...], blocked: str = "") -> Ids:
         """New axes; those of more than one entry are blocked where a reason is given."""
@@ -200,7 +227,8 @@ class Reader:
             pieces = [self.axes.new(size) for size in (start, length, n - stop) if size]
             self.axes.split("sum", (axis,), tuple(pieces), f"cut by {name}")
             return pieces[bool(start)]
-        why = why or f"{'one entry' if length == 1 else 'a part'} of it is read by {name}"
+        amount = "one entry" if length == 1 else "a part" if stride == 1 else f"one in {stride} entries"
+        why = why or f"{amount} of it is read by {name}"
         if length == 1 and self.program.is_parametric(atom):
             self.role(atom, (axis,), "layer")
             self.axes.block(axis, _STACKS)

@@ -19,7 +19,7 @@ from pruneopt.structure import walk
 from pruneopt.structure.forms import Form, Ragged
 from pruneopt.structure.graph import Graph, Operator
 from pruneopt.structure.leaves import Choice, partition
-from pruneopt.structure.program import Literal
+from pruneopt.structure.program import Literal, Program
 from pruneopt.structure.walk import Env, Graphs, Walk
 
 Tree = Any
@@ -69,18 +69,22 @@ def capture(
 
     Raises ValueError for a leaf that no operator reads (with the reason), or weights that fit no position.
     """
-    stream, graphs = _data.Batches(batches), Graphs(fn, params)
+    stream, graphs, slopes = _data.Batches(batches), Graphs(fn, params), _Slopes(fn, params)
     floats = dict(_tree.named_leaves(params))
     want = tuple(n for n, on in (("gram", gram), ("means", means), ("activations", activations)) if on)
     totals: dict[str, dict[str, Any]] = {}
-    for batch in tqdm(stream, desc="capture", unit="batch", disable=not progress):
-        graph = graphs.of(batch)
+    for index, batch in enumerate(tqdm(stream, desc="capture", unit="batch", disable=not progress)):
+        try:
+            graph = graphs.of(batch)
+        except Exception as error:
+            error.add_note(f"pruneopt called fn on batch {index} of batches.")
+            raise
         chosen = selected(graph, params, leaves)
         given = None if weights is None else weights(batch)
         for op, sums in _one_batch(graph, chosen, batch, floats, want, given):
             _add(totals.setdefault(op.name, {}), sums)
         if output_gradients:
-            for name, moment in _gradients(fn, params, batch, [op.name for op in chosen], given).items():
+            for name, moment in slopes.of(batch, floats, [op.name for op in chosen], given).items():
                 _add(totals.setdefault(name, {}), {"output_gradient": moment})
     return {name: _finished(sums) for name, sums in totals.items()}
 
@@ -261,35 +265,50 @@ def _finished(total: dict[str, Any]) -> Statistics:
     )
 
 
-def _gradients(fn: Any, params: Tree, batch: Any, names: list[str], weights: Any) -> dict[str, Any]:
-    """{operator: sum over positions of g g^T}, g the gradient of an example's loss in the operator's output."""
-    graph = Graphs(fn, params, keep_derivatives=True).of(batch)
-    program = graph.program
-    outputs = [program.type_of(a) for a in program.outputs]
-    if len(outputs) != 1 or outputs[0].shape != ():
-        raise ValueError("output_gradients=True needs a loss: fn(params, batch) -> one number, a mean over examples")
-    operators = [op for op in graph.operators if op.name in names]
-    places = {use.equation: (op.name, use) for op in operators for use in op.uses}
-    leaves = dict(_tree.named_leaves(params))
-    examples = float(_data.examples(batch))
+class _Slopes:
+    """Second moments of a loss's gradients in its operators' outputs, compiled once for each shape of batches."""
 
-    def loss(bumps: dict[int, Any]) -> Any:
-        env: dict[Any, Any] = {v: leaves[p] for p, v in program.leaves.items()} | program.constants
-        env.update(zip(program.batch, jax.tree.leaves(batch), strict=True))
-        for index, equation in enumerate(program.equations):
-            out = equation.run([a.value if isinstance(a, Literal) else env[a] for a in equation.inputs])
-            if index in bumps:
-                out = [out[0] + bumps[index]]
-            env.update(zip(equation.outputs, out, strict=True))
-        return env[program.outputs[0]]
+    def __init__(self, fn: Any, params: Tree):
+        self._graphs = Graphs(fn, params, keep_derivatives=True)
+        self._compiled: dict[Graph, Any] = {}
 
-    shapes = {i: program.type_of(program.equations[i].outputs[0]) for i in places}
-    slopes = jax.jit(jax.grad(loss))({i: jnp.zeros(t.shape, t.dtype) for i, t in shapes.items()})
-    found: dict[str, Any] = {}
-    for index, (name, use) in places.items():
-        spread = None if weights is None else _spread(use.form, jnp.asarray(weights))
-        rows = use.form.output_rows(slopes[index] * jnp.asarray(examples, slopes[index].dtype))
-        each = None if spread is None else spread.astype(rows.dtype)[None]
-        moment = _gram(rows, rows, each)
-        found[name] = found[name] + moment if name in found else moment
-    return found
+    def of(self, batch: Any, leaves: dict[str, Any], names: list[str], weights: Any) -> dict[str, Any]:
+        """{operator: sum over positions of g g^T}, g the gradient of an example's loss in the operator's output."""
+        graph = self._graphs.of(batch)
+        outputs = [graph.program.type_of(a) for a in graph.program.outputs]
+        if len(outputs) != 1 or outputs[0].shape != ():
+            raise ValueError(
+                "output_gradients=True needs a loss: fn(params, batch) -> one number, a mean over examples"
+            )
+        places = {use.equation: (op.name, use) for op in graph.operators if op.name in names for use in op.uses}
+        if graph not in self._compiled:
+            self._compiled[graph] = jax.jit(jax.grad(partial(_bumped, graph.program)))
+        types = {i: graph.program.type_of(graph.program.equations[i].outputs[0]) for i in places}
+        arrays = {path: leaves[path] for path in graph.program.leaves}
+        bumps = {i: jnp.zeros(t.shape, t.dtype) for i, t in types.items()}
+        slopes = self._compiled[graph](bumps, arrays, jax.tree.leaves(batch))
+        examples, found = float(_data.examples(batch)), {}
+        for index, (name, use) in places.items():
+            spread = None if weights is None else _spread(use.form, jnp.asarray(weights))
+            moment = _moment(use.form, slopes[index], examples, spread)
+            found[name] = found[name] + moment if name in found else moment
+        return found
+
+
+def _bumped(program: Program, bumps: dict[int, Any], leaves: dict[str, Any], batch: list[Any]) -> Any:
+    """The loss with bumps[i] added to what equation i makes."""
+    env: dict[Any, Any] = {v: leaves[p] for p, v in program.leaves.items()} | program.constants
+    env.update(zip(program.batch, batch, strict=True))
+    for index, equation in enumerate(program.equations):
+        out = equation.run([a.value if isinstance(a, Literal) else env[a] for a in equation.inputs])
+        if index in bumps:
+            out = [out[0] + bumps[index]]
+        env.update(zip(equation.outputs, out, strict=True))
+    return env[program.outputs[0]]
+
+
+@partial(jax.jit, static_argnames="form")
+def _moment(form: Form, slope: Any, examples: float, weights: Any) -> Any:
+    wide = _tree.wide(slope.dtype)
+    rows = form.output_rows(slope.astype(wide) * jnp.asarray(examples, wide))
+    return _gram(rows, rows, None if weights is None else weights.astype(wide)[None])

@@ -16,7 +16,7 @@ from jaxtyping import Array, Shaped
 
 from pruneopt.structure import forms
 from pruneopt.structure.forms import Form
-from pruneopt.structure.leaves import nearest
+from pruneopt.structure.leaves import is_prunable, nearest
 from pruneopt.structure.program import Equation, Literal, Program, bodies, flatten, holds, opened_only
 from pruneopt.structure.rules import BLOCKS, LAYOUT, LOOKUPS, PRODUCTS, SCALES
 from pruneopt.structure.segment import Segment, closure
@@ -272,12 +272,13 @@ class Graph:
 
     @property
     def others(self) -> list[str]:
-        """Floating leaves of two or more axes, those of size 1 apart, that no operator, look-up or refusal names."""
+        """Prunable leaves of two or more axes (of size above 1) that no operator, look-up or refusal names."""
         named = {p for part in (self.operators, self.lookups, self.refusals) for entry in part for p in entry.paths}
         named |= {p for op in self.operators for p in op.scaled_by}
         types = {p: self.program.shapes[v] for p, v in self.program.leaves.items() if p not in named}
         wide = {p: t for p, t in types.items() if sum(n > 1 for n in t.shape) >= 2}
-        return [p for p, t in wide.items() if jnp.issubdtype(t.dtype, jnp.floating)]
+        floats = {p: t for p, t in wide.items() if jnp.issubdtype(t.dtype, jnp.floating)}
+        return [p for p, t in floats.items() if is_prunable(p, np.broadcast_to(np.float32(0), t.shape))]
 
     def operator(self, name: str) -> Operator:
         """The operator of that name or leaf path. Raises ValueError, the nearest names first."""
@@ -521,17 +522,19 @@ def read_operand(program: Program, operand: Any) -> Reading:
             return follow(kept)
         if name not in LAYOUT:
             raise Unreadable(f"its weights are computed from {', '.join(_leaves_of(program, var))} by {name}")
-        arrays = equation.inputs if name == "concatenate" else equation.inputs[:1]
+        arrays = equation.inputs if name in ("concatenate", "stack") else equation.inputs[:1]
         if not all(map(program.is_parametric, arrays)):
             raise Unreadable(f"its weights are joined with constants by {name}")
         if name != "convert_element_type" or program.type_of(arrays[0]).dtype != program.type_of(var).dtype:
             through.append(name)
-        if name in ("slice", "dynamic_slice", "split"):
+        if name in ("slice", "dynamic_slice", "split", "unstack"):
             parts.append(_part(program, equation, var))
             if re.fullmatch(r"\[\d+\]", parts[-1]) and _is_leaf(program, arrays[0]):
                 slabs.append(parts[-1])
         repeated = [follow(a) for a in arrays]
-        return _repeated(program, equation, repeated[0]) if len(arrays) == 1 else frozenset().union(*repeated)
+        if len(set(repeated)) > 1:
+            raise Unreadable(f"some of its entries are repeated by broadcasting, then joined with others by {name}")
+        return _repeated(program, equation, repeated[0])
 
     repeated = follow(operand)
     if itself := [p for p in scaled if p in leaves]:
@@ -625,6 +628,10 @@ def _repeated(program: Program, equation: Equation, before: frozenset[int]) -> f
         return before
     if name == "transpose":
         return frozenset(params["permutation"].index(a) for a in before)
+    if name == "concatenate" and params["dimension"] not in before:
+        return before
+    if name == "stack":
+        return frozenset(a + (a >= params["axis"]) for a in before)
     if name in ("convert_element_type", "copy", "copy_p", "reduce_precision", "device_put"):
         return before
     raise Unreadable(f"its entries are repeated by broadcasting, then go through {name}")
@@ -644,6 +651,10 @@ def _part(program: Program, equation: Equation, var: int) -> str:
     if equation.primitive.name == "slice":
         starts, stops = equation.params["start_indices"], equation.params["limit_indices"]
         steps = equation.params["strides"] or steps
+    elif equation.primitive.name == "unstack":
+        at, axis = equation.outputs.index(var), equation.params["axis"]
+        starts = [at if a == axis else 0 for a in range(len(shape))]
+        stops = [at + 1 if a == axis else n for a, n in enumerate(shape)]
     elif equation.primitive.name == "split":
         axis, before = equation.params["axis"], equation.params["sizes"][: equation.outputs.index(var)]
         starts = [sum(before) if a == axis else 0 for a in range(len(shape))]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pruneopt import _tree
 from pruneopt.structure.leaves import combine, is_floating, partition
@@ -24,6 +25,7 @@ _NOT_TRACEABLE = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
+_KEEPS = "fn is not a pure function: it keeps an array from an earlier call; compute all from params and batch"
 UNROLL_LIMIT = 4096  # steps of one loop over layers; beyond it the loop stays whole and its products are named
 
 
@@ -90,8 +92,7 @@ class Program:
 
     def constant(self, value: Any) -> int:
         """The variable that holds `value`, an array or number; the same one when the same value comes again."""
-        small = _is_array_of_numbers(value) and value.size <= 16
-        key = ("constant", _type_key(jax.typeof(value)), np.asarray(value).tobytes() if small else _Same(value))
+        key = ("constant", _value_key(value))
         if key not in self._known:
             var = self.new(jax.typeof(value))
             self.constants[var] = value
@@ -198,9 +199,9 @@ def traced(fn: Callable[[Tree, Any], Any], chosen: Tree, rest: Any, batch: Any) 
             f"use jnp and jnp.where or lax.cond there. JAX said: {str(error).splitlines()[0]}"
         ) from error
     except jax.errors.UnexpectedTracerError as error:
-        raise ValueError(
-            "fn is not a pure function: it keeps an array from an earlier call; compute all from params and batch"
-        ) from error
+        raise ValueError(_KEEPS) from error
+    if any(isinstance(c, Tracer) for c in (*one.consts, *two.consts)):
+        raise ValueError(_KEEPS)
     if _signature(one) != _signature(two):
         raise ValueError("fn is not a pure function: two traces of it differ; it must depend on params and batch alone")
     return one
@@ -383,10 +384,8 @@ def frozen(value: Any) -> Hashable:
         return tuple((k, frozen(v)) for k, v in sorted(value.items()))
     if isinstance(value, (tuple, list)):
         return (type(value).__name__, *map(frozen, value))
-    if hasattr(value, "consts") and hasattr(value, "jaxpr"):
-        return ("jaxpr", str(value.jaxpr), tuple(map(_Same, value.consts)))
-    if hasattr(value, "eqns"):
-        return ("jaxpr", str(value))
+    if hasattr(opened_only(value), "eqns"):
+        return ("jaxpr", _body_key(opened_only(value)), tuple(map(_value_key, getattr(value, "consts", ()))))
     if callable(value) and not isinstance(value, type):
         return _Same(value)
     try:
@@ -394,6 +393,32 @@ def frozen(value: Any) -> Hashable:
     except TypeError:
         return _Same(value)
     return value
+
+
+def _body_key(jaxpr: Any) -> Hashable:
+    """A key of a plain jaxpr. Its text would not do: it hides the constants of jaxprs inside."""
+    numbers: dict[Any, int] = {}
+
+    def at(atom: Any) -> Hashable:
+        return literal(atom.val, atom.aval).key if hasattr(atom, "val") else numbers.setdefault(atom, len(numbers))
+
+    heads = tuple((at(v), str(v.aval)) for v in (*jaxpr.constvars, *jaxpr.invars))
+    equations = tuple(
+        (
+            e.primitive.name,
+            frozen(e.params),
+            tuple(map(at, e.invars)),
+            tuple((at(v), str(v.aval)) for v in e.outvars),
+        )
+        for e in jaxpr.eqns
+    )
+    return heads, equations, tuple(map(at, jaxpr.outvars))
+
+
+def _value_key(value: Any) -> Hashable:
+    """A key of a constant: small ones by what they hold, others by identity."""
+    small = _is_array_of_numbers(value) and value.size <= 16
+    return _type_key(jax.typeof(value)), np.asarray(value).tobytes() if small else _Same(value)
 
 
 class _Same:

@@ -11,6 +11,7 @@ CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
+    "call": "call_jaxpr",
     "core_call": "call_jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
@@ -33,7 +34,17 @@ SIZE_ONE_COLLECTIVES = frozenset(
 LAYOUT = frozenset(
     {"transpose", "reshape", "broadcast_in_dim", "convert_element_type", "squeeze", "expand_dims", "rev", "copy"}
     | {"copy_p", "slice", "dynamic_slice", "concatenate", "reduce_precision", "device_put"}
-    | {"stop_gradient", "sharding_constraint", "split", "pvary", "name"}
+    | {
+        "stop_gradient",
+        "sharding_constraint",
+        "layout_constraint",
+        "reshard",
+        "split",
+        "stack",
+        "unstack",
+        "pvary",
+        "name",
+    }
 )
 
 # One entry times one number: a mask or a scale.

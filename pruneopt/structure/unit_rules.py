@@ -37,9 +37,10 @@ def _broadcast(reader: Reader, equation: Equation) -> list[Ids]:
     """Old axes keep their units; new ones hold copies."""
     shape, old = reader.shape(equation.outputs[0]), reader.shape(equation.inputs[0])
     made = list(reader.made(shape))
-    for i, k in enumerate(equation.params["broadcast_dimensions"]):
-        if old[i] == shape[k]:
-            made[k] = reader.of(equation.inputs[0])[i]
+    kept = {k: i for i, k in enumerate(equation.params["broadcast_dimensions"]) if old[i] == shape[k]}
+    reader.copies.update(axis for k, axis in enumerate(made) if k not in kept)
+    for k, i in kept.items():
+        made[k] = reader.of(equation.inputs[0])[i]
     return [tuple(made)]
 
 

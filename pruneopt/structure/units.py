@@ -271,16 +271,17 @@ class _Zeros:
             for atom in inputs[1:] if name in ("div", "rem") else inputs:
                 for unit in frozenset() if self._is_null(atom) else frozenset().union(*self.of(atom)):
                     self._reader.axes.block(unit, f"{name} of a unit at zero may be infinite or not a number")
+        paired = name in _KEEPS and len(inputs) == len(equation.outputs)
         if name == "select_n":
             inputs = inputs[1:]
         elif name == "dynamic_update_slice":
             inputs = inputs[:2]
-        elif name in _KEEPS or name in ("div", "rem"):  # a zero numerator
-            inputs = inputs[: len(equation.outputs)] if name == "optimization_barrier" else inputs[:1]
+        elif not paired and (name in _KEEPS or name in ("div", "rem")):  # a zero numerator
+            inputs = inputs[:1]
         if name in ("broadcast_in_dim", "convert_element_type", "copy", "neg", "reshape") and self._is_null(inputs[0]):
             self._null.update(equation.outputs)
         for i, var in enumerate(equation.outputs):
-            read = inputs[i : i + 1] if name == "optimization_barrier" else inputs
+            read = inputs[i : i + 1] if paired else inputs
             self._of[var] = tuple(self._kept(equation, read, var, k) for k in range(len(self._reader.shape(var))))
 
     def _kept(self, equation: Equation, inputs: tuple[Atom, ...], var: int, k: int) -> frozenset[int]:
