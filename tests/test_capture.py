@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pruneopt.structure import capture as module
 from pruneopt.structure import forms
-from pruneopt.structure.capture import capture
+from pruneopt.structure.capture import _sums, capture
 from pruneopt.structure.graph import trace
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -464,7 +463,7 @@ def test_only_what_is_asked_for():
 
 def blocked(monkeypatch, entries: int) -> None:
     monkeypatch.setattr(forms, "_BLOCK", entries)
-    module._sums.clear_cache()
+    _sums.clear_cache()
 
 
 @pytest.fixture(params=[2**20, 1], ids=["one-block", "a-block-an-image"])
@@ -472,7 +471,7 @@ def blocks(request, monkeypatch):
     """Convolutions in one block, and in one for each image."""
     blocked(monkeypatch, request.param)
     yield
-    module._sums.clear_cache()
+    _sums.clear_cache()
 
 
 @pytest.mark.usefixtures("blocks")

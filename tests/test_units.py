@@ -16,7 +16,7 @@ def arrays(**shapes):
 
 
 def read(fn, params, batch):
-    return units.units(graph.trace(fn, params, batch))
+    return graph.trace(fn, params, batch).units()
 
 
 def free(found):
@@ -164,7 +164,7 @@ class TestNetwork:
         fn, params, batch = case(name)
         read_graph = graph.trace(fn, params, batch)
         for path, leaf in params.items():
-            text = units.explain(read_graph, path)
+            text = read_graph.explain(path)
             assert text.startswith(f"{path}: ")
             assert all(f"axis {k} (" in text for k in range(leaf.ndim))
             assert ("units can be cut" in text) or "blocked: " in text
@@ -220,12 +220,12 @@ class TestBlocked:
 
         params = arrays(table=(11, 6), up=(6, 8), down=(8, 6))
         read_graph = graph.trace(fn, params, jnp.array([[1, 2, 3]]))
-        found = units.units(read_graph)
+        found = read_graph.units()
         rows = blocked(found, "table", 0)
         assert "picked by an index" in rows
         assert "output of fn" in rows
         assert free(found) == {(("down", 0), ("up", 1)), (("down", 1), ("table", 1), ("up", 0))}
-        text = units.explain(read_graph, "table")
+        text = read_graph.explain("table")
         assert "looked up: 3 of 11 rows" in text
         assert "axis 0 (row and out, 11)" in text
         assert "tied to up axis 0: contracted in dot_general" in text
@@ -295,8 +295,8 @@ class TestBlocked:
             return x @ p["w"]
 
         read_graph = graph.trace(fn, arrays(w=(5, 3), other=(2,)), arrays(x=FLAT)["x"])
-        assert blocked(units.units(read_graph), "other", 0) == "fn does not use it"
-        assert "no operator reads it: fn does not use it" in units.explain(read_graph, "other")
+        assert blocked(read_graph.units(), "other", 0) == "fn does not use it"
+        assert "no operator reads it: fn does not use it" in read_graph.explain("other")
 
 
 class TestConcatenated:
@@ -323,7 +323,7 @@ class TestConcatenated:
 
 class TestAsked:
     def test_explanation_of_a_layer(self):
-        text = units.explain(graph.trace(*case("mlp")), "w1")
+        text = graph.trace(*case("mlp")).explain("w1")
         assert text.splitlines() == [
             "w1: 5 x 8, float64",
             "  read by 'w1': dot 5 x 8, 1 use",
@@ -337,9 +337,9 @@ class TestAsked:
 
     def test_unknown_paths_and_axes_are_refused(self):
         read_graph = graph.trace(*case("mlp"))
-        found = units.units(read_graph)
+        found = read_graph.units()
         with pytest.raises(ValueError, match=r"params has no array 'w11'; there are \['w1'"):
-            units.explain(read_graph, "w11")
+            read_graph.explain("w11")
         with pytest.raises(ValueError, match=r"params has no array 'w11'; there are \['w1'"):
             found.of("w11", 0)
         with pytest.raises(ValueError, match="has 2 axes, so axis=2 is none"):

@@ -15,7 +15,7 @@ from pruneopt.curvature.gram import Gram
 from pruneopt.structure import walk
 from pruneopt.structure.capture import cross
 from pruneopt.structure.capture import sums as sums_of
-from pruneopt.structure.graph import Operator
+from pruneopt.structure.operators import Operator
 from pruneopt.structure.walk import Cut, Env, Graphs, Walk
 
 Tree = Any

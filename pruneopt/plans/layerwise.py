@@ -27,8 +27,8 @@ from pruneopt.solution import Pruned, Solution, Status
 from pruneopt.solve import solve
 from pruneopt.solvers.base import Solver
 from pruneopt.structure.capture import selected
-from pruneopt.structure.graph import Operator
 from pruneopt.structure.leaves import Choice, check_finite, check_like, partition
+from pruneopt.structure.operators import Operator
 from pruneopt.structure.walk import Graphs
 
 Tree = Any

@@ -1,6 +1,25 @@
-"""What the network is: its leaves, how it is evaluated, what it costs."""
+"""What the network is: its operators and their inputs, the axes that belong together, its leaves, what it costs."""
 
+from pruneopt.structure.capture import Statistics, capture
 from pruneopt.structure.cost import Cost, cost, differences
+from pruneopt.structure.graph import Graph, trace
 from pruneopt.structure.leaves import combine, is_prunable, is_trainable, partition
+from pruneopt.structure.operators import Operator
+from pruneopt.structure.units import Group, Units
 
-__all__ = ["Cost", "combine", "cost", "differences", "is_prunable", "is_trainable", "partition"]
+__all__ = [
+    "Cost",
+    "Graph",
+    "Group",
+    "Operator",
+    "Statistics",
+    "Units",
+    "capture",
+    "combine",
+    "cost",
+    "differences",
+    "is_prunable",
+    "is_trainable",
+    "partition",
+    "trace",
+]

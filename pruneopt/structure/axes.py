@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pruneopt.structure.program import Atom, Equation, Literal, Program
+from pruneopt.structure.keys import Literal
+from pruneopt.structure.program import Atom, Equation, Program
 from pruneopt.structure.rules import BLOCKS
 
 _STACKS = "it stacks layers: one entry of it is read at a time"

@@ -17,9 +17,11 @@ from tqdm import tqdm
 from pruneopt import _data, _tree
 from pruneopt.structure import walk
 from pruneopt.structure.forms import Form, Ragged
-from pruneopt.structure.graph import Graph, Operator
+from pruneopt.structure.graph import Graph
+from pruneopt.structure.keys import Literal
 from pruneopt.structure.leaves import Choice, partition
-from pruneopt.structure.program import Literal, Program
+from pruneopt.structure.operators import Operator
+from pruneopt.structure.program import Program
 from pruneopt.structure.walk import Env, Graphs, Walk
 
 Tree = Any

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _tree
-from pruneopt.structure.graph import Graph, Operator, trace
+from pruneopt.structure.graph import Graph, trace
+from pruneopt.structure.keys import bodies, opened_only
 from pruneopt.structure.leaves import combine, is_floating, nearest, partition
-from pruneopt.structure.program import Program, bodies, opened_only, traced
+from pruneopt.structure.operators import Operator
+from pruneopt.structure.program import Program, traced
 from pruneopt.structure.rules import CALLS, PRODUCTS
 
 Tree = Any

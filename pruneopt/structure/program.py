@@ -15,25 +15,35 @@ import numpy as np
 from jax.core import Tracer
 
 from pruneopt import _tree
+from pruneopt.structure.keys import (
+    Literal,
+    bodies,
+    frozen,
+    holds,
+    literal,
+    opened_only,
+    signature,
+    type_key,
+    value_key,
+)
 from pruneopt.structure.leaves import combine, is_floating, partition
 from pruneopt.structure.rules import CALLS, DERIVATIVES, PRODUCTS, SIZE_ONE_COLLECTIVES
 
 Tree = Any
+
+
 _NOT_TRACEABLE = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
+
+
 _KEEPS = "fn is not a pure function: it keeps an array from an earlier call; compute all from params and batch"
+
+
 UNROLL_LIMIT = 4096  # steps of one loop over layers; beyond it the loop stays whole and its products are named
-
-
-class Literal(NamedTuple):
-    """A number that stands in the program's text."""
-
-    value: Any
-    key: Hashable
 
 
 Atom = int | Literal
@@ -92,7 +102,7 @@ class Program:
 
     def constant(self, value: Any) -> int:
         """The variable that holds `value`, an array or number; the same one when the same value comes again."""
-        key = ("constant", _value_key(value))
+        key = ("constant", value_key(value))
         if key not in self._known:
             var = self.new(jax.typeof(value))
             self.constants[var] = value
@@ -109,7 +119,7 @@ class Program:
 
     def emit(self, eqn: Any, inputs: tuple[Atom, ...], context: Any) -> tuple[Atom, ...]:
         """Add the equation of a jaxpr with these inputs, or find the one that already computes it."""
-        key = (eqn.primitive.name, frozen(eqn.params), tuple(_type_key(self.type_of(a)) for a in inputs))
+        key = (eqn.primitive.name, frozen(eqn.params), tuple(type_key(self.type_of(a)) for a in inputs))
         identity = (key, tuple(a.key if isinstance(a, Literal) else a for a in inputs))
         if not eqn.effects and identity in self._known:
             return self._known[identity]
@@ -202,35 +212,9 @@ def traced(fn: Callable[[Tree, Any], Any], chosen: Tree, rest: Any, batch: Any) 
         raise ValueError(_KEEPS) from error
     if any(isinstance(c, Tracer) for c in (*one.consts, *two.consts)):
         raise ValueError(_KEEPS)
-    if _signature(one) != _signature(two):
+    if signature(one) != signature(two):
         raise ValueError("fn is not a pure function: two traces of it differ; it must depend on params and batch alone")
     return one
-
-
-def _signature(body: Any) -> list[Any]:
-    """What a jaxpr does, for telling two traces apart: its numbers, shapes, primitives and their plain parameters."""
-    numbers = [a.val for e in opened_only(body).eqns for a in e.invars if hasattr(a, "val")] + list(
-        getattr(body, "consts", ())
-    )
-    equations = [
-        (
-            e.primitive.name,
-            [str(v.aval) for v in e.outvars],
-            [(k, v) for k, v in e.params.items() if _is_plain(v)],
-            *map(_signature, bodies(e)),
-        )
-        for e in opened_only(body).eqns
-    ]
-    return [[np.asarray(n).tobytes() if _is_array_of_numbers(n) else str(n) for n in numbers], equations]
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float, str)) or (type(value) is tuple and all(map(_is_plain, value)))
-
-
-def _is_array_of_numbers(value: Any) -> bool:
-    """Whether NumPy can hold `value` (no random key, no reference)."""
-    return _tree.is_array(value) or isinstance(value, np.generic)
 
 
 def _is_whole(dtype: Any) -> bool:
@@ -349,90 +333,3 @@ def _holds_product(program: Program, eqn: Any, inputs: tuple[Atom, ...]) -> bool
 
 def _has_product(eqn: Any) -> bool:
     return any(holds(body, PRODUCTS) for body in bodies(eqn))
-
-
-def holds(jaxpr: Any, names: Iterable[str]) -> bool:
-    """Whether any equation of a jaxpr, at any depth, is one of these primitives."""
-    return any(
-        e.primitive.name in names or any(holds(body, names) for body in bodies(e)) for e in opened_only(jaxpr).eqns
-    )
-
-
-def opened_only(body: Any) -> Any:
-    """The plain jaxpr of a closed one."""
-    return body.jaxpr if hasattr(body, "consts") else body
-
-
-def bodies(eqn: Any) -> list[Any]:
-    """The jaxprs that an equation carries."""
-    found = []
-    for value in eqn.params.values():
-        parts = value if isinstance(value, (tuple, list)) else (value,)
-        found += [p for p in parts if hasattr(opened_only(p), "eqns")]
-    return found
-
-
-def literal(value: Any, aval: Any) -> Literal:
-    """A literal of exactly the dtype that the equation expects."""
-    array = np.asarray(value, aval.dtype) if not hasattr(value, "dtype") else value
-    return Literal(array, (str(aval.dtype), np.asarray(array).tobytes()))
-
-
-def frozen(value: Any) -> Hashable:
-    """A key of an equation's parameters: equal where the equations do the same. Objects compare by identity."""
-    if isinstance(value, dict):
-        return tuple((k, frozen(v)) for k, v in sorted(value.items()))
-    if isinstance(value, (tuple, list)):
-        return (type(value).__name__, *map(frozen, value))
-    if hasattr(opened_only(value), "eqns"):
-        return ("jaxpr", _body_key(opened_only(value)), tuple(map(_value_key, getattr(value, "consts", ()))))
-    if callable(value) and not isinstance(value, type):
-        return _Same(value)
-    try:
-        hash(value)
-    except TypeError:
-        return _Same(value)
-    return value
-
-
-def _body_key(jaxpr: Any) -> Hashable:
-    """A key of a plain jaxpr. Its text would not do: it hides the constants of jaxprs inside."""
-    numbers: dict[Any, int] = {}
-
-    def at(atom: Any) -> Hashable:
-        return literal(atom.val, atom.aval).key if hasattr(atom, "val") else numbers.setdefault(atom, len(numbers))
-
-    heads = tuple((at(v), str(v.aval)) for v in (*jaxpr.constvars, *jaxpr.invars))
-    equations = tuple(
-        (
-            e.primitive.name,
-            frozen(e.params),
-            tuple(map(at, e.invars)),
-            tuple((at(v), str(v.aval)) for v in e.outvars),
-        )
-        for e in jaxpr.eqns
-    )
-    return heads, equations, tuple(map(at, jaxpr.outvars))
-
-
-def _value_key(value: Any) -> Hashable:
-    """A key of a constant: small ones by what they hold, others by identity."""
-    small = _is_array_of_numbers(value) and value.size <= 16
-    return _type_key(jax.typeof(value)), np.asarray(value).tobytes() if small else _Same(value)
-
-
-class _Same:
-    """Equal to itself alone; keeps its object alive, so that no other takes its address."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-
-def _type_key(aval: Any) -> Hashable:
-    return (tuple(aval.shape), str(aval.dtype), bool(getattr(aval, "weak_type", False)))

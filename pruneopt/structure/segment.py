@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from pruneopt.structure.program import Atom, Equation, Literal, Program
+from pruneopt.structure.keys import Literal
+from pruneopt.structure.program import Atom, Equation, Program
 
 
 class Segment:

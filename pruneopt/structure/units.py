@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pruneopt.structure.axes import Axes, Reader
-from pruneopt.structure.graph import Graph, Refusal
+from pruneopt.structure.keys import Literal
 from pruneopt.structure.leaves import nearest
-from pruneopt.structure.program import Atom, Equation, Literal
+from pruneopt.structure.operators import Lookup, Operator, Refusal
+from pruneopt.structure.program import Atom, Equation, Program
 from pruneopt.structure.unit_rules import RULES
 
-__all__ = ["RULES", "Group", "Units", "explain", "units"]
 _SHOWN = 8  # ties that an explanation spells out for each axis
 
 
@@ -33,18 +34,18 @@ class Group:
 
 
 class Units:
-    """The groups of a graph, in the order of their first member.
+    """The groups of a program's leaves, in the order of their first member.
 
     In a group that is not blocked, zeroing a unit in every member leaves fn's output as deleting it does, where numbers
     that fn computed from shapes stay as they were traced. refusals: primitives without a rule and the leaves reached.
     """
 
-    def __init__(self, graph: Graph):
-        self._reader = reader = Reader(graph.program, RULES)
+    def __init__(self, program: Program):
+        self._reader = reader = Reader(program, RULES)
         self._axes = axes = reader.axes
-        read = {a for e in graph.program.equations for a in e.inputs if isinstance(a, int)}
-        for path, var in graph.program.leaves.items():
-            if var not in read and var not in graph.program.outputs:
+        read = {a for e in program.equations for a in e.inputs if isinstance(a, int)}
+        for path, var in program.leaves.items():
+            if var not in read and var not in program.outputs:
                 for axis in reader.leaves[path]:
                     axes.block(axis, "fn does not use it")
         _Zeros(reader)
@@ -72,6 +73,10 @@ class Units:
             paths = [p for p, ids in reader.leaves.items() if any(atoms & set(axes.atoms(axis)) for axis in ids)]
             reached.setdefault((name, why), {}).update(dict.fromkeys(paths))
         self.refusals = [Refusal(name, tuple(paths), why) for (name, why), paths in reached.items()]
+
+    def type_of(self, path: str) -> Any:
+        """Shape and dtype of a leaf."""
+        return self._reader.program.type_of(self._reader.program.leaves[path])
 
     def of(self, path: str, axis: int) -> tuple[Group, ...]:
         """The groups of an axis of a leaf, one for each of its parts in order: one where the axis is whole, two where
@@ -134,30 +139,16 @@ class Units:
         return " and ".join(dict.fromkeys(words))
 
 
-def units(graph: Graph) -> Units:
-    """Which axes of the leaves of a graph must be cut together, by one rule a primitive; unsure means blocked."""
-    return Units(graph)
-
-
-def explain(graph: Graph, path: str) -> str:
-    """In words: which operators a leaf feeds, what its axes are, what they are tied to and what blocks cutting them.
-
-    Raises ValueError for an unknown path, the nearest ones named.
-    """
-    found = units(graph)
-    shape = graph.program.shapes[graph.program.leaves[path]] if path in graph.program.leaves else None
-    if shape is None:
-        raise ValueError(f"params has no array '{path}'; there are {nearest(path, list(graph.program.leaves))}")
+def described(found: Units, path: str, readers: Sequence[Operator], looks: Sequence[Lookup], why_not: str) -> str:
+    """In words: which operators a leaf feeds (or why none), what its axes are tied to and what blocks cutting them."""
+    shape = found.type_of(path)
     text = [f"{path}: {' x '.join(map(str, shape.shape)) or 'a single number'}, {shape.dtype}"]
-    readers = [op for op in graph.operators if path in op.paths]
     for op in readers[:_SHOWN]:
         through = f", through {', '.join(op.through)}" if op.through else ""
         text.append(f"  read by '{op.name}': {op.kind} {op.n_in} x {op.n_out}, {_count(len(op.uses), 'use')}{through}")
     text += [f"  and by {_count(len(readers) - _SHOWN, 'operator')} more"] * (len(readers) > _SHOWN)
-    looks = [look for look in graph.lookups if path in look.paths]
     text += [f"  looked up: {look.picked} of {look.rows} rows" for look in looks]
-    if not readers and not looks:
-        text.append(f"  no operator reads it: {graph.why_not(path)}")
+    text += [f"  no operator reads it: {why_not}"] * bool(why_not)
     for k, n in enumerate(shape.shape):
         text += _axis_text(found, path, k, n)
     return "\n".join(text)

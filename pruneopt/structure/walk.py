@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from pruneopt import _data
-from pruneopt.structure.graph import Graph, Operator, Use, read
+from pruneopt.structure.graph import Graph, read
+from pruneopt.structure.operators import Operator, Use
 from pruneopt.structure.program import Program, flatten
 from pruneopt.structure.segment import Segment, closure
 
@@ -88,13 +89,14 @@ class Walk:
                 self._left.subtract({a for a in equation.inputs if isinstance(a, int) and program.is_data(a)})
                 made.update(equation.outputs)
         live = sorted(v for v in made | self._have if self._left[v] > 0)
-        segment = Segment(program, equations, [v for v in live if v in made])
+        new = [v for v in live if v in made]
+        segment = Segment(program, equations, new)
         self._have = set(live)
         kept = [v for v in live if v not in made]
 
         def step(env: Env, leaves: Mapping[str, Any]) -> Env:
             given = {v: env[v] if v in env else _fixed(program, v, leaves) for v in segment.inputs}
-            return {**{v: env[v] for v in kept}, **dict(zip(segment.outputs, segment.run(given), strict=True))}
+            return {**{v: env[v] for v in kept}, **dict(zip(new, segment.run(given), strict=True))}
 
         return step
 

@@ -1,0 +1,258 @@
+"""How an operand of a product is made of leaves: laid out otherwise, cut, joined, masked or scaled."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pruneopt.structure.keys import Literal
+from pruneopt.structure.program import Equation, Program
+from pruneopt.structure.rules import LAYOUT, SCALES
+from pruneopt.structure.segment import Segment, closure
+
+
+class Unreadable(Exception):
+    """Why an operand is not a leaf in another layout."""
+
+
+@dataclass(eq=False)
+class Reading:
+    """How an operand is made of leaves: the layout (without scales), the parts read, the primitives passed.
+
+    slab: the layer of a stacked leaf, as text, if the leaf is first cut into layers. again: whether a leaf occurs in it
+    more than once.
+    """
+
+    leaves: dict[str, int]
+    scaled_by: tuple[str, ...]
+    through: tuple[str, ...]
+    repeated: frozenset[int]
+    part: str
+    slab: str | None
+    again: bool
+    layout: Segment
+    whole: Segment
+
+
+def read_operand(program: Program, operand: Any) -> Reading:
+    """How `operand` is made of leaves. Raises Unreadable, saying which primitive computes with them."""
+    leaves: dict[str, int] = {}
+    scaled: list[str] = []
+    through: list[str] = []
+    parts: list[str] = []
+    slabs: list[str] = []
+    reads: list[str] = []
+    alias: dict[int, Any] = {}
+    named = program.names
+
+    def follow(var: Any) -> frozenset[int]:
+        """The axes of `var` along which it repeats itself."""
+        if var in named:
+            if np.dtype(program.shapes[var].dtype).kind != "f" and not jnp.issubdtype(
+                program.shapes[var].dtype, jnp.floating
+            ):
+                raise Unreadable(f"leaf '{named[var]}' is {program.shapes[var].dtype}, not floating point")
+            leaves[named[var]] = var
+            reads.append(named[var])
+            return frozenset()
+        equation = program.equations[program.maker[var]]
+        name = equation.primitive.name
+        if name in SCALES:
+            kept = _scaled_side(program, equation)
+            scaled.extend(p for a in equation.inputs if a != kept for p in leaves_of(program, a))
+            through.append("scale")
+            alias[var] = kept
+            return follow(kept)
+        if name not in LAYOUT:
+            raise Unreadable(f"its weights are computed from {', '.join(leaves_of(program, var))} by {name}")
+        arrays = equation.inputs if name in ("concatenate", "stack") else equation.inputs[:1]
+        if not all(map(program.is_parametric, arrays)):
+            raise Unreadable(f"its weights are joined with constants by {name}")
+        if name != "convert_element_type" or program.type_of(arrays[0]).dtype != program.type_of(var).dtype:
+            through.append(name)
+        if name in ("slice", "dynamic_slice", "split", "unstack"):
+            parts.append(_part(program, equation, var))
+            if re.fullmatch(r"\[\d+\]", parts[-1]) and _is_leaf(program, arrays[0]):
+                slabs.append(parts[-1])
+        repeated = [follow(a) for a in arrays]
+        if len(set(repeated)) > 1:
+            raise Unreadable(f"some of its entries are repeated by broadcasting, then joined with others by {name}")
+        return _repeated(program, equation, repeated[0])
+
+    repeated = follow(operand)
+    if itself := [p for p in scaled if p in leaves]:
+        raise Unreadable(f"its weights are scaled by a function of '{itself[0]}' itself, as weight normalisation does")
+
+    def resolved(atom: Any) -> Any:
+        while atom in alias:
+            atom = alias[atom]
+        return atom
+
+    whole = closure(program, [operand], set())
+    laid = [
+        e._replace(inputs=tuple(a if isinstance(a, Literal) else resolved(a) for a in e.inputs))
+        for e in whole
+        if not set(e.outputs) & alias.keys()
+    ]
+    target = resolved(operand)
+    needed = _only(laid, target)
+    return Reading(
+        leaves,
+        tuple(dict.fromkeys(scaled)),
+        tuple(dict.fromkeys(through)),
+        repeated,
+        "".join(p for p in reversed(parts) if p),
+        slabs[0] if slabs else None,
+        len(reads) > len(leaves),
+        Segment(program, needed, [target]),
+        Segment(program, whole, [operand]),
+    )
+
+
+def _only(equations: list[Equation], target: int) -> list[Equation]:
+    """The equations that `target` needs."""
+    needed, kept = {target}, []
+    for e in reversed(equations):
+        if needed & set(e.outputs):
+            needed |= {a for a in e.inputs if isinstance(a, int)}
+            kept.append(e)
+    return kept[::-1]
+
+
+def _scaled_side(program: Program, equation: Equation) -> Any:
+    """Which input of a scaling is the weights: the one that holds the largest leaf."""
+    name = equation.primitive.name
+    inputs = (
+        equation.inputs[1:]
+        if name == "select_n"
+        else equation.inputs[:1]
+        if name in ("div", "neg")
+        else equation.inputs
+    )
+    candidates = [a for a in inputs if program.is_parametric(a)]
+    weights = [a for a in candidates if not all(map(program.masks, leaves_of(program, a)))]
+    candidates = weights if len(weights) == 1 else candidates
+    largest = [
+        max(math.prod(program.shapes[program.leaves[p]].shape) for p in leaves_of(program, a)) for a in candidates
+    ]
+    if not candidates or sum(size == max(largest) for size in largest) != 1:
+        floats = [a for a in candidates if jnp.issubdtype(program.type_of(a).dtype, jnp.floating)]
+        paths = [p for a in floats for p in leaves_of(program, a)]
+        raise Unreadable(f"{name} joins {', '.join(paths) or 'no leaf'}: neither is the scale of the other")
+    if name == "select_n":
+        others = [a for a in equation.inputs[1:] if a != candidates[largest.index(max(largest))]]
+        if any(program.is_parametric(a) for a in others) or not all(_is_zero(program, a) for a in others):
+            raise Unreadable("select_n puts something other than zero in place of the weights")
+    return candidates[largest.index(max(largest))]
+
+
+def _is_zero(program: Program, atom: Any) -> bool:
+    """Whether an atom is zero everywhere."""
+    if isinstance(atom, Literal):
+        return not np.any(np.asarray(atom.value))
+    if atom in program.constants:
+        return not np.any(np.asarray(program.constants[atom]))
+    if atom not in program.maker:
+        return False
+    equation = program.equations[program.maker[atom]]
+    return equation.primitive.name in LAYOUT and all(_is_zero(program, a) for a in equation.inputs)
+
+
+def _repeated(program: Program, equation: Equation, before: frozenset[int]) -> frozenset[int]:
+    """The repeated axes after a layout equation."""
+    name, params = equation.primitive.name, equation.params
+    old = program.type_of(equation.inputs[0]).shape
+    new = program.type_of(equation.outputs[0]).shape
+    if name == "broadcast_in_dim":
+        kept = params["broadcast_dimensions"]
+        grown = {a for i, a in enumerate(kept) if old[i] != new[a] or i in before}
+        return frozenset(grown | {a for a in range(len(new)) if a not in kept and new[a] > 1})
+    if not before:
+        return before
+    if name == "transpose":
+        return frozenset(params["permutation"].index(a) for a in before)
+    if name == "concatenate" and params["dimension"] not in before:
+        return before
+    if name == "stack":
+        return frozenset(a + (a >= params["axis"]) for a in before)
+    if name in ("convert_element_type", "copy", "copy_p", "reduce_precision", "device_put"):
+        return before
+    raise Unreadable(f"its entries are repeated by broadcasting, then go through {name}")
+
+
+def _is_leaf(program: Program, var: Any) -> bool:
+    """Whether a variable is a leaf, its dtype apart."""
+    while var in program.maker and program.equations[program.maker[var]].primitive.name == "convert_element_type":
+        var = program.equations[program.maker[var]].inputs[0]
+    return var in program.names
+
+
+def _part(program: Program, equation: Equation, var: int) -> str:
+    """The slice that an equation takes, as text: "[2]", "[:, 0:64]"; empty for the whole."""
+    shape, inside = program.type_of(equation.inputs[0]).shape, []
+    steps = (1,) * len(shape)
+    if equation.primitive.name == "slice":
+        starts, stops = equation.params["start_indices"], equation.params["limit_indices"]
+        steps = equation.params["strides"] or steps
+    elif equation.primitive.name == "unstack":
+        at, axis = equation.outputs.index(var), equation.params["axis"]
+        starts = [at if a == axis else 0 for a in range(len(shape))]
+        stops = [at + 1 if a == axis else n for a, n in enumerate(shape)]
+    elif equation.primitive.name == "split":
+        axis, before = equation.params["axis"], equation.params["sizes"][: equation.outputs.index(var)]
+        starts = [sum(before) if a == axis else 0 for a in range(len(shape))]
+        stops = [s + n for s, n in zip(starts, program.type_of(var).shape, strict=True)]
+    else:
+        known: list[Any] = [
+            a.value if isinstance(a, Literal) else program.constants.get(a) for a in equation.inputs[1:]
+        ]
+        if any(k is None for k in known):
+            raise Unreadable("it is sliced at an index that is computed from params or data")
+        starts = [
+            int(np.clip(int(k), 0, n - s)) for k, n, s in zip(known, shape, equation.params["slice_sizes"], strict=True)
+        ]
+        stops = [k + s for k, s in zip(starts, equation.params["slice_sizes"], strict=True)]
+    for start, stop, step, n in zip(starts, stops, steps, shape, strict=True):
+        span = f"{start}:{stop}" + (f":{step}" if step > 1 else "")
+        inside.append(":" if stop - start == n and step == 1 else str(start) if stop - start == 1 else span)
+    while inside and inside[-1] == ":":
+        inside.pop()
+    return f"[{', '.join(inside)}]" if inside else ""
+
+
+def sources(program: Program, atom: Any) -> Iterator[int]:
+    """The inputs of the program that an atom is computed from."""
+    seen, stack = set(), [atom]
+    while stack:
+        var = stack.pop()
+        if isinstance(var, Literal) or var in seen:
+            continue
+        seen.add(var)
+        if var in program.maker:
+            stack += program.equations[program.maker[var]].inputs
+        else:
+            yield var
+
+
+def leaves_of(program: Program, atom: Any) -> list[str]:
+    """Paths of the leaves that an atom is computed from, in the order of params."""
+    read = set(sources(program, atom))
+    return [path for path, var in program.leaves.items() if var in read]
+
+
+def meets_data(program: Program, leaf: int) -> list[str]:
+    """Primitives in which what is computed from a leaf alone meets data."""
+    of_leaf, met = {leaf}, []
+    for equation in program.equations:
+        if of_leaf & {a for a in equation.inputs if isinstance(a, int)}:
+            if any(map(program.is_data, equation.inputs)):
+                met.append(equation.primitive.name)
+            else:
+                of_leaf.update(equation.outputs)
+    return list(dict.fromkeys(met))
