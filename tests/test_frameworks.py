@@ -810,6 +810,21 @@ def test_lossless_meets_its_tolerance(network):
     assert_untouched(network)
 
 
+def test_layer_by_layer_beats_magnitude_at_its_own_sparsity(network):
+    """Of any framework, without an adapter: each layer on the inputs that the pruned ones before it give."""
+    half = po.constraints.Cardinality(sparsity=SPARSITY)
+    pruned = po.prune(network.loss, network.params, BATCHES, half, method="wanda_refit", progress=False)
+    kept = {path: int(np.asarray(mask).sum()) for path, mask in named(pruned.support).items()}
+    assert kept == {path: budget(before.size) for path, before in network.taken.items()}
+    assert moved(snapshot(network.params), snapshot(pruned.params)) == set(network.taken)
+
+    def change(params):
+        return float(np.mean(np.square(network.logits(params, IMAGES) - network.logits(network.params, IMAGES))))
+
+    assert change(pruned.params) < change(pruned_by(network, "magnitude", "leaf").params)
+    assert_untouched(network)
+
+
 def test_importing_pruneopt_imports_no_framework():
     script = "import sys, pruneopt; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
