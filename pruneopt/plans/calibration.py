@@ -13,13 +13,15 @@ import numpy as np
 from pruneopt import _data
 from pruneopt.curvature.gram import Gram
 from pruneopt.structure import walk
-from pruneopt.structure.capture import cross
+from pruneopt.structure.capture import add, cross
 from pruneopt.structure.capture import sums as sums_of
-from pruneopt.structure.operators import Operator
+from pruneopt.structure.operators import Operator, Use
+from pruneopt.structure.program import Program
 from pruneopt.structure.walk import Cut, Env, Graphs, Walk
 
 Tree = Any
 Leaves = Mapping[str, Any]
+Step = Callable[[Env, Leaves], Env]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,36 +106,44 @@ class Calibration:
         jax.block_until_ready(self._envs)
 
     def sums(self, cut: int, leaves: Leaves) -> dict[int, dict[str, Any]]:
-        """{operator of the cut: sums over all batches}: count, gram and, where the dense network is followed, cross."""
-        total: dict[int, dict[str, Any]] = {}
+        """{operator of the cut: sums over all batches}: count, gram and, where the dense network is followed, cross.
+
+        Operators share the sums of their first product; further products add theirs, looking ahead with these weights.
+        """
+        shared: dict[str, Any] = {}
+        own: dict[int, dict[str, Any]] = {}
+        ahead = {program: self._ahead(program, cut) for program in self._walks}
         for i, program in enumerate(self._programs):
-            here, weights = self._cuts[program][cut], self._weights[i]
-            arrays = walk.values(program, self._envs[i], here.inputs)
-            sums = sums_of(here.use.form, arrays, weights)
-            if self._dense is not None:
-                others = walk.values(program, self._dense[i], here.inputs)
-                sums["cross"] = cross(here.use.form, arrays, others, weights)
-            for op in here.operators:
-                _add(total, op, sums)
-            self._later(total, i, here, leaves)
+            env, other = self._envs[i], None if self._dense is None else self._dense[i]
+            add(shared, self._reaching(i, self._cuts[program][cut].use, env, other))
+            for op, use, step in ahead[program]:
+                env = step(env, leaves)
+                if other is not None and self._dense_leaves is not None:
+                    other = step(other, self._dense_leaves)
+                add(own.setdefault(op, {}), self._reaching(i, use, env, other))
+        total = {op: dict(shared) for op in self.cuts[cut].operators}
+        for op, more in own.items():
+            add(total[op], more)
         return jax.block_until_ready(total)
 
-    def _later(self, total: Any, i: int, cut: Cut, leaves: Leaves) -> None:
-        """Add further products with the cut's weights, looking ahead with the weights as they are now."""
-        program, weights = self._programs[i], self._weights[i]
-        position, env = self._walks[program].ahead(), self._envs[i]
-        other = None if self._dense is None else self._dense[i]
-        for op, use in cut.further:
-            step = position.advance(use.inputs)
-            env = step(env, leaves)
-            arrays = walk.values(program, env, use.inputs)
-            sums = sums_of(use.form, arrays, weights)
-            if other is not None and self._dense_leaves is not None:
-                other = step(other, self._dense_leaves)
-                others = walk.values(program, other, use.inputs)
-                sums["cross"] = cross(use.form, arrays, others, weights)
+    def _ahead(self, program: Program, cut: int) -> list[tuple[int, Use, Step]]:
+        """(operator, product, step to it) of the further products with a cut's weights."""
+        if not (further := self._cuts[program][cut].further):
+            return []
+        position, found = self._walks[program].ahead(), []
+        for op, use in further:
+            found.append((op, use, position.advance(use.inputs)))
             position.release(use.inputs)
-            _add(total, op, sums)
+        return found
+
+    def _reaching(self, i: int, use: Use, env: Env, other: Env | None) -> dict[str, Any]:
+        """The sums of one product in one batch."""
+        program, weights = self._programs[i], self._weights[i]
+        arrays = walk.values(program, env, use.inputs)
+        sums = sums_of(use.form, arrays, weights)
+        if other is not None:
+            sums["cross"] = cross(use.form, arrays, walk.values(program, other, use.inputs), weights)
+        return sums
 
 
 def problem(sums: Mapping[str, Any], e: int) -> Inputs:
@@ -147,8 +157,3 @@ def gram(sums: Mapping[str, Any], e: int) -> Gram | None:
     """The Gram of problem e, None where nothing reached it."""
     inputs = problem(sums, e)
     return Gram(inputs.gram) if inputs.count else None
-
-
-def _add(total: dict[int, dict[str, Any]], op: int, sums: dict[str, Any]) -> None:
-    old = total.get(op)
-    total[op] = sums if old is None else {name: old[name] + value for name, value in sums.items()}

@@ -84,10 +84,10 @@ def capture(
         chosen = selected(graph, params, leaves)
         given = None if weights is None else weights(batch)
         for op, sums in _one_batch(graph, chosen, batch, floats, want, given):
-            _add(totals.setdefault(op.name, {}), sums)
+            add(totals.setdefault(op.name, {}), sums)
         if output_gradients:
             for name, moment in slopes.of(batch, floats, [op.name for op in chosen], given).items():
-                _add(totals.setdefault(name, {}), {"output_gradient": moment})
+                add(totals.setdefault(name, {}), {"output_gradient": moment})
     return {name: _finished(sums) for name, sums in totals.items()}
 
 
@@ -219,7 +219,8 @@ def _weighted(of: Callable[[Any], Any], rows: Any, each: Any) -> Any:
     return jnp.sum(of(rows) * each[..., None], axis=1)
 
 
-def _add(total: dict[str, Any], sums: dict[str, Any]) -> None:
+def add(total: dict[str, Any], sums: dict[str, Any]) -> None:
+    """Add the sums of another batch or product to `total`; counts in float64 on the host."""
     on_host = {
         n: np.asarray(v, np.float64) for n, v in sums.items() if n in ("count", "units", "unit_sum", "unit_square")
     }
