@@ -1,6 +1,7 @@
 """Test flags: strict float64 by default, JAX's own settings for tests marked `default_flags`."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -19,3 +20,19 @@ def flags(request):
         return
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """XLA's optimisations, for tests that run real networks."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def folder():
+    """The folder of real data and checkpoints."""
+    if not os.environ.get("PRUNEOPT_DATA"):
+        pytest.skip("set PRUNEOPT_DATA to the folder of data and checkpoints (README, Data)")
+    return Path(os.environ["PRUNEOPT_DATA"])

@@ -1,8 +1,5 @@
 """What a network costs: FLOPs that equal XLA's or differ by a known count, memory by hand, pruned shares of dense."""
 
-import os
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -321,13 +318,10 @@ def test_masks_that_fit_no_leaf_are_refused():
 
 
 @pytest.mark.default_flags
-def test_resnet20_costs_what_its_layers_say():
-    folder = os.environ.get("PRUNEOPT_DATA")
-    if not folder:
-        pytest.skip("set PRUNEOPT_DATA to the folder with checkpoints/ (README, Data)")
+def test_resnet20_costs_what_its_layers_say(folder):
     from paper_reproductions.networks import resnet20
 
-    params = resnet20.load_akamaster(Path(folder))
+    params = resnet20.load_akamaster(folder)
     images = jnp.zeros((2, 32, 32, 3))
     graph = trace(resnet20.forward, params, images)
     c = cost(graph)

@@ -1,10 +1,7 @@
 """Published numbers on real checkpoints and layers."""
 
 import gzip
-import os
-from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,23 +12,10 @@ from pruneopt.curvature import Gram, Identity
 from pruneopt.objectives import Quadratic, Reconstruction
 from pruneopt.solvers import Polish, Score, Then
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 # CHITA's table for magnitude pruning of MLPNet: (weights kept, MNIST test accuracy in %).
 MAGNITUDE = [(16180, 93.93), (12944, 93.78), (9708, 93.62), (6471, 92.89), (3235, 90.30), (1618, 83.64), (647, 32.25)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optimised():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(scope="module")
-def folder():
-    """The folder of real data and checkpoints."""
-    if not os.environ.get("PRUNEOPT_DATA"):
-        pytest.skip("set PRUNEOPT_DATA to the folder with mnist/, checkpoints/ and layers/ (README, Data)")
-    return Path(os.environ["PRUNEOPT_DATA"])
 
 
 @pytest.fixture(scope="module")

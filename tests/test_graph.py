@@ -6,12 +6,10 @@ To add a network, write a builder of (fn, params, batch) and say above it what m
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -871,13 +869,6 @@ def scanned_transformer():
 def test_what_is_read_in_frameworks(name):
     check(FRAMEWORKS[name])
     check_way_back(FRAMEWORKS[name])
-
-
-@pytest.fixture(scope="module")
-def folder():
-    if not os.environ.get("PRUNEOPT_DATA"):
-        pytest.skip("set PRUNEOPT_DATA to the folder with checkpoints/ and llm/")
-    return Path(os.environ["PRUNEOPT_DATA"])
 
 
 def paths_of(params, ndim):

@@ -1,8 +1,5 @@
 """The trained networks of paper_reproductions: their known dense scores."""
 
-import os
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,22 +7,7 @@ import pytest
 
 from paper_reproductions.networks import minilm, mlpnet, resnet20, stories
 
-pytestmark = pytest.mark.default_flags
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optimised():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(scope="module")
-def folder():
-    """The folder of real data and checkpoints."""
-    if not os.environ.get("PRUNEOPT_DATA"):
-        pytest.skip("set PRUNEOPT_DATA to the folder with mnist/, cifar10/, llm/, text/ and checkpoints/")
-    return Path(os.environ["PRUNEOPT_DATA"])
+pytestmark = [pytest.mark.default_flags, pytest.mark.usefixtures("optimised")]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
 """Trained public networks pruned layer by layer, through the public API alone."""
 
-import os
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -11,22 +8,7 @@ import pruneopt as po
 from paper_reproductions.networks import minilm, resnet20, stories
 from pruneopt.constraints import NM, Cardinality
 
-pytestmark = pytest.mark.default_flags
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optimised():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(scope="module")
-def folder():
-    """The folder of real data and checkpoints."""
-    if not os.environ.get("PRUNEOPT_DATA"):
-        pytest.skip("set PRUNEOPT_DATA to the folder with cifar10/, llm/, text/ and checkpoints/")
-    return Path(os.environ["PRUNEOPT_DATA"])
+pytestmark = [pytest.mark.default_flags, pytest.mark.usefixtures("optimised")]
 
 
 @pytest.mark.parametrize("name", ["chita", "akamaster"])
