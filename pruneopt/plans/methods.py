@@ -94,9 +94,7 @@ def method(name: str | Method) -> Method:
 
 def any_method(name: str | Method | LayerMethod) -> Method | LayerMethod:
     """The row of that name, layer by layer or not. Raises ValueError, listing the names, for another."""
-    if isinstance(name, LayerMethod):
-        return name
-    if isinstance(name, Method):
+    if isinstance(name, (Method, LayerMethod)):
         return name
     rows = METHODS | LAYER_METHODS
     if name not in rows:
