@@ -67,6 +67,7 @@ def check(parts, n_train, n_test, shape):
     np.testing.assert_allclose(x.std((0, 1, 2)), 1, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_prune_cnn_prints_its_table_and_draws_its_picture(tmp_path):
     out = tmp_path / "new" / "picture.png"
     done = run("--toy", "--out", out)

@@ -8,7 +8,7 @@ import pruneopt as po
 from paper_reproductions.networks import minilm, resnet20, stories
 from pruneopt.constraints import NM, Cardinality
 
-pytestmark = [pytest.mark.default_flags, pytest.mark.usefixtures("optimised")]
+pytestmark = [pytest.mark.slow, pytest.mark.default_flags, pytest.mark.usefixtures("optimised")]
 
 
 @pytest.mark.parametrize("name", ["chita", "akamaster"])

@@ -3,8 +3,8 @@
     python paper_reproductions/head_to_head/whole_networks.py [stories] [minilm]
 
 stories260K: perplexity on the 40 windows of its protocol (dense 4.409); calibrated on 32 windows that lie behind them.
-MiniLM: mean cosine similarity between the pruned and the dense network's embeddings of WikiText-2 test lines;
-calibrated on 128 validation lines of 128 tokens. Every projection of every block is pruned, nothing else.
+MiniLM: mean cosine similarity between the pruned and the dense network's embeddings of 128 WikiText-2 test lines;
+calibrated on 64 validation lines of 128 tokens. Every projection of every block is pruned, nothing else.
 
 "all at once" takes all Grams from the dense network; "sequential" takes each from the network pruned so far; "network"
 is sequential with the dense network's outputs as target.
@@ -124,7 +124,7 @@ if "minilm" in wanted:
         ids, mask = minilm.tokenize(lines, vocab, 128)
         return [{"ids": ids[i : i + 16], "mask": mask[i : i + 16]} for i in range(0, n, 16)]
 
-    test, embed = batches_of("test", 256), jax.jit(minilm.embed)
+    test, embed = batches_of("test", 128), jax.jit(minilm.embed)
     dense = np.concatenate([embed(params, b) for b in test])
 
     def cosine(pruned):
@@ -136,7 +136,7 @@ if "minilm" in wanted:
         ("50 %", "70 %", "2:4"),
         minilm.hidden,
         params,
-        batches_of("valid", 128),
+        batches_of("valid", 64),
         ["layers/*/kernel"],
         cosine,
         lambda batch: jnp.asarray(batch["mask"]),
