@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Shaped, UInt
 
@@ -217,3 +220,106 @@ def _end_of_first(
     high = jnp.where(wanted == 0, 0, n).astype(jnp.uint32)
     low = jnp.where(all_or_none, high, 0).astype(jnp.uint32)
     return lax.while_loop(lambda s: jnp.any(s[0] < s[1]), narrow, (low, high))[1]
+
+
+def masked_cg(
+    gram: Float[Array, "n n"],
+    center: Float[Array, "n m"],
+    start: Float[Array, "n m"],
+    support: Bool[Array, "n m"],
+    steps: int,
+) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
+    """`steps` of conjugate gradients for min tr((W - center)^T gram (W - center)) over W on `support`.
+
+    Each column is a system of its own, with gram's diagonal as preconditioner; one product with gram a step. Returns W
+    and the residual gram (center - W), on and off the support: then tr((W - center)^T gram (W - center)) is
+    <center - W, residual>. Traceable by JAX.
+    """
+    product = partial(jnp.matmul, gram, precision=lax.Precision.HIGHEST)
+    zero = jnp.zeros((), gram.dtype)
+    diagonal = jnp.diagonal(gram)
+    inverse = jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), zero)[:, None]
+
+    def over(top, bottom):  # a column that is solved has 0 / 0
+        return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1), zero)
+
+    def step(_, state):
+        w, residual, direction, size = state
+        curved = product(direction)
+        length = over(size, jnp.sum(direction * curved, axis=0, keepdims=True))
+        w, residual = w + length * direction, residual - length * curved
+        steepest = jnp.where(support, residual, zero) * inverse
+        new = jnp.sum(steepest * residual, axis=0, keepdims=True)
+        return w, residual, steepest + over(new, size) * direction, new
+
+    w = jnp.where(support, start, zero)
+    residual = product(center - w)
+    direction = jnp.where(support, residual, zero) * inverse
+    size = jnp.sum(direction * residual, axis=0, keepdims=True)
+    w, residual, _, _ = lax.fori_loop(0, steps, step, (w, residual, direction, size))
+    return w, residual
+
+
+def matmul(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    """a b at the highest precision."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def rounded_matmul(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    """a b with b rounded to a's dtype, summed in float32 where that is bfloat16."""
+    if a.dtype == jnp.bfloat16:
+        return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=jnp.float32)
+    return matmul(a, b)
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the default device multiplies bfloat16 matrices faster than float32: accelerators, and CPUs that say so."""
+    if jax.default_backend() != "cpu":
+        return True
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def residual(matrix: Float[Array, "n n"], inverse: Float[Array, "n n"], probe: Float[Array, "n 1"]) -> Float[Array, ""]:
+    """|A X z - z| / |z|: how far X is from A's inverse, seen by one vector."""
+    return jnp.linalg.norm(matmul(matrix, matmul(inverse, probe)) - probe) / jnp.linalg.norm(probe)
+
+
+def largest_eigenvalue(matrix: Float[Array, "n n"], start: Float[Array, "n 1"]) -> Float[Array, ""]:
+    """Of a positive semidefinite matrix, by three power iterations: from below, within a factor of two as a rule."""
+    for _ in range(3):
+        start = matmul(matrix, start)
+        start = start / jnp.linalg.norm(start)
+    return jnp.linalg.norm(matmul(matrix, start))
+
+
+def inverse_on_host(matrix: np.ndarray) -> np.ndarray | None:
+    """By Cholesky in float64; None where the matrix is not positive definite to working precision."""
+    factor, failed = scipy.linalg.lapack.dpotrf(matrix, lower=True, clean=True)
+    if failed or np.min(np.diagonal(factor)) ** 2 <= len(matrix) * np.finfo(float).eps * np.max(np.diagonal(matrix)):
+        return None
+    inverse, _ = scipy.linalg.lapack.dpotri(factor, lower=True)
+    return np.tril(inverse) + np.tril(inverse, -1).T
+
+
+def spd_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The inverse of a symmetric positive definite matrix, by block elimination: products alone down to blocks of 128.
+
+    With A = [[P, Q], [Q^T, R]] and S = R - Q^T P^-1 Q: three products and two inverses of half the size. Three times
+    faster than Cholesky's triangular solves on a CPU, of the same error. Traceable by JAX.
+    """
+    n = matrix.shape[0]
+    if n <= 128:
+        factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
+        half = lax.linalg.triangular_solve(factor, jnp.eye(n, dtype=matrix.dtype), left_side=True, lower=True)
+        return jnp.matmul(half.T, half, precision=lax.Precision.HIGHEST)
+    product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    k = n // 2
+    first = spd_inverse(matrix[:k, :k])
+    across = product(first, matrix[:k, k:])
+    second = spd_inverse(matrix[k:, k:] - product(matrix[k:, :k], across))
+    corner = -product(across, second)
+    return jnp.block([[first - product(corner, across.T), corner], [corner.T, second]])

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
+from pruneopt import _tree
+from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solution import Evidence
 
@@ -69,3 +73,97 @@ def without_penalty(problem: Problem, solver: Solver) -> str | None:
     if problem.penalty is not None:
         return f"{type(solver).__name__} handles no penalty; drop penalty={problem.penalty!r}"
     return None
+
+
+def layer_only(problem: Problem, solver: Solver) -> str | None:
+    """The refusal of a solver for one layer's reconstruction under a constraint."""
+    name = type(solver).__name__
+    if not isinstance(problem.objective, Reconstruction):
+        return f"{name} needs the objective Reconstruction, not {type(problem.objective).__name__}"
+    if problem.subject_to is None:
+        return f"{name} needs a constraint; pass subject_to="
+    return without_penalty(problem, solver)
+
+
+class Layer(NamedTuple):
+    """A reconstruction problem made ready for a solver, in float32, or float64 for float64 weights.
+
+    gram: H + ridge I times a power of two that brings the mean of its live diagonal to [1, 2); the rows and
+        columns of dead inputs (H_jj = 0) are those of the identity, so that H is no more singular for them.
+    center: W0 times a power of two that brings its largest entry to [1, 2); zero in dead rows. unit: that power.
+    dead: inputs without variance; their weights go, and cost no budget. If all are dead the Gram says nothing: it is
+        then the identity and nothing is dead, which makes the problem magnitude pruning.
+    mean: of H's live diagonal without the ridge, in the same units; what relative damping refers to.
+    """
+
+    gram: Float[Array, "n n"]
+    center: Float[Array, "n m"]
+    dead: Bool[Array, " n"]
+    mean: Float[Array, ""]
+    unit: Float[Array, ""]
+
+    def scores(self, scores: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        """`scores` with the weights of dead inputs cut."""
+        return jnp.where(self.dead[:, None], jnp.asarray(-jnp.inf, scores.dtype), scores)
+
+    def damped(self, damping: float | Array) -> Float[Array, "n n"]:
+        """gram + damping * mean * I."""
+        return self.gram + (jnp.asarray(damping, self.mean.dtype) * self.mean) * jnp.eye(
+            self.gram.shape[0], dtype=self.gram.dtype
+        )
+
+    def started(self, value: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        """Weights from outside in the units of `center`."""
+        scaled = jnp.asarray(value).astype(self.center.dtype) * self.unit
+        return jnp.where(self.dead[:, None], jnp.zeros((), scaled.dtype), scaled)
+
+    def outcome(
+        self, problem: Problem, value: Float[Array, "n m"], support: Bool[Array, "n m"], **facts: Any
+    ) -> Outcome:
+        """What a solver returns: in the weights' own units and dtype, with what preparation did among `facts`."""
+        like = problem.objective.center
+        return Outcome(*_restored(self, value, support, like), **facts)
+
+
+def layer(problem: Problem) -> Layer:
+    """The problem's layer, made ready. One compiled pass over H and W0."""
+    f = problem.objective
+    assert isinstance(f, Reconstruction)
+    return _layer(f.curvature.matrix, f.center, f.ridge())
+
+
+@jax.jit
+def _layer(gram: Float[Array, "n n"], center: Float[Array, "n m"], ridge: Float[Array, ""]) -> Layer:
+    dtype = jnp.promote_types(_tree.wide(center.dtype), _tree.wide(gram.dtype))
+    gram, center, ridge = gram.astype(dtype), center.astype(dtype), ridge.astype(dtype)
+    n = gram.shape[0]
+    eye = jnp.eye(n, dtype=bool)
+    diagonal = jnp.diagonal(gram)
+    dead = ~(diagonal > 0)
+    blank = jnp.all(dead)
+    dead &= ~blank
+    mean = jnp.sum(jnp.where(dead, 0, diagonal)) / jnp.sum(~dead).astype(dtype)
+    mean = jnp.where(blank, jnp.ones((), dtype), mean)
+    unit = _power(mean)
+    ready = jnp.where(dead[:, None] | dead[None, :] | blank, jnp.zeros((), dtype), gram * unit)
+    extra = jnp.where(blank | dead, jnp.ones((), dtype), ridge * unit)
+    scale = _power(jnp.max(jnp.abs(center)))
+    return Layer(
+        ready + jnp.where(eye, extra[:, None], jnp.zeros((), dtype)),
+        jnp.where(dead[:, None], jnp.zeros((), dtype), center * scale),
+        dead,
+        mean * unit,
+        scale,
+    )
+
+
+def _power(x: Float[Array, ""]) -> Float[Array, ""]:
+    """The power of two p with p x in [1, 2); 1 for x = 0."""
+    _, exponent = jnp.frexp(x)
+    return jnp.where(x > 0, jnp.ldexp(jnp.ones_like(x), 1 - exponent), jnp.ones_like(x))
+
+
+@jax.jit
+def _restored(layer: Layer, value: Array, support: Array, like: Array) -> tuple[Array, Array]:
+    kept = jnp.where(support, value, jnp.zeros((), value.dtype)) / layer.unit
+    return kept.astype(like.dtype), support

@@ -1,0 +1,137 @@
+"""A constraint's selection inside a loop: a threshold that follows its budget, or the exact selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.constraints.intersection import Intersection
+from pruneopt.constraints.support import Support
+
+State = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Budget:
+    """About `counts` of the largest |T| in each scope, by one step of Newton on the logarithm of a threshold a call.
+
+    The threshold is warm, so that it follows T from iteration to iteration for a fraction of the cost of a selection.
+    axis: None for one scope, 0 for one an input, 1 for one an output; span: so many of them share one.
+    """
+
+    counts: Float[Array, " g"]
+    axis: int | None = field(metadata={"static": True})
+    span: int = field(metadata={"static": True})
+
+    def start(self, t: Float[Array, "n m"]) -> State:
+        """The logarithm of each scope's threshold by bisection over 20 e-folds below the largest |T|."""
+        high = jnp.log(jnp.maximum(jnp.max(jnp.abs(t)), jnp.finfo(t.dtype).tiny)) + jnp.zeros_like(self.counts)
+
+        def halve(_, ends):
+            low, high = ends
+            middle = (low + high) / 2
+            over = self._count(t, middle) > self.counts
+            return jnp.where(over, middle, low), jnp.where(over, high, middle)
+
+        low, high = lax.fori_loop(0, 20, halve, (high - 20, high))
+        return self.turn(t, ((low + high) / 2, high))
+
+    def turn(self, t: Float[Array, "n m"], state: State) -> State:
+        """The state with the slope of the count measured anew, by counts 5 % below and above the threshold."""
+        level, _ = state
+        slope = (self._count(t, level - 0.05) - self._count(t, level + 0.05)) * 10
+        return level, slope + 1e-3 * self.counts + 1e-3
+
+    def mask(self, t: Float[Array, "n m"], state: State) -> tuple[Bool[Array, "n m"], State]:
+        """Which entries are kept, and the next state."""
+        level, slope = state
+        level = level + jnp.clip((self._count(t, level) - self.counts) / slope, -0.3, 0.3)
+        return jnp.abs(t) > self._spread(jnp.exp(level), t), (level, slope)
+
+    def _count(self, t: Float[Array, "n m"], level: Float[Array, " g"]) -> Float[Array, " g"]:
+        kept = jnp.where(jnp.abs(t) > self._spread(jnp.exp(level), t), jnp.ones((), t.dtype), jnp.zeros((), t.dtype))
+        if self.axis is None:
+            return jnp.sum(jnp.sum(kept, axis=0))[None]
+        each = jnp.sum(kept, axis=1 - self.axis)
+        missing = -each.shape[0] % self.span
+        return jnp.sum(jnp.pad(each, (0, missing)).reshape(-1, self.span), axis=1)
+
+    def _spread(self, level: Float[Array, " g"], t: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        if self.axis is None:
+            return jnp.broadcast_to(level[:, None], (1, 1))
+        each = jnp.repeat(level, self.span)[: t.shape[self.axis]]
+        return each[:, None] if self.axis == 0 else each[None, :]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Selection:
+    """What the constraint itself selects for the scores T^2."""
+
+    constraint: Constraint = field(metadata={"static": True})
+
+    def start(self, t: Float[Array, "n m"]) -> State:
+        """Nothing."""
+        return ()
+
+    def turn(self, t: Float[Array, "n m"], state: State) -> State:
+        """Nothing."""
+        return state
+
+    def mask(self, t: Float[Array, "n m"], state: State) -> tuple[Bool[Array, "n m"], State]:
+        """The selection."""
+        return self.constraint.select(t * t), state
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rule:
+    """How to select inside a loop: among what is `allowed` (None: everything), as `choose` does."""
+
+    choose: Budget | Selection
+    allowed: Bool[Array, "n m"] | None
+
+    def start(self, t: Float[Array, "n m"]) -> State:
+        """The state before the first call."""
+        return self.choose.start(self._allowed(t))
+
+    def turn(self, t: Float[Array, "n m"], state: State) -> State:
+        """The state where rho changes."""
+        return self.choose.turn(self._allowed(t), state)
+
+    def mask(self, t: Float[Array, "n m"], state: State) -> tuple[Bool[Array, "n m"], State]:
+        """Which entries are kept, and the next state."""
+        mask, state = self.choose.mask(self._allowed(t), state)
+        return (mask if self.allowed is None else mask & self.allowed), state
+
+    def _allowed(self, t: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        return t if self.allowed is None else jnp.where(self.allowed, t, jnp.zeros((), t.dtype))
+
+
+def projection(constraint: Constraint, shape: tuple[int, int], dtype: Any) -> Rule:
+    """The rule of a constraint for matrices of `shape`."""
+    parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
+    allowed = None
+    for part in parts:
+        if isinstance(part, Support):
+            mask = part.select(jnp.zeros(shape))
+            allowed = mask if allowed is None else allowed & mask
+    rest = tuple(part for part in parts if not isinstance(part, Support))
+    if len(rest) > 1:
+        return Rule(Selection(Intersection(rest)), allowed)
+    if not rest:  # everything that is allowed
+        return Rule(Budget(np.full(1, np.prod(shape), dtype), None, 1), allowed)
+    scopes = rest[0].scopes(shape) if isinstance(rest[0], Cardinality) else None
+    if scopes is None:
+        return Rule(Selection(rest[0]), allowed)
+    axis, span, counts = scopes
+    return Rule(Budget(counts.astype(dtype), axis, span), allowed)
