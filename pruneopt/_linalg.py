@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.core
@@ -228,14 +229,15 @@ def masked_cg(
     start: Float[Array, "n m"],
     support: Bool[Array, "n m"],
     steps: int,
+    products: Any = None,
 ) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
     """`steps` of conjugate gradients for min tr((W - center)^T gram (W - center)) over W on `support`.
 
-    Each column is a system of its own, with gram's diagonal as preconditioner; one product with gram a step. Returns W
-    and the residual gram (center - W), on and off the support: then tr((W - center)^T gram (W - center)) is
-    <center - W, residual>. Traceable by JAX.
+    Each column is a system of its own, with gram's diagonal as preconditioner; one product with gram a step, rounded
+    to the dtype `products` but for the first. Returns W and the residual gram (center - W), on and off the support:
+    then tr((W - center)^T gram (W - center)) is <center - W, residual>. Traceable by JAX.
     """
-    product = partial(jnp.matmul, gram, precision=lax.Precision.HIGHEST)
+    rounded = gram.astype(products or gram.dtype)
     zero = jnp.zeros((), gram.dtype)
     diagonal = jnp.diagonal(gram)
     inverse = jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), zero)[:, None]
@@ -245,7 +247,7 @@ def masked_cg(
 
     def step(_, state):
         w, residual, direction, size = state
-        curved = product(direction)
+        curved = rounded_matmul(rounded, direction)
         length = over(size, jnp.sum(direction * curved, axis=0, keepdims=True))
         w, residual = w + length * direction, residual - length * curved
         steepest = jnp.where(support, residual, zero) * inverse
@@ -253,7 +255,7 @@ def masked_cg(
         return w, residual, steepest + over(new, size) * direction, new
 
     w = jnp.where(support, start, zero)
-    residual = product(center - w)
+    residual = matmul(gram, center - w)
     direction = jnp.where(support, residual, zero) * inverse
     size = jnp.sum(direction * residual, axis=0, keepdims=True)
     w, residual, _, _ = lax.fori_loop(0, steps, step, (w, residual, direction, size))
@@ -274,7 +276,7 @@ def rounded_matmul(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Arra
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether the default device multiplies bfloat16 matrices faster than float32: accelerators, and CPUs that say so."""
+    """Whether the default device multiplies bfloat16 matrices faster than float32: accelerators, CPUs that say so."""
     if jax.default_backend() != "cpu":
         return True
     try:
@@ -298,10 +300,11 @@ def largest_eigenvalue(matrix: Float[Array, "n n"], start: Float[Array, "n 1"]) 
 
 def inverse_on_host(matrix: np.ndarray) -> np.ndarray | None:
     """By Cholesky in float64; None where the matrix is not positive definite to working precision."""
-    factor, failed = scipy.linalg.lapack.dpotrf(matrix, lower=True, clean=True)
+    factorise, invert = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
+    factor, failed = factorise(matrix, lower=True, clean=True)
     if failed or np.min(np.diagonal(factor)) ** 2 <= len(matrix) * np.finfo(float).eps * np.max(np.diagonal(matrix)):
         return None
-    inverse, _ = scipy.linalg.lapack.dpotri(factor, lower=True)
+    inverse, _ = invert(factor, lower=True)
     return np.tril(inverse) + np.tril(inverse, -1).T
 
 
@@ -315,11 +318,10 @@ def spd_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     if n <= 128:
         factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
         half = lax.linalg.triangular_solve(factor, jnp.eye(n, dtype=matrix.dtype), left_side=True, lower=True)
-        return jnp.matmul(half.T, half, precision=lax.Precision.HIGHEST)
-    product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+        return matmul(half.T, half)
     k = n // 2
     first = spd_inverse(matrix[:k, :k])
-    across = product(first, matrix[:k, k:])
-    second = spd_inverse(matrix[k:, k:] - product(matrix[k:, :k], across))
-    corner = -product(across, second)
-    return jnp.block([[first - product(corner, across.T), corner], [corner.T, second]])
+    across = matmul(first, matrix[:k, k:])
+    second = spd_inverse(matrix[k:, k:] - matmul(matrix[k:, :k], across))
+    corner = -matmul(across, second)
+    return jnp.block([[first - matmul(corner, across.T), corner], [corner.T, second]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal
@@ -30,6 +31,9 @@ class Cardinality(Constraint):
     per: the scope that shares one budget: "tree" (all leaves together: importance decides where), "leaf" (each
         leaf the same), "out" / "in" (each output / input of the leaf's matrix `leaf.reshape(-1, n_out)`; JAX's
         layout (..., n_in, n_out)), or an axis or a tuple of axes (each index along them).
+    span: for per="in" or "out", so many consecutive inputs / outputs share one budget (SparseGPT's blocks of inputs
+        are per="in", span=128). The last run may be smaller: it has the budget of its own size, or all of it where
+        that is below `count`.
     floor: at least so many weights live in each leaf (per="tree" or "leaf"), against layer collapse. None: a
         solution that empties a leaf is an error; 0: that is allowed.
     cut: the fraction of the removals that is made; schedules set it, 1 is the whole constraint.
@@ -40,6 +44,7 @@ class Cardinality(Constraint):
     sparsity: float | None = None
     count: int | None = None
     per: Scope = "tree"
+    span: int = 1
     floor: int | None = None
     cut: float = 1.0
 
@@ -55,6 +60,11 @@ class Cardinality(Constraint):
         if not all(isinstance(s, str) or hasattr(s, "__index__") for s in scopes) or len(set(scopes)) < len(scopes):
             raise ValueError(f"per={self.per!r}: pass a scope such as 'out', an axis or a tuple of different axes")
         check_cut(self.cut)
+        if isinstance(self.span, bool) or not hasattr(self.span, "__index__") or self.span < 1:
+            raise ValueError(f"span={self.span!r} is not a whole number >= 1; pass the inputs or outputs of one budget")
+        object.__setattr__(self, "span", operator.index(self.span))
+        if self.span > 1 and self.per not in ("in", "out"):
+            raise ValueError(f"span={self.span} needs per='in' or per='out', not per={self.per!r}; drop the span")
         if isinstance(self.per, str) and self.per not in ("tree", "leaf", "out", "in"):
             raise ValueError(
                 f"per={self.per!r} is unknown; pass 'tree', 'leaf', 'out', 'in', an axis or a tuple of axes"
@@ -99,7 +109,7 @@ class Cardinality(Constraint):
                 )
             return
         for path, leaf in _tree.named_leaves(variable):
-            self._budget(leaf, path)
+            self._budgets(leaf, path)
 
     def select(self, scores: Tree) -> Tree:
         """The largest scores of each scope; traceable by JAX."""
@@ -109,7 +119,7 @@ class Cardinality(Constraint):
                 leaves = [_raised_to_floor(leaf, self.floor) for leaf in leaves]
             masks = _linalg.keep_largest(leaves, self.kept_of(_tree.size(scores)))
         elif self.per == "leaf":
-            masks = [_linalg.keep_largest([leaf], self._budget(leaf))[0] for leaf in leaves]
+            masks = [_linalg.keep_largest([leaf], int(self._budgets(leaf)[0]))[0] for leaf in leaves]
         else:
             masks = [self._select_slices(leaf) for leaf in leaves]
         return jax.tree.unflatten(structure, masks)
@@ -125,8 +135,8 @@ class Cardinality(Constraint):
             return short + max(0, sum(kept) - self.kept_of(_tree.size(support)))
         over = 0
         for leaf in leaves:
-            rows = np.asarray(jnp.sum(to_rows(leaf, self._axes(leaf.ndim)), axis=1, dtype=jnp.int32))
-            over += int(np.maximum(rows.astype(np.int64) - self._budget(leaf), 0).sum())
+            kept = np.asarray(jnp.sum(self._rows(leaf, False)[0], axis=1, dtype=jnp.int32))
+            over += int(np.maximum(kept - self._budgets(leaf), 0).sum())
         return short + over
 
     def density(self, variable: Tree) -> float:
@@ -134,15 +144,21 @@ class Cardinality(Constraint):
         total = _tree.size(variable)
         if self.per == "tree":
             return self.kept_of(total) / total
-        kept = sum(
-            self._budget(leaf) * math.prod(leaf.shape[a] for a in self._axes(leaf.ndim))
-            for leaf in jax.tree.leaves(variable)
-        )
-        return kept / total
+        return sum(int(self._budgets(leaf).sum()) for leaf in jax.tree.leaves(variable)) / total
 
     def relaxed(self, cut: float) -> Cardinality:
         """The same scopes with only the fraction `cut` of their removals."""
         return replace(self, cut=self.cut * cut)
+
+    def scopes(self, shape: tuple[int, ...]) -> tuple[int | None, int, np.ndarray] | None:
+        """The scopes of one matrix (n_in, n_out): (axis, span, counts), `span` indices of `axis` a scope.
+
+        axis is None for one scope; the result is None where every weight is a scope of its own.
+        """
+        axes = self._axes(2)
+        if len(axes) == 2:
+            return None
+        return (axes[0] if axes else None), self.span, self._budgets(jax.ShapeDtypeStruct(shape, np.float32))
 
     def _axes(self, ndim: int, path: str = "") -> tuple[int, ...]:
         """The axes whose every index has a budget of its own."""
@@ -159,14 +175,41 @@ class Cardinality(Constraint):
         return tuple(axis % ndim for axis in axes)
 
     def _select_slices(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        axes = self._axes(leaf.ndim)
-        rows = to_rows(leaf, axes)
-        (mask,) = _linalg.keep_largest_in_rows([rows], np.full(rows.shape[0], self._budget(leaf), np.uint32))
-        return from_rows(mask, leaf.shape, axes)
+        rows, restored = self._rows(leaf, -np.inf)
+        (mask,) = _linalg.keep_largest_in_rows([rows], self._budgets(leaf).astype(np.uint32))
+        return restored(mask)
 
-    def _budget(self, leaf: Shaped[Array, "..."], path: str = "") -> int:
-        size = math.prod(leaf.shape) // math.prod(leaf.shape[a] for a in self._axes(leaf.ndim, path))
-        return max(self.kept_of(size), min(self.floor or 0, size))
+    def _rows(
+        self, leaf: Shaped[Array, "..."], fill: Any
+    ) -> tuple[Shaped[Array, "g n"], Callable[[Shaped[Array, "g n"]], Shaped[Array, "..."]]]:
+        """One row for each scope, the last filled up with `fill`; and the way back."""
+        axes = self._axes(leaf.ndim)
+        if self.span == 1:
+            return to_rows(leaf, axes), lambda rows: from_rows(rows, leaf.shape, axes)
+        axis = ("in", "out").index(self.per)  # type: ignore[arg-type]
+        i, o = math.prod(leaf.shape[:-1]), math.prod(leaf.shape[-1:])
+        pads = [(0, 0), (0, 0)]
+        pads[axis] = (0, -(i, o)[axis] % self.span)
+        padded = jnp.pad(leaf.reshape(i, o), pads, constant_values=fill)
+        runs = (-1, self.span, o) if axis == 0 else (i, -1, self.span)
+        split = padded.reshape(runs)
+
+        def restored(rows):
+            return from_rows(rows, split.shape, (axis,)).reshape(padded.shape)[:i, :o].reshape(leaf.shape)
+
+        return to_rows(split, (axis,)), restored
+
+    def _budgets(self, leaf: Shaped[Array, "..."] | jax.ShapeDtypeStruct, path: str = "") -> np.ndarray:
+        """How many weights each scope keeps."""
+        groups = math.prod(leaf.shape[a] for a in self._axes(leaf.ndim, path))
+        size = math.prod(leaf.shape) // groups
+        whole, rest = divmod(groups, self.span)
+        first = size * min(self.span, groups)
+        kept = [max(self.kept_of(first), min(self.floor or 0, first))] * max(whole, 1)
+        if whole and rest:
+            last = size * rest
+            kept.append(last if self.count is not None and self.count > last else self.kept_of(last))
+        return np.asarray(kept, np.int64)
 
 
 def check_amount(sparsity: float | None, count: int | None) -> None:

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pruneopt import _linalg
+from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Layer, Outcome, Solver, Start, layer, layer_only
 from pruneopt.solvers.threshold import Rule, projection
@@ -87,19 +88,21 @@ class ADMM(Solver):
         dtype = ready.gram.dtype
         rule = projection(problem.subject_to, ready.center.shape, dtype)
         factors, facts = _factors(problem, ready, self)
-        state = _started(
-            ready, factors.scale, factors.rhos[0], rule, None if init is None else ready.started(init.value)
-        )
-        relaxation = np.asarray(self.relaxation, dtype)
-        for rho, inverse in zip(factors.rhos, factors.inverses, strict=True):
-            state = _iterated(ready, factors.scale, inverse, rule, state, rho, relaxation, self.iterations)
-        t = state.t
+        t = ready.center
+        if not ready.blank:
+            start = None if init is None else ready.started(init.value)
+            state = _started(ready, factors.scale, factors.rhos[0], rule, start)
+            relaxation = np.asarray(self.relaxation, dtype)
+            for rho, inverse in zip(factors.rhos, factors.inverses, strict=True):
+                state = _iterated(ready, factors.scale, inverse, rule, state, rho, relaxation, self.iterations)
+            t = state.t
         support = problem.subject_to.select(ready.scores(t * t))
-        refitted = partial(_refitted, ready, np.asarray(self.refit_damping, dtype), self.refit)
+        products = factors.inverses[0].dtype
+        refitted = partial(_refitted, ready, np.asarray(self.refit_damping, dtype), self.refit, products)
         value, cost = refitted(t / factors.scale, support)
         if init is not None and problem.violation(init.support) == 0:
             value, support = _better(ready, value, support, cost, ready.started(init.value), init.support, refitted)
-        facts |= {"dead_inputs": int(np.sum(ready.dead)), "products": factors.inverses[0].dtype.name}
+        facts |= {"dead_inputs": int(np.sum(ready.dead)), "products": products.name}
         return ready.outcome(problem, value, support, stats=facts)
 
 
@@ -112,10 +115,9 @@ class Factors(NamedTuple):
 
 
 class State(NamedTuple):
-    """Between levels: T, its mask, the threshold's state, and the rho before."""
+    """Between levels: T, the threshold's state, and the rho before."""
 
     t: Float[Array, "n m"]
-    mask: Bool[Array, "n m"]
     threshold: Any
     rho: Float[Array, ""]
 
@@ -128,7 +130,7 @@ def _started(
     t = scale * ready.center
     if start is not None:
         t = scale * start + _linalg.matmul(ready.gram, ready.center - start) / (scale * rho)
-    return State(t, jnp.ones(t.shape, bool), rule.start(t), rho)
+    return State(t, rule.start(t), rho)
 
 
 @partial(jax.jit, static_argnums=7)
@@ -144,24 +146,30 @@ def _iterated(
 ) -> State:
     """The state after all iterations at one rho."""
     dense, zero = scale * ready.center, jnp.zeros((), ready.center.dtype)
-    t = jnp.where(state.mask, state.t, state.t * (state.rho / rho))  # the dual, off the support, is rho T
+    mask, threshold = rule.mask(state.t, rule.turn(state.t, state.threshold))
+    t = jnp.where(mask, state.t, state.t * (state.rho / rho))  # off the support stands the dual over rho
 
     def iteration(_, now):
-        t, _, threshold = now
+        t, threshold = now
         mask, threshold = rule.mask(t, threshold)
         moved = dense + _linalg.rounded_matmul(inverse, jnp.where(mask, t, -t) - dense)
-        return t + relaxation * (moved - jnp.where(mask, t, zero)), mask, threshold
+        return t + relaxation * (moved - jnp.where(mask, t, zero)), threshold
 
-    now = (t, state.mask, rule.turn(t, state.threshold))
-    return State(*lax.fori_loop(0, iterations, iteration, now), rho)
+    t, threshold = lax.fori_loop(0, iterations, iteration, (t, threshold))
+    return State(t, threshold, rho)
 
 
-@partial(jax.jit, static_argnums=2)
+@partial(jax.jit, static_argnums=(2, 3))
 def _refitted(
-    ready: Layer, damping: Float[Array, ""], steps: int, start: Float[Array, "n m"], support: Bool[Array, "n m"]
+    ready: Layer,
+    damping: Float[Array, ""],
+    steps: int,
+    products: Any,
+    start: Float[Array, "n m"],
+    support: Bool[Array, "n m"],
 ) -> tuple[Float[Array, "n m"], Float[Array, ""]]:
     """The weights after conjugate gradients on the support, and their error without `damping`."""
-    value, residual = _linalg.masked_cg(ready.damped(damping), ready.center, start, support, steps)
+    value, residual = _linalg.masked_cg(ready.damped(damping), ready.center, start, support, steps, products)
     change = ready.center - value
     return value, jnp.sum(change * residual) - damping * ready.mean * jnp.sum(change * change)
 
@@ -180,8 +188,10 @@ def _factors(problem: Problem, ready: Layer, solver: ADMM) -> tuple[Factors, dic
     """The inverses that the iterations need, in float32 or, where its probe fails, in float64; from the last call if it
     asked for the same of the same Gram.
     """
-    source = problem.objective.curvature.matrix  # type: ignore[attr-defined]
-    wanted = (float(problem.objective.ridge()), solver.damping, solver.metric, solver.rho, solver.levels)  # type: ignore[attr-defined]
+    f = problem.objective
+    assert isinstance(f, Reconstruction)
+    source = f.curvature.matrix
+    wanted = (float(f.ridge()), solver.damping, solver.metric, solver.rho, solver.levels)
     wanted += (solver.products, ready.gram.dtype)
     if _last and _last[0]() is source and _last[1] == wanted:
         return _last[2], dict(_last[3])
@@ -240,8 +250,11 @@ def _factored_on_host(
     gram = gram + used * mean * np.eye(len(gram))
     s = (1 / np.diagonal(inverse)) ** metric * np.diagonal(gram) ** (1 - metric)
     scaled = gram / np.sqrt(s[:, None] * s[None, :])
-    found = [float(rho) * _linalg.inverse_on_host(scaled + float(rho) * np.eye(len(gram))) for rho in rhos]  # type: ignore[operator]
-    condition = np.linalg.cond(gram, 1)
-    inverses = tuple(jnp.asarray(x, ready.gram.dtype).astype(products) for x in found)
-    factors = Factors(jnp.asarray(np.sqrt(s)[:, None], ready.gram.dtype), rhos, inverses)
-    return factors, {"factors": "float64", "factor_damping": used, "condition": float(condition)}
+    inverses = []
+    for rho in map(float, rhos):
+        inverted = _linalg.inverse_on_host(scaled + rho * np.eye(len(gram)))
+        assert inverted is not None  # `scaled` is positive definite already
+        inverses.append(jnp.asarray(rho * inverted, ready.gram.dtype).astype(products))
+    factors = Factors(jnp.asarray(np.sqrt(s)[:, None], ready.gram.dtype), rhos, tuple(inverses))
+    facts = {"factors": "float64", "factor_damping": used, "condition": float(np.linalg.cond(gram, 1))}
+    return factors, facts

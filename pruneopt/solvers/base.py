@@ -92,13 +92,14 @@ class Layer(NamedTuple):
         columns of dead inputs (H_jj = 0) are those of the identity, so that H is no more singular for them.
     center: W0 times a power of two that brings its largest entry to [1, 2); zero in dead rows. unit: that power.
     dead: inputs without variance; their weights go, and cost no budget. If all are dead the Gram says nothing: it is
-        then the identity and nothing is dead, which makes the problem magnitude pruning.
+        then the identity and nothing is dead, which makes the problem magnitude pruning. blank: whether that is so.
     mean: of H's live diagonal without the ridge, in the same units; what relative damping refers to.
     """
 
     gram: Float[Array, "n n"]
     center: Float[Array, "n m"]
     dead: Bool[Array, " n"]
+    blank: Bool[Array, ""]
     mean: Float[Array, ""]
     unit: Float[Array, ""]
 
@@ -152,6 +153,7 @@ def _layer(gram: Float[Array, "n n"], center: Float[Array, "n m"], ridge: Float[
         ready + jnp.where(eye, extra[:, None], jnp.zeros((), dtype)),
         jnp.where(dead[:, None], jnp.zeros((), dtype), center * scale),
         dead,
+        blank,
         mean * unit,
         scale,
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -117,7 +116,7 @@ class Rule:
         return t if self.allowed is None else jnp.where(self.allowed, t, jnp.zeros((), t.dtype))
 
 
-def projection(constraint: Constraint, shape: tuple[int, int], dtype: Any) -> Rule:
+def projection(constraint: Constraint, shape: tuple[int, ...], dtype: Any) -> Rule:
     """The rule of a constraint for matrices of `shape`."""
     parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
     allowed = None
@@ -129,9 +128,9 @@ def projection(constraint: Constraint, shape: tuple[int, int], dtype: Any) -> Ru
     if len(rest) > 1:
         return Rule(Selection(Intersection(rest)), allowed)
     if not rest:  # everything that is allowed
-        return Rule(Budget(np.full(1, np.prod(shape), dtype), None, 1), allowed)
+        return Rule(Budget(jnp.full((1,), shape[0] * shape[1], dtype), None, 1), allowed)
     scopes = rest[0].scopes(shape) if isinstance(rest[0], Cardinality) else None
     if scopes is None:
         return Rule(Selection(rest[0]), allowed)
     axis, span, counts = scopes
-    return Rule(Budget(counts.astype(dtype), axis, span), allowed)
+    return Rule(Budget(jnp.asarray(counts, dtype), axis, span), allowed)
