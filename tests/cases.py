@@ -63,6 +63,10 @@ CONSTRAINTS = {
         c.Cardinality(sparsity=0.5, per="in", floor=0),
         lambda a, b: _all(a.sum(2) <= 2) & _all(b.sum(2) <= 0),
     ),
+    "cardinality in runs of 3 inputs": (
+        c.Cardinality(sparsity=0.5, per="in", span=3),
+        lambda a, b: (a.sum((1, 2)) <= 4) & (b[:, :3].sum((1, 2)) <= 1) & (b[:, 3, 0] <= 0),
+    ),
     "cardinality along axis 0": (c.Cardinality(count=1, per=0), lambda a, b: _all(a.sum(2) <= 1) & _all(b.sum(2) <= 1)),
     "cardinality along both axes": (c.Cardinality(count=1, per=(0, 1)), lambda a, b: _total(a, b) <= 12),
     "all kept": (c.Cardinality(sparsity=0.0), lambda a, b: _total(a, b) <= 12),
@@ -70,6 +74,10 @@ CONSTRAINTS = {
     "2:4 along other axes": (
         c.ByPath({"a": c.NM(2, 4, axis="out"), "b": c.NM(2, 4)}),
         lambda a, b: _all(a.sum(2) <= 2) & _all(b.sum(1) <= 2),
+    ),
+    "1:2 both ways, and 2:4": (
+        c.ByPath({"a": c.TransposableNM(1, 2), "b": c.NM(2, 4)}),
+        lambda a, b: _all(a.sum(1) <= 1) & _all(a.reshape(len(a), 2, 2, 2).sum(3) <= 1) & _all(b.sum(1) <= 2),
     ),
     "1:2 along the inputs": (
         c.NM(1, 2),
@@ -98,6 +106,16 @@ CONSTRAINTS = {
             (_total(a, b) <= 4)
             & ~(a & ~np.asarray(masks(8)["a"])).any((1, 2))
             & ~(b & ~np.asarray(masks(8)["b"])).any((1, 2))
+        ),
+    ),
+    "cardinality within 1:2": (
+        c.Intersection((c.NM(1, 2), c.Cardinality(count=4, floor=2))),
+        lambda a, b: (
+            _all(a.sum(1) <= 1)
+            & _all(b.reshape(len(b), 2, 2).sum(2) <= 1)
+            & (_total(a, b) <= 4)
+            & (a.sum((1, 2)) >= 2)
+            & (b.sum((1, 2)) >= 2)
         ),
     ),
     "by path": (
@@ -173,6 +191,14 @@ _W_MASK = np.asarray(tree(11, {"w": (6, 2)})["w"] > -0.3)
 MATRIX_CONSTRAINTS = {
     "cardinality": (c.Cardinality(sparsity=0.5), lambda w: w.sum((1, 2)) <= 6),
     "cardinality in each output": (c.Cardinality(count=2, per="out"), lambda w: _all(w.sum(1) <= 2)),
+    "cardinality in runs of 4 inputs": (
+        c.Cardinality(sparsity=0.5, per="in", span=4),
+        lambda w: (w[:, :4].sum((1, 2)) <= 4) & (w[:, 4:].sum((1, 2)) <= 2),
+    ),
+    "1:2 both ways": (
+        c.TransposableNM(1, 2),
+        lambda w: _all(w.sum(2) <= 1) & _all(w.reshape(len(w), 3, 2, 2).sum(2) <= 1),
+    ),
     "1:3 along the inputs": (c.NM(1, 3), lambda w: _all(w.reshape(len(w), 2, 3, 2).sum(2) <= 1)),
     "inputs": (c.Slices(-2, c.Cardinality(count=4)), lambda w: w.any(2).sum(1) <= 4),
     "a fixed support": (c.Support(_W_MASK), lambda w: ~(w & ~_W_MASK).any((1, 2))),
@@ -185,7 +211,15 @@ SOLVERS = {
     "polish": s.Polish(),
     "saliency, then polish": s.Then(s.Score(), s.Polish()),
     "descent": s.Descent(optax.sgd(0.05), epochs=3),
+    "relative": s.Score("relative"),
+    "ADMM": s.ADMM(levels=2, iterations=3, refit=12),
+    "auto": s.Auto(),
+    "conjugate gradients": s.ConjugateGradients(8),
+    "block OBS": s.BlockOBS(block=4),
+    "Thanos": s.Thanos(block=4),
 }
+
+LAYER = {"relative", "ADMM", "auto", "conjugate gradients s", "block OBS", "Thanos"}
 
 # (solver, objective): which pairs a solver takes under a cardinality; "s" only under a fixed support.
 TAKES = {
@@ -193,7 +227,7 @@ TAKES = {
     "diagonal, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
     "diagonal with a gradient": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
     "linear": {"saliency", "absolute", "random"},
-    "reconstruction": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
-    "singular reconstruction, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
+    "reconstruction": {"saliency", "absolute", "random", "saliency, then polish", "polish s"} | LAYER,
+    "singular reconstruction, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s"} | LAYER,
     "loss": {"random", "descent s"},
 }

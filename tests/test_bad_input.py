@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import pruneopt as po
-from pruneopt.constraints import NM, Blocks, ByPath, Cardinality, Intersection, Slices, Support
+from pruneopt.constraints import NM, Blocks, ByPath, Cardinality, Intersection, Slices, Support, TransposableNM
 from pruneopt.curvature import Diagonal, Gram, Identity, hutchinson_diagonal
 from pruneopt.objectives import Loss, Quadratic, Reconstruction
 from pruneopt.solution import Separable
@@ -118,6 +118,25 @@ CASES = {
     "N zero": (lambda: NM(0, 4), ValueError, ("n=0", "1 <= n <= m")),
     "M does not divide": (lambda: prune(constraint=NM(2, 5)), ValueError, ("m=5", "'w1'", "length 4", "leaves=")),
     "N:M axis unknown": (lambda: NM(2, 4, axis="input"), ValueError, ("axis='input'", "pass 'in'")),
+    "no span": (lambda: Cardinality(count=1, per="in", span=0), ValueError, ("span=0", ">= 1", "pass")),
+    "span of a half": (lambda: Cardinality(count=1, per="in", span=0.5), ValueError, ("span=0.5", "whole number")),
+    "span over the tree": (lambda: Cardinality(count=1, span=2), ValueError, ("span=2", "per='tree'", "per='in'")),
+    "count above a run's size": (
+        lambda: prune(constraint=Cardinality(count=13, per="in", span=2)),
+        ValueError,
+        ("count=13", "12", "pass count"),
+    ),
+    "transposable N above M": (lambda: TransposableNM(5, 4), ValueError, ("n=5", "m=4", "1 <= n <= m")),
+    "M does not divide both ways": (
+        lambda: prune(constraint=TransposableNM(2, 4)),
+        ValueError,
+        ("m=4", "4 inputs", "6 outputs", "'w1'", "leaves="),
+    ),
+    "transposable vector": (
+        lambda: TransposableNM(1, 2).check({"b1": jnp.zeros(6)}),
+        ValueError,
+        ("'b1'", "(6,)", "leaves="),
+    ),
     "blocks do not tile": (
         lambda: prune(constraint=Blocks((4, 4), Cardinality(sparsity=0.5))),
         ValueError,

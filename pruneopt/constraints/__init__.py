@@ -7,5 +7,17 @@ from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.nm import NM
 from pruneopt.constraints.support import Support
+from pruneopt.constraints.transposable import TransposableNM
 
-__all__ = ["NM", "Blocks", "ByPath", "Cardinality", "Constraint", "Intersection", "Slices", "Support", "Units"]
+__all__ = [
+    "NM",
+    "Blocks",
+    "ByPath",
+    "Cardinality",
+    "Constraint",
+    "Intersection",
+    "Slices",
+    "Support",
+    "TransposableNM",
+    "Units",
+]

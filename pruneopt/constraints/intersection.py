@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from pruneopt.constraints.base import Constraint, check_constraints
+from pruneopt.constraints.block import Blocks, Slices, Units
+from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.constraints.nm import NM
 from pruneopt.constraints.support import Support
+from pruneopt.constraints.transposable import TransposableNM
 
 Tree = Any
 
@@ -19,8 +23,10 @@ Tree = Any
 class Intersection(Constraint):
     """Every one of `parts` holds.
 
-    `select` goes from part to part, each choosing among what the ones before it kept. It is exact where all but
-    the last are fixed supports.
+    `select` goes from part to part, each choosing among what the ones before it kept: fixed supports first, then in
+    the order given, parts with a floor last (no other may cut below it). So the result is always feasible if any
+    support is, two floors aside. It is exact after fixed supports, and where each part's scopes lie in those of the
+    next: give the finer part first, as in Intersection((NM(2, 4), Cardinality(sparsity=0.7))).
     """
 
     parts: tuple[Constraint, ...]
@@ -32,8 +38,9 @@ class Intersection(Constraint):
 
     @property
     def exact(self) -> bool:
-        """Whether all parts but the last are fixed supports and the last is exact."""
-        return all(isinstance(part, Support) for part in self.parts[:-1]) and self.parts[-1].exact
+        """Whether every part is, and the scopes of each that chooses surely lie in those of the next."""
+        choosing = [part for part in self._in_turn() if not isinstance(part, Support)]
+        return all(part.exact for part in self.parts) and all(map(_lies_within, choosing, choosing[1:]))
 
     @property
     def allows_empty(self) -> bool:
@@ -48,8 +55,9 @@ class Intersection(Constraint):
 
     def select(self, scores: Tree) -> Tree:
         """Part by part; traceable by JAX."""
-        chosen = self.parts[0].select(scores)
-        for part in self.parts[1:]:
+        first, *rest = self._in_turn()
+        chosen = first.select(scores)
+        for part in rest:
             scores = jax.tree.map(lambda s, kept: jnp.where(kept, s, jnp.asarray(-jnp.inf, s.dtype)), scores, chosen)
             chosen = part.select(scores)
         return chosen
@@ -69,3 +77,51 @@ class Intersection(Constraint):
     def restricted(self, paths: tuple[str, ...], laid: Callable[[dict[str, Any]], Any]) -> Intersection:
         """Every part on the matrix."""
         return Intersection(tuple(part.restricted(paths, laid) for part in self.parts))
+
+    def _in_turn(self) -> list[Constraint]:
+        return sorted(self.parts, key=lambda part: 0 if isinstance(part, Support) else 2 if _floor(part) else 1)
+
+
+def _floor(part: Constraint) -> int:
+    budget = part.budget if isinstance(part, Units) else part
+    return (budget.floor or 0) if isinstance(budget, Cardinality) else 0
+
+
+def _lies_within(fine: Constraint, coarse: Constraint) -> bool:
+    """Whether every scope of `fine` surely lies in one scope of `coarse`, so that choosing in turn is optimal.
+
+    Groups and budgets are then a laminar matroid, where the greedy choice is best; a unit adds up the best of its own.
+    """
+    kinds = NM | TransposableNM if isinstance(coarse, Units) else NM | Cardinality
+    if not isinstance(fine, kinds) or _floor(fine):
+        return False
+    if isinstance(fine, Cardinality) and fine.per == "tree":
+        return isinstance(coarse, Cardinality) and coarse.per == "tree"
+    small, large = _scope(fine), _scope(coarse)
+    if small is None or large is None:
+        return False
+    return all(b == -1 or (a != -1 and b % a == 0) for a, b in zip(small, large, strict=True))
+
+
+def _scope(part: Constraint) -> tuple[int, int] | None:
+    """How many consecutive inputs and outputs a scope of `part` has, -1 for all; None where the leaf decides."""
+    match part:
+        case NM(axis="in" | -2):
+            return part.m, 1
+        case NM(axis="out" | -1):
+            return 1, part.m
+        case TransposableNM():
+            return part.m, part.m
+        case Cardinality(per="tree" | "leaf"):
+            return -1, -1
+        case Cardinality(per="in"):
+            return part.span, -1
+        case Cardinality(per="out"):
+            return -1, part.span
+        case Blocks():
+            return (1, *part.shape)[-2], part.shape[-1]
+        case Slices(axis=-2):
+            return 1, -1
+        case Slices(axis=-1):
+            return -1, 1
+    return None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Shaped
 
 from pruneopt import _tree
@@ -88,12 +89,15 @@ class NM(Constraint):
 
     def _select_leaf(self, scores: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         groups = self._groups(jnp.asarray(scores))
-        columns = [groups[..., i] for i in range(self.m)]
-        kept = []
-        for i, mine in enumerate(columns):
-            ahead = [(other >= mine) if j < i else (other > mine) for j, other in enumerate(columns) if j != i]
-            rank = sum((a.astype(jnp.int32) for a in ahead), jnp.zeros(mine.shape, jnp.int32))
-            kept.append((rank < self.n) & (mine > -jnp.inf))
+        index = lax.broadcasted_iota(jnp.int32, groups.shape, groups.ndim - 1)
+
+        def counted(i, ahead):
+            other = lax.dynamic_index_in_dim(groups, i, axis=-1)
+            before = jnp.asarray(i, jnp.int32) < index
+            return ahead + ((other > groups) | ((other == groups) & before)).astype(jnp.int32)
+
+        # Unrolled the comparisons fuse into one pass; past 16 they only cost compile time.
+        ahead = lax.fori_loop(0, self.m, counted, jnp.zeros(groups.shape, jnp.int32), unroll=min(self.m, 16))
         axis = self._axis(scores.ndim)
         moved_shape = jnp.moveaxis(scores, axis, -1).shape
-        return jnp.moveaxis(jnp.stack(kept, axis=-1).reshape(moved_shape), -1, axis)
+        return jnp.moveaxis(((ahead < self.n) & (groups > -jnp.inf)).reshape(moved_shape), -1, axis)

@@ -17,7 +17,7 @@ from pruneopt import _linalg
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Layer, Outcome, Solver, Start, layer, layer_only
-from pruneopt.solvers.threshold import Rule, projection
+from pruneopt.solvers.threshold import Rule, projection, selected
 
 PROBE_ERROR = 0.05  # of a factor: |A A^-1 z - z| / |z|; the iterations stand more, the metric does not
 
@@ -49,20 +49,20 @@ class ADMM(Solver):
     and a fixed schedule of rho.
     """
 
-    rho: tuple[float, float] = (0.7, 2.0)
-    levels: int = 3
-    iterations: int = 6
+    rho: tuple[float, float] = (0.6, 2.5)
+    levels: int = 4
+    iterations: int = 5
     relaxation: float = 1.2
     metric: float = 0.85
     damping: float = 0.01
-    refit: int = 6
+    refit: int = 8
     refit_damping: float = 0.001
     products: Literal["bfloat16", "float32"] | None = None
 
     def __post_init__(self) -> None:
         first, last = self.rho
         if not 0 < first <= last < float("inf"):
-            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.7, 2.0)")
+            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.6, 2.5)")
         for name, least in (("levels", 1), ("iterations", 1), ("refit", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -96,7 +96,7 @@ class ADMM(Solver):
             for rho, inverse in zip(factors.rhos, factors.inverses, strict=True):
                 state = _iterated(ready, factors.scale, inverse, rule, state, rho, relaxation, self.iterations)
             t = state.t
-        support = problem.subject_to.select(ready.scores(t * t))
+        support = selected(problem.subject_to, ready.scores(t * t))
         products = factors.inverses[0].dtype
         refitted = partial(_refitted, ready, np.asarray(self.refit_damping, dtype), self.refit, products)
         value, cost = refitted(t / factors.scale, support)
@@ -115,9 +115,10 @@ class Factors(NamedTuple):
 
 
 class State(NamedTuple):
-    """Between levels: T, the threshold's state, and the rho before."""
+    """Between levels: T, its mask, the threshold's state, and the rho before."""
 
     t: Float[Array, "n m"]
+    mask: Bool[Array, "n m"]
     threshold: Any
     rho: Float[Array, ""]
 
@@ -130,7 +131,7 @@ def _started(
     t = scale * ready.center
     if start is not None:
         t = scale * start + _linalg.matmul(ready.gram, ready.center - start) / (scale * rho)
-    return State(t, rule.start(t), rho)
+    return State(t, *rule.mask(t, rule.start(t)), rho)
 
 
 @partial(jax.jit, static_argnums=7)
@@ -146,17 +147,16 @@ def _iterated(
 ) -> State:
     """The state after all iterations at one rho."""
     dense, zero = scale * ready.center, jnp.zeros((), ready.center.dtype)
-    mask, threshold = rule.mask(state.t, rule.turn(state.t, state.threshold))
-    t = jnp.where(mask, state.t, state.t * (state.rho / rho))  # off the support stands the dual over rho
+    t = jnp.where(state.mask, state.t, state.t * (state.rho / rho))  # off the support stands the dual over rho
 
     def iteration(_, now):
-        t, threshold = now
-        mask, threshold = rule.mask(t, threshold)
+        t, mask, threshold = now
         moved = dense + _linalg.rounded_matmul(inverse, jnp.where(mask, t, -t) - dense)
-        return t + relaxation * (moved - jnp.where(mask, t, zero)), threshold
+        t = t + relaxation * (moved - jnp.where(mask, t, zero))
+        return t, *rule.mask(t, threshold)
 
-    t, threshold = lax.fori_loop(0, iterations, iteration, (t, threshold))
-    return State(t, threshold, rho)
+    t, mask, threshold = lax.fori_loop(0, iterations, iteration, (t, state.mask, rule.turn(t, state.threshold)))
+    return State(t, mask, threshold, rho)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -220,11 +220,17 @@ def _metric(ready: Layer, damping: float, metric: float) -> tuple[Array, Array, 
     """A without rho, sqrt(s), the condition number of the damped Gram, and the error of its inverse on a probe."""
     gram = ready.damped(damping)
     probe = _probe(gram)
-    inverse = _linalg.spd_inverse(gram)
+    factor = _linalg.inverse_factor(gram)  # U with U^T U the inverse: more exact than the inverse at the same cost
+
+    def inverse(x):
+        return _linalg.matmul(factor.T, _linalg.matmul(factor, x))
+
     power = jnp.asarray(metric, gram.dtype)
-    scale = jnp.sqrt((1 / jnp.diagonal(inverse)) ** power * jnp.diagonal(gram) ** (1 - power))[:, None]
-    condition = _linalg.largest_eigenvalue(gram, probe) * _linalg.largest_eigenvalue(inverse, probe)
-    return gram / (scale * scale.T), scale, condition, _linalg.residual(gram, inverse, probe)
+    s = (1 / jnp.sum(factor * factor, axis=0)) ** power * jnp.diagonal(gram) ** (1 - power)
+    scale = jnp.sqrt(s)[:, None]
+    largest = _linalg.largest_eigenvalue(partial(_linalg.matmul, gram), probe)
+    error = jnp.linalg.norm(_linalg.matmul(gram, inverse(probe)) - probe) / jnp.linalg.norm(probe)
+    return gram / (scale * scale.T), scale, largest * _linalg.largest_eigenvalue(inverse, probe), error
 
 
 @partial(jax.jit, static_argnums=2)
@@ -232,7 +238,9 @@ def _level(scaled: Float[Array, "n n"], rho: Float[Array, ""], products: Any) ->
     """rho (A + rho I)^-1, and the error of the inverse on a probe."""
     matrix = scaled + rho * jnp.eye(scaled.shape[0], dtype=scaled.dtype)
     inverse = _linalg.spd_inverse(matrix)
-    return (rho * inverse).astype(products), _linalg.residual(matrix, inverse, _probe(matrix))
+    probe = _probe(matrix)
+    error = jnp.linalg.norm(_linalg.matmul(matrix, _linalg.matmul(inverse, probe)) - probe) / jnp.linalg.norm(probe)
+    return (rho * inverse).astype(products), error
 
 
 def _probe(matrix: Float[Array, "n n"]) -> Float[Array, "n 1"]:

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
+from pruneopt.constraints.by_path import ByPath
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solution import Evidence
@@ -82,6 +84,10 @@ def layer_only(problem: Problem, solver: Solver) -> str | None:
         return f"{name} needs the objective Reconstruction, not {type(problem.objective).__name__}"
     if problem.subject_to is None:
         return f"{name} needs a constraint; pass subject_to="
+    if isinstance(problem.subject_to, ByPath):
+        return (
+            f"{name} solves one layer, and ByPath is for many; pass the layer's own constraint, or use plans.layerwise"
+        )
     return without_penalty(problem, solver)
 
 
@@ -169,3 +175,24 @@ def _power(x: Float[Array, ""]) -> Float[Array, ""]:
 def _restored(layer: Layer, value: Array, support: Array, like: Array) -> tuple[Array, Array]:
     kept = jnp.where(support, value, jnp.zeros((), value.dtype)) / layer.unit
     return kept.astype(like.dtype), support
+
+
+@jax.jit
+def regular_factor(ready: Layer, damping: float) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    """U, upper triangular, with (gram + damping * mean * I)^-1 = U^T U, and the damping that this took.
+
+    `damping` times ten until the matrix has a Cholesky factor. The inputs from j on have the inverse U_j:^T U_j: of
+    their own damped Gram in the same U.
+    """
+    eps = jnp.finfo(ready.gram.dtype).eps
+
+    def attempt(state):
+        _, damping, _ = state
+        gram = ready.damped(damping)
+        factor = _linalg.inverse_factor(gram)
+        regular = jnp.all(1 / jnp.diagonal(factor) ** 2 > 10 * eps * jnp.diagonal(gram))  # False for a NaN
+        return regular, jnp.where(regular, damping, jnp.maximum(10 * damping, 10 * eps)), factor
+
+    start = (jnp.asarray(False), jnp.asarray(damping, ready.gram.dtype), ready.gram)
+    _, damping_used, factor = lax.while_loop(lambda state: ~state[0], attempt, start)
+    return factor, damping_used

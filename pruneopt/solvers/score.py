@@ -8,9 +8,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from pruneopt import _tree
 from pruneopt.objectives.base import QuadraticObjective
+from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solution import Separable
 from pruneopt.solvers.base import Outcome, Solver, Start, without_penalty
@@ -25,22 +27,30 @@ class Score(Solver):
     rule: "saliency", s_i = -g_i w_i + 1/2 (H_ii + lambda) w_i^2, the predicted rise of the objective when weight i
         alone goes (LeCun, Denker, Solla 1990; magnitude and Wanda are its cases H = I and H = the Gram);
         "absolute", |s_i| (first-order Taylor, Molchanov et al. 2019; SNIP, Lee et al. 2019);
+        "relative", for a Reconstruction (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) sqrt(||x_i||_2), input i and
+        output j, x_i the input's samples: how much a weight is of its output and of its input (RIA, Zhang et al. 2024,
+        with the exponent 1/2);
         "random", uniform scores.
 
     Cost: one selection. Optimal, and proven so, for the rule "saliency" where the objective is separable (no
     gradient, diagonal H >= 0) and the constraint's selection exact. `init` is not used.
     """
 
-    rule: Literal["saliency", "absolute", "random"] = "saliency"
+    rule: Literal["saliency", "absolute", "relative", "random"] = "saliency"
 
     def __post_init__(self) -> None:
-        if self.rule not in ("saliency", "absolute", "random"):
-            raise ValueError(f"rule={self.rule!r} is unknown; pass 'saliency', 'absolute' or 'random'")
+        if self.rule not in ("saliency", "absolute", "relative", "random"):
+            raise ValueError(f"rule={self.rule!r} is unknown; pass 'saliency', 'absolute', 'relative' or 'random'")
 
     def refuses(self, problem: Problem) -> str | None:
         """A penalty, no constraint, or (random aside) an objective without a quadratic model."""
         if problem.subject_to is None:
             return "Score needs a constraint; pass subject_to="
+        if self.rule == "relative" and not isinstance(problem.objective, Reconstruction):
+            return (
+                f"Score(rule='relative') needs the objective Reconstruction, not {type(problem.objective).__name__}; "
+                "pass its inputs' Gram, Reconstruction(W, Gram.checked(X^T X / N))"
+            )
         if self.rule != "random" and not isinstance(problem.objective, QuadraticObjective):
             return (
                 f"Score(rule={self.rule!r}) needs a quadratic objective, not {type(problem.objective).__name__}; "
@@ -57,6 +67,9 @@ class Score(Solver):
         proof = None
         if self.rule == "random":
             scores = _random(f.center, key)
+        elif self.rule == "relative":
+            assert isinstance(f, Reconstruction)
+            scores = _relative(f.center, jnp.diagonal(f.curvature.matrix))
         else:
             assert isinstance(f, QuadraticObjective)
             scores = f.ranking() if self.rule == "saliency" else _absolute(f.ranking())
@@ -80,6 +93,22 @@ def _random(like: Tree, key: jax.Array) -> Tree:
     return jax.tree.unflatten(
         structure, [draw[e - x.size : e].reshape(x.shape) for x, e in zip(leaves, ends, strict=True)]
     )
+
+
+@jax.jit
+def _relative(center: Float[Array, "n m"], squares: Float[Array, " n"]) -> Float[Array, "n m"]:
+    """RIA times N^-1/4, from the mean squares of the inputs."""
+    size = jnp.abs(center.astype(_tree.wide(center.dtype)))
+    norm = jnp.sqrt(jnp.sqrt(jnp.maximum(squares.astype(size.dtype), 0)))
+    return (_shares(size, 0) + _shares(size, 1)) * norm[:, None]
+
+
+def _shares(size: Float[Array, "n m"], axis: int) -> Float[Array, "n m"]:
+    """Each entry's part of the sum along `axis`, 0 of 0. Scaled by the largest first: the sum may overflow."""
+    largest = jnp.max(size, axis=axis, keepdims=True)
+    scaled = size / jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    total = jnp.sum(scaled, axis=axis, keepdims=True)
+    return scaled / jnp.where(total > 0, total, jnp.ones_like(total))
 
 
 @jax.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -134,3 +135,15 @@ def projection(constraint: Constraint, shape: tuple[int, ...], dtype: Any) -> Ru
         return Rule(Selection(rest[0]), allowed)
     axis, span, counts = scopes
     return Rule(Budget(jnp.asarray(counts, dtype), axis, span), allowed)
+
+
+def selected(constraint: Constraint, scores: Float[Array, "n m"]) -> Bool[Array, "n m"]:
+    """constraint.select(scores) from outside a program; compiled where that pays and the program can be kept."""
+    if isinstance(constraint, Support | Intersection | Cardinality):
+        return constraint.select(scores)
+    return _selected(constraint, scores)
+
+
+@partial(jax.jit, static_argnums=0)
+def _selected(constraint: Constraint, scores: Float[Array, "n m"]) -> Bool[Array, "n m"]:
+    return constraint.select(scores)
