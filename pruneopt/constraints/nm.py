@@ -49,7 +49,7 @@ class NM(Constraint):
     def check(self, variable: Tree) -> None:
         """Raise ValueError for an axis that a leaf lacks or whose length `m` does not divide."""
         for path, leaf in _tree.named_leaves(variable):
-            length = leaf.shape[self._axis(leaf.ndim, path)]
+            length = leaf.shape[self.positive_axis(leaf.ndim, path)]
             if length % self.m:
                 raise ValueError(
                     f"m={self.m} does not divide axis {self.axis!r} of leaf '{path}', of length {length} "
@@ -77,14 +77,15 @@ class NM(Constraint):
         check_cut(cut)
         return replace(self, n=self.m - int((self.m - self.n) * cut + 1e-9))
 
-    def _axis(self, ndim: int, path: str = "") -> int:
+    def positive_axis(self, ndim: int, path: str = "") -> int:
+        """The number of `axis` in a leaf of `ndim` axes, counted from the first. Raises ValueError where it is not."""
         axis = {"in": -2, "out": -1}[self.axis] if isinstance(self.axis, str) else self.axis
         if not -ndim <= axis < ndim:
             raise ValueError(f"axis={self.axis!r} does not exist in leaf '{path}' of {ndim} axes; pass another axis")
         return axis % ndim
 
     def _groups(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "... m"]:
-        moved = jnp.moveaxis(leaf, self._axis(leaf.ndim), -1)
+        moved = jnp.moveaxis(leaf, self.positive_axis(leaf.ndim), -1)
         return moved.reshape(*moved.shape[:-1], -1, self.m)
 
     def _select_leaf(self, scores: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
@@ -98,6 +99,6 @@ class NM(Constraint):
 
         # Unrolled the comparisons fuse into one pass; past 16 they only cost compile time.
         ahead = lax.fori_loop(0, self.m, counted, jnp.zeros(groups.shape, jnp.int32), unroll=min(self.m, 16))
-        axis = self._axis(scores.ndim)
+        axis = self.positive_axis(scores.ndim)
         moved_shape = jnp.moveaxis(scores, axis, -1).shape
         return jnp.moveaxis(((ahead < self.n) & (groups > -jnp.inf)).reshape(moved_shape), -1, axis)

@@ -49,9 +49,9 @@ class ADMM(Solver):
     and a fixed schedule of rho.
     """
 
-    rho: tuple[float, float] = (0.6, 2.5)
-    levels: int = 4
-    iterations: int = 5
+    rho: tuple[float, float] = (0.7, 2.5)
+    levels: int = 3
+    iterations: int = 8
     relaxation: float = 1.2
     metric: float = 0.85
     damping: float = 0.01
@@ -62,7 +62,7 @@ class ADMM(Solver):
     def __post_init__(self) -> None:
         first, last = self.rho
         if not 0 < first <= last < float("inf"):
-            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.6, 2.5)")
+            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.7, 2.5)")
         for name, least in (("levels", 1), ("iterations", 1), ("refit", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -96,10 +96,10 @@ class ADMM(Solver):
             for rho, inverse in zip(factors.rhos, factors.inverses, strict=True):
                 state = _iterated(ready, factors.scale, inverse, rule, state, rho, relaxation, self.iterations)
             t = state.t
-        support = selected(problem.subject_to, ready.scores(t * t))
+        support = selected(problem.subject_to, _scores(ready, t))
         products = factors.inverses[0].dtype
         refitted = partial(_refitted, ready, np.asarray(self.refit_damping, dtype), self.refit, products)
-        value, cost = refitted(t / factors.scale, support)
+        value, cost = refitted(_unscaled(t, factors.scale), support)
         if init is not None and problem.violation(init.support) == 0:
             value, support = _better(ready, value, support, cost, ready.started(init.value), init.support, refitted)
         facts |= {"dead_inputs": int(np.sum(ready.dead)), "products": products.name}
@@ -159,6 +159,16 @@ def _iterated(
     return State(t, mask, threshold, rho)
 
 
+@jax.jit
+def _scores(ready: Layer, t: Float[Array, "n m"]) -> Float[Array, "n m"]:
+    return ready.scores(t * t)
+
+
+@jax.jit
+def _unscaled(t: Float[Array, "n m"], scale: Float[Array, "n 1"]) -> Float[Array, "n m"]:
+    return t / scale
+
+
 @partial(jax.jit, static_argnums=(2, 3))
 def _refitted(
     ready: Layer,
@@ -203,8 +213,9 @@ def _factors(problem: Problem, ready: Layer, solver: ADMM) -> tuple[Factors, dic
     scaled, scale, condition, error = _metric(ready, solver.damping, solver.metric)
     inverses, errors = zip(*(_level(scaled, rho, products) for rho in rhos), strict=True)
     factors = Factors(scale, rhos, inverses)
+    condition, *errors = jax.device_get((condition, error, *errors))
     facts = {"condition": float(condition), "factors": dtype.name, "factor_damping": solver.damping}
-    if not max(float(error), *map(float, errors)) <= PROBE_ERROR:
+    if not max(errors) <= PROBE_ERROR:
         factors, more = _factored_on_host(ready, rhos, solver.damping, solver.metric, products)
         facts |= more
     _last[:] = [weakref.ref(source), wanted, factors, facts]
@@ -223,7 +234,7 @@ def _metric(ready: Layer, damping: float, metric: float) -> tuple[Array, Array, 
     factor = _linalg.inverse_factor(gram)  # U with U^T U the inverse: more exact than the inverse at the same cost
 
     def inverse(x):
-        return _linalg.matmul(factor.T, _linalg.matmul(factor, x))
+        return _linalg.matmul(_linalg.matmul(factor, x).T, factor).T  # no transposed copy of the factor
 
     power = jnp.asarray(metric, gram.dtype)
     s = (1 / jnp.sum(factor * factor, axis=0)) ** power * jnp.diagonal(gram) ** (1 - power)

@@ -11,9 +11,18 @@ from pruneopt.solvers.admm import ADMM
 from pruneopt.solvers.base import Outcome, Solver, Start, layer_only
 
 # On n inputs and m outputs, in products of n^2 m and inverses of 1.5 n^3:
-FAST = ADMM(rho=(1.0, 1.5), levels=2, iterations=4, relaxation=1.2, refit=4, refit_damping=0.01)  # 13 and 3
-BALANCED = ADMM()  # 29 and 5
-BEST = ADMM(rho=(0.5, 3.0), levels=6, iterations=8, relaxation=1.1, metric=0.8, refit=10)  # 59 and 7
+FAST = ADMM(rho=(1.2, 1.2), levels=1, iterations=10, relaxation=1.3, refit=4, refit_damping=0.01)  # 15 and 2
+BALANCED = ADMM()  # 33 and 4
+BEST = ADMM(
+    rho=(0.4, 3.0),
+    levels=8,
+    iterations=12,
+    relaxation=1.1,
+    metric=0.8,
+    damping=0.003,
+    refit=12,
+    refit_damping=1e-4,
+)  # 109 and 9
 PRESETS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
 
 # Multiply-adds a second that `Auto` reckons with: one core of a CPU, or an accelerator.

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.intersection import Intersection
+from pruneopt.constraints.nm import NM
 from pruneopt.constraints.support import Support
 
 State = Any
@@ -74,6 +75,36 @@ class Budget:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Groups:
+    """The `n` largest |T| of every `m` consecutive ones along `axis`, and those that equal the n-th of them."""
+
+    n: int = field(metadata={"static": True})
+    m: int = field(metadata={"static": True})
+    axis: int = field(metadata={"static": True})
+
+    def start(self, t: Float[Array, "n m"]) -> State:
+        """Nothing."""
+        return ()
+
+    def turn(self, t: Float[Array, "n m"], state: State) -> State:
+        """Nothing."""
+        return state
+
+    def mask(self, t: Float[Array, "n m"], state: State) -> tuple[Bool[Array, "n m"], State]:
+        """By insertion into the n largest so far: minima and maxima alone."""
+        shape = (-1, self.m, t.shape[1]) if self.axis == 0 else (t.shape[0], -1, self.m)
+        size = jnp.abs(t).reshape(shape)
+        largest: list[Array] = []
+        for i in range(self.m):
+            new = lax.index_in_dim(size, i, self.axis + 1, keepdims=True)
+            for j, old in enumerate(largest):
+                largest[j], new = jnp.maximum(old, new), jnp.minimum(old, new)
+            largest = [*largest, new][: self.n]
+        return (size >= largest[-1]).reshape(t.shape), state
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Selection:
     """What the constraint itself selects for the scores T^2."""
 
@@ -97,7 +128,7 @@ class Selection:
 class Rule:
     """How to select inside a loop: among what is `allowed` (None: everything), as `choose` does."""
 
-    choose: Budget | Selection
+    choose: Budget | Groups | Selection
     allowed: Bool[Array, "n m"] | None
 
     def start(self, t: Float[Array, "n m"]) -> State:
@@ -130,6 +161,8 @@ def projection(constraint: Constraint, shape: tuple[int, ...], dtype: Any) -> Ru
         return Rule(Selection(Intersection(rest)), allowed)
     if not rest:  # everything that is allowed
         return Rule(Budget(jnp.full((1,), shape[0] * shape[1], dtype), None, 1), allowed)
+    if isinstance(rest[0], NM) and rest[0].n * rest[0].m <= 64:
+        return Rule(Groups(rest[0].n, rest[0].m, rest[0].positive_axis(2)), allowed)
     scopes = rest[0].scopes(shape) if isinstance(rest[0], Cardinality) else None
     if scopes is None:
         return Rule(Selection(rest[0]), allowed)
