@@ -9,7 +9,7 @@ import pruneopt as po
 from pruneopt.constraints import NM, ByPath, Cardinality, Support
 from pruneopt.plans import calibration, layerwise
 from pruneopt.plans.layerwise import DAMPINGS
-from pruneopt.solvers import Polish, Score, Then
+from pruneopt.solvers import ADMM, Polish, Score, Then, admm
 from pruneopt.structure import segment
 
 HALF = Cardinality(sparsity=0.5)
@@ -189,6 +189,25 @@ def test_operators_with_one_input_share_one_gram(monkeypatch):
     pruned = run(attention, params, [BATCHES[0]])
     assert seen == [6, 4]
     assert [entry["layer"] for entry in pruned.history] == ["q", "k", "v", "o"]
+
+
+def test_operators_with_one_input_share_its_factors(monkeypatch):
+    seen, metric = [], admm._metric
+    monkeypatch.setattr(admm, "_metric", lambda ready, *rest: seen.append(len(ready.gram)) or metric(ready, *rest))
+    params = {name: draw(6, 4) for name in "qkv"} | {"o": draw(12, 6)}
+
+    def heads(p, x):
+        x = jnp.asarray(x)
+        return jnp.concatenate([jnp.tanh(x @ p[name]) for name in "qkv"], axis=-1) @ p["o"]
+
+    pruned = run(heads, params, solver=ADMM(levels=1, iterations=3))
+    assert seen == [6, 12]
+    x = np.concatenate(BATCHES)
+    gram = po.curvature.Gram.checked(jnp.asarray(x.T @ x / len(x)))
+    for name in "qkv":
+        alone = po.Problem(po.objectives.Reconstruction(jnp.asarray(params[name]), gram, 0.01), subject_to=HALF)
+        found = po.solve(alone, ADMM(levels=1, iterations=3))
+        np.testing.assert_allclose(pruned.params[name], found.value, atol=1e-9)
 
 
 def test_repeated_blocks_are_compiled_once():

@@ -26,7 +26,7 @@ import pruneopt as po
 from paper_reproductions.networks import minilm, stories
 from pruneopt.constraints import NM, Cardinality, Support
 from pruneopt.objectives import Reconstruction
-from pruneopt.solvers import Polish, Score, Then
+from pruneopt.solvers import BALANCED, BEST, FAST, BlockOBS, Polish, Score, Then
 
 DATA = os.environ["PRUNEOPT_DATA"]
 LEVELS = {"50 %": 0.5, "60 %": 0.6, "70 %": 0.7, "2:4": None}
@@ -34,7 +34,9 @@ LEVELS = {"50 %": 0.5, "60 %": 0.6, "70 %": 0.7, "2:4": None}
 
 def budget(level, per):
     sparsity = LEVELS[level]
-    return NM(2, 4, axis="in") if sparsity is None else Cardinality(sparsity=sparsity, per=per)
+    if sparsity is None:
+        return NM(2, 4, axis="in")
+    return Cardinality(sparsity=sparsity, per=per, span=128 if per == "in" else 1)
 
 
 # How each solver is run on a layer, the scope of its budget, and its damping.
@@ -45,6 +47,10 @@ SOLVERS = {
     "Wanda (per layer)": (Score(), "tree", 0.0),
     "Wanda (per output), refit": (Then(Score(), Polish()), "out", 0.01),
     "Wanda (per layer), refit": (Then(Score(), Polish()), "tree", 0.01),
+    "SparseGPT": (BlockOBS(), "in", 0.01),
+    "fast": (FAST, "tree", 0.01),
+    "balanced": (BALANCED, "tree", 0.01),
+    "best": (BEST, "tree", 0.01),
 }
 
 

@@ -121,9 +121,11 @@ class Calibration:
                 if other is not None and self._dense_leaves is not None:
                     other = step(other, self._dense_leaves)
                 add(own.setdefault(op, {}), self._reaching(i, use, env, other))
+        shared["problems"] = {}
         total = {op: dict(shared) for op in self.cuts[cut].operators}
         for op, more in own.items():
             add(total[op], more)
+            total[op]["problems"] = {}
         return jax.block_until_ready(total)
 
     def _ahead(self, program: Program, cut: int) -> list[tuple[int, Use, Step]]:
@@ -147,10 +149,13 @@ class Calibration:
 
 
 def problem(sums: Mapping[str, Any], e: int) -> Inputs:
-    """The inputs of problem e of an operator from its sums."""
-    count = float(sums["count"][e])
-    over = jnp.asarray(1.0 / count if count else 0.0, sums["gram"].dtype)
-    return Inputs(count, sums["gram"][e] * over, sums["cross"][e] * over if "cross" in sums else None)
+    """The inputs of problem e of an operator from its sums; the same for operators that share them."""
+    if e not in sums["problems"]:
+        count = float(sums["count"][e])
+        over = jnp.asarray(1.0 / count if count else 0.0, sums["gram"].dtype)
+        cross = sums["cross"][e] * over if "cross" in sums else None
+        sums["problems"][e] = Inputs(count, sums["gram"][e] * over, cross)
+    return sums["problems"][e]
 
 
 def gram(sums: Mapping[str, Any], e: int) -> Gram | None:

@@ -13,9 +13,12 @@ from pruneopt.curvature.fisher import empirical_fisher_diagonal
 from pruneopt.curvature.hessian import hutchinson_diagonal
 from pruneopt.objectives.base import Objective
 from pruneopt.objectives.quadratic import Quadratic
+from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
 from pruneopt.solvers.base import Solver, Then
+from pruneopt.solvers.block_obs import BlockOBS
 from pruneopt.solvers.polish import Polish
 from pruneopt.solvers.score import Score
+from pruneopt.solvers.thanos import Thanos
 from pruneopt.structure import evaluate
 from pruneopt.structure.leaves import Choice, partition
 
@@ -80,6 +83,15 @@ class LayerMethod(NamedTuple):
 LAYER_METHODS: dict[str, LayerMethod] = {
     "wanda": LayerMethod(Score(), "Sun et al. 2023; its budget is Cardinality(per='out')", damping=0.0),
     "wanda_refit": LayerMethod(Then(Score(), Polish()), "Wanda's support, weights refitted exactly"),
+    "ria": LayerMethod(Score("relative"), "Zhang et al. 2024; its budget is Cardinality(per='out')", damping=0.0),
+    "sparsegpt": LayerMethod(
+        BlockOBS(), "Frantar and Alistarh 2023; its budget is Cardinality(per='in', span=128)", damping=0.0
+    ),
+    "thanos": LayerMethod(Thanos(), "Ilin and Richtarik 2025", damping=0.0),
+    "fast": LayerMethod(FAST, "ADMM in the metric of the inverse diagonal, one level of rho"),
+    "balanced": LayerMethod(BALANCED, "the same, three levels"),
+    "best": LayerMethod(BEST, "the same, eight levels"),
+    "auto": LayerMethod(Auto(), "the preset that the layer's size allows"),
 }
 
 
