@@ -217,9 +217,32 @@ SOLVERS = {
     "conjugate gradients": s.ConjugateGradients(8),
     "block OBS": s.BlockOBS(block=4),
     "Thanos": s.Thanos(block=4),
+    "ALPS": s.ALPS(),
+    "hard thresholding": s.HardThresholding(),
+    "Frank-Wolfe": s.FrankWolfe(30),
+    "sparse swaps": s.SparseSwaps(),
+    "greedy OBS": s.GreedyOBS(),
 }
 
-LAYER = {"relative", "ADMM", "auto", "conjugate gradients s", "block OBS", "Thanos"}
+LAYER = {
+    "relative",
+    "ADMM",
+    "ALPS",
+    "auto",
+    "block OBS",
+    "Thanos",
+    "hard thresholding",
+    "Frank-Wolfe",
+    "sparse swaps *",
+    "greedy OBS *",
+    "conjugate gradients s",
+}
+# "*" where a solver takes the pair but not every constraint.
+REFUSED = {
+    "sparse swaps": ("1:2 both ways", "inputs"),
+    "greedy OBS": ("cardinality in runs of 4 inputs", "1:2 both ways", "inputs"),
+}
+
 
 # (solver, objective): which pairs a solver takes under a cardinality; "s" only under a fixed support.
 TAKES = {

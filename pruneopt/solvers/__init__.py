@@ -1,17 +1,23 @@
 """How problems are solved."""
 
 from pruneopt.solvers.admm import ADMM
+from pruneopt.solvers.alps import ALPS
 from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
 from pruneopt.solvers.base import Solver, Then
 from pruneopt.solvers.block_obs import BlockOBS
 from pruneopt.solvers.conjugate_gradients import ConjugateGradients
 from pruneopt.solvers.descent import Descent
+from pruneopt.solvers.frank_wolfe import FrankWolfe
+from pruneopt.solvers.greedy_obs import GreedyOBS
+from pruneopt.solvers.hard_threshold import HardThresholding
 from pruneopt.solvers.polish import Polish
 from pruneopt.solvers.score import Score
+from pruneopt.solvers.sparse_swaps import SparseSwaps
 from pruneopt.solvers.thanos import Thanos
 
 __all__ = [
     "ADMM",
+    "ALPS",
     "BALANCED",
     "BEST",
     "FAST",
@@ -19,9 +25,13 @@ __all__ = [
     "BlockOBS",
     "ConjugateGradients",
     "Descent",
+    "FrankWolfe",
+    "GreedyOBS",
+    "HardThresholding",
     "Polish",
     "Score",
     "Solver",
+    "SparseSwaps",
     "Thanos",
     "Then",
 ]

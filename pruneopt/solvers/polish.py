@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Bool, Float
 
 from pruneopt import _tree
 from pruneopt.constraints.support import Support
@@ -57,8 +56,10 @@ class Polish(Solver):
         support = _support(problem, init)
         proof = StrongConvexity() if isinstance(problem.subject_to, Support) and f.damping > 0 else None
         if isinstance(f.curvature, Gram):
-            w, singular = _refit_gram(f.curvature.matrix, f.center, support, float(f.ridge()))
-            return Outcome(w, support, evidence=proof, stats={"singular_outputs": singular})
+            w, singular = refit(f.curvature.matrix, f.center, support, float(f.ridge()))
+            return Outcome(
+                jnp.asarray(w, f.center.dtype), support, evidence=proof, stats={"singular_outputs": singular}
+            )
         value = _tree.masked(f.center if f.gradient is None else _newton(f), support)
         return Outcome(value, support, evidence=proof)
 
@@ -79,14 +80,12 @@ def _newton(f: QuadraticObjective) -> Tree:
     return jax.tree.map(lambda w, g, h: w - g / (h + ridge), f.center, f.gradient, diagonal)
 
 
-def _refit_gram(
-    gram: Float[Array, "n n"], center: Float[Array, "n m"], support: Bool[Array, "n m"], ridge: float
-) -> tuple[Float[Array, "n m"], int]:
-    """The refit of every column, and how many of them had a singular matrix."""
+def refit(gram: Any, center: Any, support: Any, ridge: float) -> tuple[np.ndarray, int]:
+    """The refit of every column of (n, m) in the dtype of `center`, and how many of them had a singular matrix."""
     mask, w0 = np.asarray(support), np.asarray(center, np.float64)
     h = np.asarray(gram, np.float64) + ridge * np.eye(mask.shape[0])
     start = np.where(mask, w0, 0.0)
-    refit, singular = start.copy(), 0
+    fitted, singular = start.copy(), 0
     wanted = h @ (w0 - start)
     supports, owner = np.unique(mask, axis=1, return_inverse=True)
     for i, alike in enumerate(supports.T):
@@ -98,10 +97,10 @@ def _refit_gram(
         if step is None:
             singular += columns.size
             step = _least_change(matrix, wanted[at])
-        refit[at] += step
-    refit = refit.astype(np.asarray(center).dtype)
-    worse = _column_errors(h, refit - w0) > _column_errors(h, start - w0)  # by rounding, in singular columns
-    return jnp.asarray(np.where(worse, start, refit), center.dtype), singular
+        fitted[at] += step
+    fitted = fitted.astype(np.asarray(center).dtype)
+    worse = _column_errors(h, fitted - w0) > _column_errors(h, start - w0)  # by rounding, in singular columns
+    return np.where(worse, start, fitted), singular
 
 
 def _solved(matrix: np.ndarray, sides: np.ndarray) -> np.ndarray | None:

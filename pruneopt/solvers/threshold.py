@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.cardinality import Cardinality
@@ -180,3 +181,30 @@ def selected(constraint: Constraint, scores: Float[Array, "n m"]) -> Bool[Array,
 @partial(jax.jit, static_argnums=0)
 def _selected(constraint: Constraint, scores: Float[Array, "n m"]) -> Bool[Array, "n m"]:
     return constraint.select(scores)
+
+
+def swap_groups(
+    constraint: Constraint | None, shape: tuple[int, ...]
+) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, "n m"]] | None:
+    """Which inputs may change places inside an output without breaking the constraint: those of one group.
+
+    (group of each input, what may live at all); None where even such an exchange can break it.
+    """
+    parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
+    allowed = np.ones(shape, bool)
+    for part in parts:
+        if isinstance(part, Support):
+            allowed &= np.asarray(part.select(jnp.zeros(shape)))
+    rest = [part for part in parts if not isinstance(part, Support)]
+    inputs = np.arange(shape[0])
+    if not rest:
+        return inputs, allowed
+    if len(rest) > 1:
+        return None
+    (one,) = rest
+    if isinstance(one, NM) and one.positive_axis(2) == 0:
+        return inputs // one.m, allowed
+    if isinstance(one, Cardinality) and (scopes := one.scopes(shape)) is not None:
+        axis, span, _ = scopes
+        return (inputs // span if axis == 0 else np.zeros_like(inputs)), allowed
+    return None
