@@ -13,11 +13,16 @@ from pruneopt.curvature.fisher import empirical_fisher_diagonal
 from pruneopt.curvature.hessian import hutchinson_diagonal
 from pruneopt.objectives.base import Objective
 from pruneopt.objectives.quadratic import Quadratic
+from pruneopt.solvers.alps import ALPS
 from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
 from pruneopt.solvers.base import Solver, Then
 from pruneopt.solvers.block_obs import BlockOBS
+from pruneopt.solvers.frank_wolfe import FrankWolfe
+from pruneopt.solvers.greedy_obs import GreedyOBS
+from pruneopt.solvers.hard_threshold import HardThresholding
 from pruneopt.solvers.polish import Polish
 from pruneopt.solvers.score import Score
+from pruneopt.solvers.sparse_swaps import SparseSwaps
 from pruneopt.solvers.thanos import Thanos
 from pruneopt.structure import evaluate
 from pruneopt.structure.leaves import Choice, partition
@@ -88,6 +93,11 @@ LAYER_METHODS: dict[str, LayerMethod] = {
         BlockOBS(), "Frantar and Alistarh 2023; its budget is Cardinality(per='in', span=128)", damping=0.0
     ),
     "thanos": LayerMethod(Thanos(), "Ilin and Richtarik 2025", damping=0.0),
+    "obc": LayerMethod(GreedyOBS(), "Frantar, Singh and Alistarh 2022", damping=0.0),
+    "alps": LayerMethod(ALPS(), "Meng et al. 2024", damping=0.0),
+    "iht": LayerMethod(Then(HardThresholding(), Polish()), "Blumensath and Davies 2010, then an exact refit"),
+    "frank_wolfe": LayerMethod(FrankWolfe(), "Roux, Zimmer and Pokutta 2025, the mask alone", damping=0.0),
+    "sparse_swaps": LayerMethod(SparseSwaps(), "Zimmer et al. 2025, from Wanda's mask, the mask alone", damping=0.0),
     "fast": LayerMethod(FAST, "ADMM in the metric of the inverse diagonal, one level of rho"),
     "balanced": LayerMethod(BALANCED, "the same, three levels"),
     "best": LayerMethod(BEST, "the same, eight levels"),
