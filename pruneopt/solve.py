@@ -64,7 +64,7 @@ def solve(
         raise SolveError(f"{status.value} ({solver!r}, {check.violation} units over, {check.outside} outside)")
     stats = {"solver": solver, "seconds": seconds, **outcome.stats}
     if isinstance(problem.objective, Reconstruction) and status.is_usable:
-        stats["relative_error"] = problem.objective.relative_error(outcome.value)
+        stats["relative_error"] = problem.objective.relative_error(outcome.value, check.objective)
     return Solution(
         outcome.value, outcome.support, status, check.objective, check.bound, check.gap, outcome.evidence, stats
     )

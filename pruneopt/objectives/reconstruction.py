@@ -48,8 +48,10 @@ class Reconstruction(QuadraticObjective):
                 "(n_in, n_out), the transpose of PyTorch's weight"
             )
 
-    def relative_error(self, w: Float[Array, "n_in n_out"]) -> float:
-        """tr(D^T H D) / tr(W0^T H W0), undamped, in float64; NaN where the layer's output is zero."""
+    def relative_error(self, w: Float[Array, "n_in n_out"], value: float | None = None) -> float:
+        """tr(D^T H D) / tr(W0^T H W0), undamped, in float64; NaN where the layer's output is zero. value: f(w), if known."""
         zero = jnp.zeros_like(self.center)
         whole = self.curvature.form(self.center, zero, 0.0)
-        return self.curvature.form(w, self.center, 0.0) / whole if whole else float("nan")
+        change = np.asarray(w, np.float64) - np.asarray(self.center, np.float64)
+        error = 2 * (self.value(w) if value is None else value) - float(self.ridge()) * float(np.sum(change * change))
+        return max(error, 0.0) / whole if whole else float("nan")
