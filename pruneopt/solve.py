@@ -14,7 +14,7 @@ from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solution import Solution, Status
 from pruneopt.solvers.base import Solver, Start
-from pruneopt.structure.leaves import check_like
+from pruneopt.structure.leaves import check_finite, check_like
 
 Tree = Any
 
@@ -77,6 +77,7 @@ def _start(problem: Problem, init: Any) -> Start:
         return start
     center = problem.objective.center
     check_like(init, center, "init")
+    check_finite(init, "init")
     if all(leaf.dtype == bool for leaf in jax.tree.leaves(init)):
         return Start(_tree.masked(center, init), jax.tree.map(jnp.asarray, init))
     return Start(init, jax.tree.map(lambda x: jnp.asarray(x) != 0, init))

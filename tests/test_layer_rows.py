@@ -127,8 +127,9 @@ def test_sparse_swaps_end_where_no_exchange_helps():
                 other = mask.copy()
                 other[p, j], other[q, j] = False, True
                 assert mask_error(other) >= mask_error(mask) * (1 - 1e-9)
-    once = po.solve(task, SparseSwaps(1))
-    assert once.status is po.Status.LIMIT
+    worst = jnp.asarray(~np.asarray(start.support))
+    assert po.solve(task, SparseSwaps(1), init=worst).status is po.Status.LIMIT
+    assert po.solve(task, SparseSwaps(), init=worst).status is po.Status.FEASIBLE
     grouped = np.asarray(po.solve(problem(NM(2, 4)), SparseSwaps()).support)
     assert (grouped.reshape(2, 4, M).sum(1) == 2).all()
 

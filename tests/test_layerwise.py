@@ -430,3 +430,87 @@ def test_a_network_that_changes_with_the_batch_is_refused():
 
     with pytest.raises(ValueError, match="it must be one network"):
         run(fn)
+
+
+# ------------------------------------------------------------------------- what fresh eyes found
+
+
+@pytest.mark.parametrize("what", ["fn", "key"])
+def test_a_folder_knows_its_function_and_key(tmp_path, what):
+    run(run_dir=tmp_path, key=0)
+    other = {"fn": lambda p, x: jnp.tanh(mlp(p, x))} if what == "fn" else {"key": 1}
+    with pytest.raises(ValueError, match=f"holds a run with other .*{what}"):
+        run(run_dir=tmp_path, **{"key": 0} | other)
+    assert_identical(run(run_dir=tmp_path, key=0).params, run(key=0).params)
+
+
+def test_damaged_folders_are_said_to_be(tmp_path):
+    run(run_dir=tmp_path)
+    layers = sorted(tmp_path.glob("layer-*"))
+    layers[0].write_bytes(layers[1].read_bytes())
+    with pytest.raises(ValueError, match="is damaged"):
+        run(run_dir=tmp_path)
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match="is damaged"):
+        run(run_dir=tmp_path)
+
+
+def test_a_mask_in_the_function_and_the_support_agree():
+    w, m = draw(6, 8), np.random.default_rng(3).random((6, 8)) < 0.5
+    fn = lambda p, x: jnp.asarray(x) @ (p["w"] * p["m"])  # noqa: E731
+    pruned = run(fn, {"w": w, "m": m.astype(np.float64)}, constraint=HALF, solver=Score(), leaves="w")
+    kept = np.asarray(pruned.support["w"])
+    assert not np.any(np.asarray(pruned.params["w"])[~kept])
+    assert pruned.kept == kept.sum() == 24
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_bad_position_weights(bad):
+    with pytest.raises(ValueError, match="weights hold a NaN, an infinity or a negative"):
+        run(weights=lambda x: np.full(len(x), bad))
+    with pytest.raises(ValueError, match="weights hold a NaN, an infinity or a negative"):
+        po.structure.capture(mlp, WEIGHTS, BATCHES, weights=lambda x: np.full(len(x), bad))
+
+
+def test_held_out_zeros_choose_nothing():
+    with pytest.raises(ValueError, match="held_out: the inputs of 'a' are zero"):
+        run(held_out=[0 * BATCHES[0]])
+
+
+def test_overflow_inside_the_network_names_the_layer():
+    fn = lambda p, x: jnp.log(-jnp.abs(jnp.asarray(x) @ p["a"])) @ p["z"]  # noqa: E731
+    with pytest.raises(ValueError, match="the inputs of 'z' overflow or are not a number"):
+        run(fn, {"a": draw(6, 3), "z": draw(3, 4)})
+
+
+def test_within_is_boolean():
+    with pytest.raises(TypeError, match="within: 'a' has dtype float64"):
+        run(within={"a": np.full(WEIGHTS["a"].shape, 0.3)})
+
+
+def test_the_layers_name_is_in_its_constraints_error():
+    with pytest.raises(ValueError, match="layer 'a'"):
+        run(constraint=NM(2, 5))
+
+
+def test_complex_products_are_refused():
+    phases = jax.lax.complex(jnp.cos(jnp.arange(6.0)), jnp.sin(jnp.arange(6.0)))
+    with pytest.raises(ValueError, match="complex"):
+        run(
+            lambda p, x: jnp.abs(x @ jax.lax.complex(p["w"], 0 * p["w"])),
+            {"w": jnp.asarray(draw(6, 4))},
+            [phases[None]],
+        )
+
+
+def test_an_unreadable_use_is_noted():
+    fn = lambda p, x: jnp.asarray(x) @ p["w"] + (3 * jnp.asarray(x)) @ jnp.tanh(p["w"])  # noqa: E731
+    history = run(fn, {"w": draw(6, 4)}).history
+    assert any("a use that cannot be read" in note for note in history[0]["notes"])
+
+
+def test_an_init_that_is_not_finite():
+    x = BATCHES[0]
+    f = po.objectives.Reconstruction(jnp.asarray(WEIGHTS["a"]), po.curvature.Gram.from_inputs(jnp.asarray(x)))
+    with pytest.raises(ValueError, match="init holds a NaN"):
+        po.solve(po.Problem(f, subject_to=HALF), ADMM(), init=np.nan * jnp.asarray(WEIGHTS["a"]))

@@ -49,7 +49,10 @@ class Reconstruction(QuadraticObjective):
             )
 
     def relative_error(self, w: Float[Array, "n_in n_out"], value: float | None = None) -> float:
-        """tr(D^T H D) / tr(W0^T H W0), undamped, in float64; NaN where the layer's output is zero. value: f(w), if known."""
+        """tr(D^T H D) / tr(W0^T H W0), undamped, in float64; NaN where the layer's output is zero.
+
+        value: f(w), where it is known.
+        """
         zero = jnp.zeros_like(self.center)
         whole = self.curvature.form(self.center, zero, 0.0)
         change = np.asarray(w, np.float64) - np.asarray(self.center, np.float64)

@@ -13,7 +13,7 @@ import numpy as np
 from pruneopt import _data
 from pruneopt.curvature.gram import Gram
 from pruneopt.structure import walk
-from pruneopt.structure.capture import add, cross
+from pruneopt.structure.capture import add, checked_weights, cross
 from pruneopt.structure.capture import sums as sums_of
 from pruneopt.structure.operators import Operator, Use
 from pruneopt.structure.program import Program
@@ -78,7 +78,7 @@ class Calibration:
                 self._walks[program] = Walk(program, [d for cut in cuts for d in cut.demands])
             self._programs.append(program)
             self._envs.append(self._walks[program].start(batch))
-            self._weights.append(None if weights is None else weights(batch))
+            self._weights.append(None if weights is None else checked_weights(weights(batch)))
         self._dense_leaves = dense
         self._dense = None if dense is None else list(self._envs)
 

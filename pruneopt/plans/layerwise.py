@@ -66,7 +66,10 @@ def layerwise(
         (`calibration.Inputs.target`).
     damping: lambda / mean(diag H); 0.01 by default. Of a sequence, the one with the least undamped error on `held_out`
         is kept (default with held_out: DAMPINGS).
-    weights: batch -> one weight a position (B, T) or example (B,), such as an attention mask; in Grams and errors.
+    weights: batch -> one weight >= 0 a position (B, T) or example (B,), such as an attention mask; in Grams and errors.
+        They are laid on an operator's positions by their shapes, in the batch's order: an fn that moves or reverses
+        the time axis gets the wrong ones. Where an operator has positions (B,) alone, such as a pooled output or one
+        step of a loop over time, an example counts if any of its positions does.
     within: a tree of boolean masks; what they cut stays cut. leaves: which leaves are pruned; leaves that are not
         chosen are skipped. run_dir: a folder; after a kill the same call continues there, to the same bits.
 
@@ -95,13 +98,13 @@ def layerwise(
     operators = choose(graphs.first)
     task = _Task(operators, before, masks, constraint, solver, dampings)
     task.check()
+    key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
     folder = None
     if run_dir is not None:
         identity = task.identity() | {"params": list(before.values()), "target": target}
+        identity |= {"fn": graphs.first.program.text(), "key": jax.random.key_data(key)}
         identity |= {"batches": stream.arrays, "held_out": None if aside is None else aside.arrays}
         folder = RunFolder(run_dir, identity)
-    key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
-
     now, supports, solutions, history = dict(before), {}, {}, []
     with tqdm(total=len(operators), desc="layers", unit="layer", disable=not progress) as bar:
         for number, cut in enumerate(stream.cuts):
@@ -110,7 +113,8 @@ def layerwise(
             if aside is not None:
                 aside.advance(number, now)
             seconds = {"forward": time.perf_counter() - clock}
-            done = {i: folder.load(i) for i in cut.operators} if folder is not None else {}
+            shape = lambda op: (op.problems, op.n_in, op.n_out)  # noqa: E731
+            done = {i: folder.load(i, shape(operators[i])) for i in cut.operators} if folder is not None else {}
             sums, others = {}, {}
             if not all(done.get(i) for i in cut.operators):
                 clock = time.perf_counter()
@@ -130,13 +134,18 @@ def layerwise(
                 now |= op.to_leaves(matrix, now)
                 for path, mask in op.masks(support).items():
                     supports[path] = mask & supports[path] if path in supports else mask
+                    now[path] = _tree.masked(now[path], supports[path])  # where a scale is zero the matrix says nothing
                 solutions |= {_name(op, e): solution for e, solution in enumerate(found)}
                 seconds["solve"] = time.perf_counter() - clock
                 history.append({"layer": op.name, **facts, "seconds": seconds})
                 seconds = {}
                 bar.update()
+    operators_by_name = {op.name: op for op in operators}
     unread = [path for path, _ in _tree.named_leaves(chosen) if path not in supports]
     history += [{"layer": path, "skipped": graphs.first.why_not(path)} for path in unread]
+    for entry in history[: len(operators)]:
+        if unseen := graphs.first.unread(operators_by_name[entry["layer"]].paths):
+            entry.setdefault("notes", []).append(f"a use that cannot be read has no part in its inputs: {unseen}")
     support = _tree.map_named(lambda path, _: supports.get(path), params)
     return Pruned(_tree.map_named(lambda p, x: _like(now[p], x), params), support, solutions, history)
 
@@ -159,6 +168,20 @@ def _like(new: Any, old: Any) -> Any:
     return np.asarray(new) if isinstance(old, np.ndarray) else new
 
 
+def _check_inputs(gram: Any, argument: str, name: str) -> None:
+    """Raise ValueError for inputs that are not finite or all zero."""
+    diagonal = np.asarray(jnp.diagonal(gram))
+    if not np.all(np.isfinite(diagonal)):
+        raise ValueError(
+            f"{argument}: the inputs of '{name}' overflow or are not a number; check the data and the network before it"
+        )
+    if not np.any(diagonal > 0):
+        raise ValueError(
+            f"{argument}: the inputs of '{name}' are zero in all batches, so that every pruning of it looks perfect; "
+            "check the calibration data, or leave it out of leaves="
+        )
+
+
 class _Task:
     """What is asked of every layer."""
 
@@ -178,8 +201,13 @@ class _Task:
         """Raise where a constraint does not fit a layer, before any work."""
         for path, mask in self._within.items():
             check_like(mask, self._before.get(path), f"within: '{path}'")
+            if np.asarray(mask).dtype != bool:
+                raise TypeError(f"within: '{path}' has dtype {np.asarray(mask).dtype}; pass booleans, True = may live")
         for op in self._operators:
-            self._constraints(op)[0].check(jax.ShapeDtypeStruct((op.n_in, op.n_out), np.dtype(np.float32)))
+            try:
+                self._constraints(op)[0].check(jax.ShapeDtypeStruct((op.n_in, op.n_out), np.dtype(np.float32)))
+            except ValueError as error:  # the matrix of a layer is a tree of one leaf, which has no path
+                raise ValueError(str(error).replace("leaf ''", f"layer '{op.name}'")) from error
 
     def identity(self) -> dict[str, Any]:
         """What tells this task from another."""
@@ -202,12 +230,11 @@ class _Task:
             if not inputs.count:
                 notes.append(f"{_name(op, e)} saw no input: pruned by magnitude")
                 inputs = calibration.Inputs(0.0, jnp.eye(op.n_in, dtype=center.dtype), None)
-            elif not bool(jnp.any(jnp.diagonal(inputs.gram) > 0)):
-                raise ValueError(
-                    f"batches: the inputs of '{_name(op, e)}' are zero in all batches, so that every pruning of it "
-                    "looks perfect; check the calibration data, or leave it out of leaves="
-                )
+            else:
+                _check_inputs(inputs.gram, "batches", _name(op, e))
             aside = None if others is None else calibration.gram(others, e)
+            if aside is not None:
+                _check_inputs(aside.matrix, "held_out", _name(op, e))
             solution, damping = self._best(center[e], inputs, aside, constraints[e], jax.random.fold_in(key, e))
             found.append(solution)
             dampings.append(damping)

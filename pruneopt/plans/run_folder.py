@@ -41,6 +41,8 @@ class RunFolder:
             return
         try:
             theirs = json.loads(file.read_text())
+            if not isinstance(theirs, dict):
+                raise ValueError("no object")
         except ValueError as error:
             raise ValueError(f"run_dir='{folder}': {_RUN} is damaged; delete the folder and start again") from error
         if changed := [name for name in mine if mine[name] != theirs.get(name)]:
@@ -48,14 +50,16 @@ class RunFolder:
                 f"run_dir='{folder}' holds a run with other {', '.join(changed)}; repeat that call or pass a new folder"
             )
 
-    def load(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """(arrays, facts) of a finished layer, or None."""
+    def load(self, index: int, shape: tuple[int, ...]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """(arrays, facts) of a finished layer, its value and support of `shape`, or None."""
         file = self._file(index)
         if not file.exists():
             return None
         try:
             with safe_open(file, framework="numpy") as archive:
                 arrays = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+                if any(arrays[name].shape != shape for name in ("value", "support")):
+                    raise ValueError(f"its arrays are not {shape}")
                 return arrays, json.loads((archive.metadata() or {})["facts"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(

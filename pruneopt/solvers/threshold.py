@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.cardinality import Cardinality
@@ -183,12 +183,10 @@ def _selected(constraint: Constraint, scores: Float[Array, "n m"]) -> Bool[Array
     return constraint.select(scores)
 
 
-def swap_groups(
-    constraint: Constraint | None, shape: tuple[int, ...]
-) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, "n m"]] | None:
-    """Which inputs may change places inside an output without breaking the constraint: those of one group.
+def swap_groups(constraint: Constraint | None, shape: tuple[int, ...]) -> tuple[int, Bool[np.ndarray, "n m"]] | None:
+    """In runs of how many inputs weights of an output may change places without breaking the constraint.
 
-    (group of each input, what may live at all); None where even such an exchange can break it.
+    (length of a run, what may live at all); None where even such an exchange can break it.
     """
     parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
     allowed = np.ones(shape, bool)
@@ -196,15 +194,14 @@ def swap_groups(
         if isinstance(part, Support):
             allowed &= np.asarray(part.select(jnp.zeros(shape)))
     rest = [part for part in parts if not isinstance(part, Support)]
-    inputs = np.arange(shape[0])
     if not rest:
-        return inputs, allowed
+        return 1, allowed
     if len(rest) > 1:
         return None
     (one,) = rest
     if isinstance(one, NM) and one.positive_axis(2) == 0:
-        return inputs // one.m, allowed
+        return one.m, allowed
     if isinstance(one, Cardinality) and (scopes := one.scopes(shape)) is not None:
         axis, span, _ = scopes
-        return (inputs // span if axis == 0 else np.zeros_like(inputs)), allowed
+        return (min(span, shape[0]) if axis == 0 else shape[0]), allowed
     return None

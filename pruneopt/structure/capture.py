@@ -82,7 +82,7 @@ def capture(
             error.add_note(f"pruneopt called fn on batch {index} of batches.")
             raise
         chosen = selected(graph, params, leaves)
-        given = None if weights is None else weights(batch)
+        given = None if weights is None else checked_weights(weights(batch))
         for op, sums in _one_batch(graph, chosen, batch, floats, want, given):
             add(totals.setdefault(op.name, {}), sums)
         if output_gradients:
@@ -100,6 +100,14 @@ def selected(graph: Graph, params: Tree, leaves: Choice) -> list[Operator]:
         reasons = "; ".join(f"'{p}': {graph.why_not(p)}" for p in sorted(unread)[:8])
         raise ValueError(f"leaves: no operator can be captured for {reasons}")
     return chosen
+
+
+def checked_weights(weights: Any) -> Any:
+    """Weights of positions as they are. Raises ValueError for a NaN, an infinity or a negative one."""
+    values = np.asarray(weights)
+    if not np.all(np.isfinite(values)) or np.any(values < 0):
+        raise ValueError("weights hold a NaN, an infinity or a negative number; pass weights >= 0, 0 where padded")
+    return weights
 
 
 def _one_batch(graph: Graph, chosen: Sequence[Operator], batch: Any, leaves: Any, want: Any, weights: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,11 +99,17 @@ class Graph:
         looks = [look for look in self.lookups if path in look.paths]
         return described(self.units(), path, readers, looks, "" if readers or looks else self.why_not(path))
 
+    def unread(self, paths: Sequence[str]) -> str | None:
+        """Why a product with one of these leaves was not read; None if all were."""
+        for refusal in self.refusals:
+            if set(refusal.paths) & set(paths):
+                return f"{refusal.primitive}: {refusal.reason}"
+        return None
+
     def why_not(self, path: str) -> str:
         """Why no operator reads a leaf, in words."""
-        for refusal in self.refusals:
-            if path in refusal.paths:
-                return f"{refusal.primitive}: {refusal.reason}"
+        if refused := self.unread([path]):
+            return refused
         for op in self.operators:
             if path in op.paths:
                 return f"it is read together with others, as '{op.name}'; choose all of them"
@@ -225,6 +231,9 @@ def _product(
         reading = read_operand(program, equation.inputs[side])
     except Unreadable as error:
         refuse(str(error))
+        return
+    if any(np.issubdtype(program.shapes[v].dtype, np.complexfloating) for v in equation.inputs if isinstance(v, int)):
+        refuse("it multiplies complex numbers, whose Gram is not real; split them into real and imaginary parts")
         return
     form = forms.of_equation(equation, shapes, side, reading.repeated)
     if isinstance(form, str):

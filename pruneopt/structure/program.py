@@ -109,6 +109,16 @@ class Program:
             self._known[key] = (var,)
         return self._known[key][0]
 
+    def text(self) -> list[Any]:
+        """What the program does, the same in every process: its equations, with the parameters that have a plain text,
+        and the constants that it closed over.
+        """
+        lines: list[Any] = []
+        for eqn in self.equations:
+            plain = {name: text for name, value in eqn.params.items() if " at 0x" not in (text := repr(value))}
+            lines.append([eqn.primitive.name, [str(atom) for atom in eqn.inputs], list(eqn.outputs), plain])
+        return [*lines, list(self.constants.values()), [str(atom) for atom in self.outputs]]
+
     def is_data(self, atom: Atom) -> bool:
         """Whether `atom` depends on the batch."""
         return isinstance(atom, int) and atom in self.data
