@@ -93,45 +93,81 @@ class GreedyOBS(Solver):
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Trace, select, compensate."""
-        assert problem.subject_to is not None
-        trace, gram, damping = self._traced(problem)
         ready = layer(problem)
-        support = trace.support(problem.subject_to) & ~np.asarray(ready.dead)[:, None]
-        value = _compensated(gram, np.asarray(ready.center, np.float64), support)
-        return ready.outcome(
-            problem, jnp.asarray(value, ready.center.dtype), jnp.asarray(support), stats={"damping": damping}
-        )
+        trace, gram, damping = self._traced(problem, ready)
+        assert problem.subject_to is not None
+        ranks = np.where(np.asarray(ready.dead)[:, None], -np.inf, trace.ranks())
+        with jax.enable_x64(True):
+            support = np.asarray(problem.subject_to.select(ranks))
+        value, _ = refit(gram, np.asarray(ready.center, np.float64), support, 0.0)
+        value, kept = jnp.asarray(value, ready.center.dtype), jnp.asarray(support)
+        return ready.outcome(problem, value, kept, stats={"damping": damping})
 
     def trace(self, problem: Problem) -> Trace:
-        """The removals of all outputs, as far as the constraint may need them: all, for a budget over the layer.
-
-        Raises ValueError for a problem that is refused. The inputs without variance go first, at no loss.
-        """
+        """The removals of all outputs, as far as the constraint may need them: all, for a budget over the layer."""
         reason = self.refuses(problem)
         if reason:
             raise ValueError(reason)
-        return self._traced(problem)[0]
+        return self._traced(problem, layer(problem))[0]
 
-    def _traced(self, problem: Problem) -> tuple[Trace, np.ndarray, float]:
-        ready, rule = layer(problem), _rule(problem.subject_to)
-        center, dead = np.asarray(ready.center, np.float64), np.asarray(ready.dead)
-        n, m = center.shape
-        gram, damping = _regular(np.asarray(ready.gram, np.float64), float(ready.mean), self.damping)
-        inverse = scipy.linalg.inv(gram)
-        inverse = 0.5 * (inverse + inverse.T)
-        forced = ~_allowed(problem.subject_to, n, m) | dead[:, None]
-        groups, room = _room(rule, forced)
-        depth = room.sum(0)
-        order = np.full((depth.max(initial=0), m), -1)
-        losses = np.full(order.shape, np.inf)
-        chunk = max(1, self.memory // (16 * n * n))
-        for k in np.unique(depth[depth > 0]):
-            alike = np.flatnonzero(depth == k)
-            for at in (alike[i : i + chunk] for i in range(0, alike.size, chunk)):
-                order[:k, at], losses[:k, at] = _removals(
-                    inverse, center[:, at].T.copy(), forced[:, at].T, groups, room[:, at].T.copy(), int(k)
-                )
-        return Trace(order, losses / _units(problem, ready), n), gram, damping
+    def _traced(self, problem: Problem, ready: Layer) -> tuple[Trace, np.ndarray, float]:
+        center, gram = np.asarray(ready.center, np.float64), np.asarray(ready.gram, np.float64)
+        damping, mean, eye = self.damping, float(ready.mean), np.eye(len(gram))
+        while (inverse := _linalg.inverse_on_host(gram + damping * mean * eye)) is None:
+            damping = max(1e-8, 10 * damping)
+        parts = problem.subject_to.parts if isinstance(problem.subject_to, Intersection) else (problem.subject_to,)
+        free = np.broadcast_to(~np.asarray(ready.dead)[:, None], center.shape).copy()
+        for part in parts:
+            if isinstance(part, Support):
+                free &= np.asarray(part.select(jnp.zeros(center.shape)))
+        rule = _rule(problem.subject_to)
+        group, least = (rule.m, rule.n) if isinstance(rule, NM) else (len(gram), 0)
+        chunk = max(1, self.memory // (16 * gram.size))
+        found = [
+            _removals(inverse, center[:, i : i + chunk], free[:, i : i + chunk], group, least)
+            for i in range(0, center.shape[1], chunk)
+        ]
+        order, losses = (np.concatenate([f[part] for f in found], axis=1) for part in (0, 1))
+        return Trace(order, losses, len(gram)), gram + damping * mean * eye, damping
+
+
+def _removals(
+    inverse: Float[np.ndarray, "n n"],
+    center: Float[np.ndarray, "n m"],
+    free: Bool[np.ndarray, "n m"],
+    group: int,
+    least: int,
+) -> tuple[Int[np.ndarray, "k m"], Float[np.ndarray, "k m"]]:
+    """The trace of some outputs: what is not `free` first, then the cheapest, while its group has more than `least`.
+
+    C after k removals is inverse - V^T V, with the scaled columns of C at the removed inputs as the rows of V: only
+    its diagonal and one column are ever formed.
+    """
+    n, m = center.shape
+    w, alive, each = center.T.copy(), np.ones((m, n), bool), np.arange(m)
+    diagonal = np.broadcast_to(np.diagonal(inverse), (m, n)).copy()
+    rows = np.zeros((m, n, n))
+    order, losses = np.full((n, m), -1), np.full((n, m), np.inf)
+    for k in range(n):
+        counts = np.repeat(alive.reshape(m, -1, group).sum(2), group, axis=1)
+        cost = np.where(alive & (counts > least), w**2 / (2 * diagonal), np.inf)
+        cost[alive & ~free.T] = -1.0
+        p = np.argmin(cost, axis=1)
+        going = np.isfinite(cost[each, p])
+        if not going.any():
+            break
+        column = inverse[p] - np.matmul(rows[each, :k, p][:, None, :], rows[:, :k])[:, 0] if k else inverse[p].copy()
+        pivot = np.maximum(column[each, p], np.finfo(float).tiny)
+        column[~going] = 0.0
+        step = column * (w[each, p] / pivot)[:, None]
+        order[k, going] = p[going]
+        losses[k, going] = (w[each, p] ** 2 / (2 * pivot))[going]
+        rows[:, k] = column / np.sqrt(pivot)[:, None]
+        w, diagonal = w - step, diagonal - rows[:, k] ** 2
+        alive[each[going], p[going]] = False
+        w[~alive] = 0.0
+        diagonal = np.maximum(diagonal, np.finfo(float).tiny)
+    return order[: int((order >= 0).sum(0).max(initial=0))], losses[: int((order >= 0).sum(0).max(initial=0))]
 
 
 def _rule(constraint: Constraint | None) -> Cardinality | NM | Support | None:
@@ -146,91 +182,3 @@ def _rule(constraint: Constraint | None) -> Cardinality | NM | Support | None:
     if isinstance(constraint, Cardinality) and constraint.per in ("tree", "leaf", "out", 1, -1, (1,), (-1,)):
         return constraint
     return None
-
-
-def _allowed(constraint: Constraint | None, n: int, m: int) -> Bool[np.ndarray, "n m"]:
-    """What the fixed supports of the constraint let live."""
-    parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
-    allowed = np.ones((n, m), bool)
-    for part in parts:
-        if isinstance(part, Support):
-            allowed &= np.asarray(part.select(jnp.zeros((n, m))))
-    return allowed
-
-
-def _room(
-    rule: Cardinality | NM | Support | None, forced: Bool[np.ndarray, "n m"]
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "g m"]]:
-    """The group of each input, and how many weights of each group every output removes."""
-    n, m = forced.shape
-    size = rule.m if isinstance(rule, NM) else n
-    must = forced.reshape(-1, size, m).sum(1)
-    if isinstance(rule, NM):
-        may = size - rule.n
-    elif isinstance(rule, Support):
-        may = 0
-    elif rule.per in ("tree", "leaf"):
-        may = n
-    else:
-        may = n - rule.kept_of(n)
-    return np.arange(n) // size, np.maximum(must, may)
-
-
-def _regular(gram: np.ndarray, mean: float, damping: float) -> tuple[np.ndarray, float]:
-    """gram + damping * mean * I with the least damping, from the given one on by tens, that Cholesky accepts."""
-    while True:
-        damped = gram + damping * mean * np.eye(len(gram))
-        factor, failed = scipy.linalg.lapack.dpotrf(damped, lower=True)
-        if not failed and np.min(np.diagonal(factor)) ** 2 > len(gram) * np.finfo(np.float64).eps * mean:
-            return damped, damping
-        damping = max(10 * damping, 1e-10)
-
-
-def _units(problem: Problem, ready: Layer) -> float:
-    """What the objective is multiplied by in the layer that is made ready."""
-    diagonal = np.diagonal(np.asarray(problem.objective.curvature.matrix, np.float64))
-    live = diagonal[diagonal > 0]
-    scale = float(ready.mean) / live.mean() if live.size else 1.0
-    return float(ready.unit) ** 2 * 2.0 ** np.round(np.log2(scale))
-
-
-def _removals(
-    inverse: Float[np.ndarray, "n n"],
-    w: Float[np.ndarray, "b n"],
-    forced: Bool[np.ndarray, "b n"],
-    groups: Int[np.ndarray, " n"],
-    room: Int[np.ndarray, "b g"],
-    depth: int,
-) -> tuple[Int[np.ndarray, "k b"], Float[np.ndarray, "k b"]]:
-    """Algorithm 1 on b outputs at once: the order of `depth` removals and their losses. Writes to w and room."""
-    b, n = w.shape
-    order, losses = np.empty((depth, b), int), np.empty((depth, b))
-    rows, c = np.arange(b), inverse[None]
-    ids, d = np.tile(np.arange(n), (b, 1)), np.tile(np.diagonal(inverse), (b, 1))
-    bias = np.where(forced, -np.inf, np.where(room[:, groups] > 0, 0.0, np.inf))  # -inf: first, inf: never
-    for start in range(0, depth, _BLOCK):
-        steps = min(_BLOCK, depth - start)
-        low = np.empty((b, steps, ids.shape[1]))  # C becomes C - low^T low
-        for i in range(steps):
-            p = np.argmin(w * w / d + bias, axis=1)
-            column = c[rows if len(c) > 1 else 0, p]
-            if i:
-                column = column - np.matmul(low[rows, :i, p][:, None], low[:, :i])[:, 0]
-            pivot = np.sqrt(d[rows, p])
-            step = w[rows, p] / pivot
-            order[start + i], losses[start + i] = ids[rows, p], 0.5 * step * step
-            column = column / pivot[:, None]
-            low[:, i] = column
-            w -= step[:, None] * column
-            d -= column * column
-            np.maximum(d, _TINY, out=d)
-            bias[rows, p] = np.inf
-            group = groups[ids[rows, p]]
-            room[rows, group] -= 1
-            full = room[rows, group] == 0
-            if full.any():
-                bias[full[:, None] & (groups[ids] == group[:, None])] = np.inf
-            w[rows, p], d[rows, p] = 0.0, 1.0
-        if start + steps < depth:
-            alive = np.ones(ids.shape, bool)
-            alive[rows[:, None], np.argsort(ids, axis=1)[:, :0]] = True
