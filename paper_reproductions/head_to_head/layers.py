@@ -4,8 +4,8 @@
 
 Error: tr((W - W0)^T H (W - W0)) / tr(W0^T H W0), undamped, in float64. Budgets: one for the layer (SparseGPT: the same
 fraction of every 128 inputs, its own). Every (layer, sparsity) is solved alone, nothing shared; seconds are CPU
-seconds, warm, medians over rounds in which everybody takes a turn; ours are those of the solver, and of `po.solve` with its
-checks in float64 in brackets. Ratios are geometric means over 50, 60, 70, 80, 90 % and 2:4.
+seconds, warm, medians over rounds in which everybody takes a turn; ours are those of the solver, and of `po.solve` with
+its checks in float64 in brackets. Ratios are geometric means over 50, 60, 70, 80, 90 % and 2:4.
 
 Data: PRUNEOPT_DATA. Peers: PEERS, a folder with a module `peer_layer_methods` whose functions sparsegpt, alps and
 obc_all, obc_nm take H (in, in), W0 (out, in) and a sparsity or (n, m); without it only ours are printed.
@@ -16,6 +16,11 @@ import os
 import sys
 import time
 from pathlib import Path
+
+# One thread: read when JAX is imported.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 import jax
 import jax.numpy as jnp
@@ -100,9 +105,6 @@ def main():
     words.add_argument("--obc", action="store_true", help="also OBC (half a minute a layer; not the 1536-input one)")
     words.add_argument("--layers", nargs="+", default=LAYERS)
     options = words.parse_args()
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     module, rows, obc = peers(), {}, {}
     for layer in options.layers:
         with np.load(Path(os.environ["PRUNEOPT_DATA"]) / "layers" / f"{layer}.npz", allow_pickle=False) as archive:
@@ -120,9 +122,8 @@ def main():
             }
     if module is None:
         return
-    print(
-        "\nours / theirs   error: SparseGPT mean, max   ALPS mean, max   OBC max   time: SparseGPT mean [checked], max   ALPS"
-    )
+    print("\nours / theirs: error, mean and largest, of SparseGPT, ALPS, OBC; time, mean [checked] and largest layer")
+    print(f"{'':<10}{'SparseGPT':>14}{'ALPS':>14}{'OBC':>8}{'time: SparseGPT':>22}{'ALPS':>8}")
     for name in OURS:
         by = {peer: [row[name][0] / row[peer][0] for row in rows.values()] for peer in ("sparsegpt", "alps")}
         times = {key: row[name][1] / row["sparsegpt"][1] for key, row in rows.items()}
@@ -132,7 +133,7 @@ def main():
         alps = mean([row[name][1] / row["alps"][1] for row in rows.values()])
         gpt, meng = (f"{mean(by[peer]):.3f} {max(by[peer]):.3f}" for peer in ("sparsegpt", "alps"))
         took = f"{mean(list(times.values())):.3f} [{checked:.3f}] {slowest:.2f}"
-        print(f"{name:<16}{gpt:>27}{meng:>17}{against:>10.3f}{took:>41}{alps:>7.3f}")
+        print(f"{name:<10}{gpt:>14}{meng:>14}{against:>8.3f}{took:>22}{alps:>8.3f}")
 
 
 if __name__ == "__main__":
