@@ -222,6 +222,7 @@ SOLVERS = {
     "Frank-Wolfe": s.FrankWolfe(30),
     "sparse swaps": s.SparseSwaps(),
     "greedy OBS": s.GreedyOBS(),
+    "saliency, then swap": s.Then(s.Score(), s.Swap()),
 }
 
 LAYER = {
@@ -235,11 +236,13 @@ LAYER = {
     "Frank-Wolfe",
     "sparse swaps *",
     "greedy OBS *",
+    "saliency, then swap *",
     "conjugate gradients s",
 }
 # "*" where a solver takes the pair but not every constraint.
 REFUSED = {
     "sparse swaps": ("1:2 both ways", "inputs"),
+    "saliency, then swap": ("1:2 both ways", "inputs"),
     "greedy OBS": ("cardinality in runs of 4 inputs", "1:2 both ways", "inputs"),
 }
 

@@ -13,6 +13,7 @@ from pruneopt.solvers.hard_threshold import HardThresholding
 from pruneopt.solvers.polish import Polish
 from pruneopt.solvers.score import Score
 from pruneopt.solvers.sparse_swaps import SparseSwaps
+from pruneopt.solvers.swap import Swap, largest_gain
 from pruneopt.solvers.thanos import Thanos
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "Score",
     "Solver",
     "SparseSwaps",
+    "Swap",
     "Thanos",
     "Then",
+    "largest_gain",
 ]
