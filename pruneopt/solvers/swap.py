@@ -33,9 +33,9 @@ class Swap(Solver):
         (g_j + T_ji w_i / P_ii)^2 / (s_j + T_ji^2 / P_ii) - w_i^2 / P_ii.
 
     All pairs are judged at once, every output makes its best exchange, and P, T, g and w follow by two rank-one
-    updates, until none helps: the support is then optimal against every single exchange. From the support of `init`, or
-    all that a `Support` allows; never worse than its exact refit. Exchanges stay inside an output, a group of N:M along the
-    inputs, or a run of inputs that shares a budget; other constraints are refused.
+    updates, until none helps: the support is then optimal against every single exchange. From the support of `init`,
+    or all that a `Support` allows; never worse than its exact refit. Exchanges stay inside an output, a group of N:M
+    along the inputs, or a run of inputs that shares a budget; other constraints are refused.
 
     steps: exchanges that an output may make. damping: relative, added to H for singular ones. memory: bytes.
     Cost: 2 n^3 an output, and 6 n^2 a swap, in float64. Memory: 48 n^2 bytes for each output at work, `memory` in all.
