@@ -13,7 +13,7 @@ import pruneopt as po
 from pruneopt import constraints, curvature, objectives, penalties, solvers
 
 
-@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.default_flags)])
+@pytest.fixture(params=["float64", pytest.param("float32", marks=[pytest.mark.default_flags, pytest.mark.slow])])
 def tolerance(request):
     """The test runs in both modes; the value is the relative error to allow."""
     return 1e-12 if request.param == "float64" else 1e-5
