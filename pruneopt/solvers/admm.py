@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from pruneopt import _linalg
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, layer, layer_only
+from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_not_negative, check_whole, layer, layer_only
 from pruneopt.solvers.threshold import Rule, projection, selected
 
 PROBE_ERROR = 0.05  # of a factor: |A A^-1 z - z| / |z|; the iterations stand more, the metric does not
@@ -63,17 +63,13 @@ class ADMM(Solver):
         first, last = self.rho
         if not 0 < first <= last < float("inf"):
             raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.7, 2.5)")
-        for name, least in (("levels", 1), ("iterations", 1), ("refit", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} is not a whole number >= {least}; pass how many to make")
+        check_whole(self, 1, "levels", "iterations")
+        check_whole(self, 0, "refit")
+        check_not_negative(self, "damping", "refit_damping")
         if not 0 < self.relaxation < 2:
             raise ValueError(f"relaxation={self.relaxation!r} is outside (0, 2), where ADMM converges; pass about 1.2")
         if not 0 <= self.metric <= 1:
             raise ValueError(f"metric={self.metric!r} is outside [0, 1]; 0 is diag(H), 1 the inverse diagonal")
-        for name in ("damping", "refit_damping"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a finite number >= 0; pass such as 0.01")
         if self.products not in (None, "bfloat16", "float32"):
             raise ValueError(f"products={self.products!r}: pass 'bfloat16', 'float32' or None")
 

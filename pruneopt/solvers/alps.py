@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from pruneopt import _linalg
 from pruneopt.constraints.base import Constraint
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, layer, layer_only
+from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_whole, layer, layer_only
 from pruneopt.solvers.threshold import selected
 
 
@@ -49,10 +49,7 @@ class ALPS(Solver):
         for name in ("rho", "damping"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a positive number; pass such as 0.1")
-        for name in ("iterations", "update", "refit"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is not a whole number >= 1; pass how many to make")
+        check_whole(self, 1, "iterations", "update", "refit")
 
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty, or no constraint."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -68,6 +70,24 @@ class Then(Solver):
         a = self.first.run(problem, init, early)
         b = self.second.run(problem, Start(a.value, a.support), late)
         return Outcome(b.value, b.support, a.hit_limit or b.hit_limit, b.evidence, {**a.stats, **b.stats})
+
+
+def check_whole(solver: Solver, least: int, *fields: str) -> None:
+    """Raise ValueError unless these fields of a solver are whole numbers >= least."""
+    for name in fields:
+        value = getattr(solver, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            usual = getattr(type(solver), name)  # the field's default
+            raise ValueError(f"{name}={value!r} is not a whole number >= {least}; pass one, such as {usual}")
+
+
+def check_not_negative(solver: Solver, *fields: str) -> None:
+    """Raise ValueError unless these fields of a solver are finite numbers >= 0."""
+    for name in fields:
+        value = getattr(solver, name)
+        if not (isinstance(value, int | float | np.floating) and 0 <= value < math.inf):
+            usual = getattr(type(solver), name)
+            raise ValueError(f"{name}={value!r} is not a finite number >= 0; pass one, such as {usual}")
 
 
 def without_penalty(problem: Problem, solver: Solver) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +16,17 @@ from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.nm import NM
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, layer, layer_only, regular_factor
+from pruneopt.solvers.base import (
+    Layer,
+    Outcome,
+    Solver,
+    Start,
+    check_not_negative,
+    check_whole,
+    layer,
+    layer_only,
+    regular_factor,
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,8 @@ class BlockOBS(Solver):
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
-            raise ValueError(f"block={self.block!r} is not a whole number >= 1; pass inputs a block, such as 128")
-        if not (isinstance(self.damping, int | float) and math.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(f"damping={self.damping!r} is not a number >= 0; pass a fraction of mean(diag H)")
+        check_whole(self, 1, "block")
+        check_not_negative(self, "damping")
 
     def refuses(self, problem: Problem) -> str | None:
         """Other objectives than Reconstruction, a penalty, no constraint."""

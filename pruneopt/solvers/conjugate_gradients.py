@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from pruneopt import _linalg
 from pruneopt.constraints.support import Support
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, layer, layer_only
+from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_whole, layer, layer_only
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class ConjugateGradients(Solver):
     steps: int = 10
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps={self.steps!r} is not a whole number >= 1; pass how many to make, such as 10")
+        check_whole(self, 1, "steps")
 
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty, or no constraint."""

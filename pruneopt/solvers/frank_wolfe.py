@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from pruneopt import _linalg
 from pruneopt.constraints.base import Constraint
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, layer, layer_only
+from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_whole, layer, layer_only
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class FrankWolfe(Solver):
     iterations: int = 100
 
     def __post_init__(self) -> None:
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations!r} is not a whole number >= 1; pass how many to make")
+        check_whole(self, 1, "iterations")
 
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty, no constraint, or one whose selection is not exact."""

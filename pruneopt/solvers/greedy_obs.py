@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.nm import NM
 from pruneopt.constraints.support import Support
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, layer, layer_only
+from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_not_negative, check_whole, layer, layer_only
 from pruneopt.solvers.polish import refit
 
 
@@ -76,10 +75,8 @@ class GreedyOBS(Solver):
     memory: int = 1 << 29
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.damping, int | float) and math.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(f"damping={self.damping!r} is not a number >= 0; pass a fraction of mean(diag H)")
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
-            raise ValueError(f"memory={self.memory!r} is not a whole number >= 1; pass bytes, such as 1 << 29")
+        check_whole(self, 1, "memory")
+        check_not_negative(self, "damping")
 
     def refuses(self, problem: Problem) -> str | None:
         """Other objectives than Reconstruction, a penalty, and constraints that couple outputs other than by a sum."""

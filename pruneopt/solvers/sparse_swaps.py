@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pruneopt import _linalg
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, layer, layer_only
-from pruneopt.solvers.threshold import selected, swap_groups
+from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_whole, layer, layer_only
+from pruneopt.solvers.threshold import no_exchange, selected, swap_groups
 
 _PAIRS = 1 << 21  # of weights that are judged together, over several outputs
 
@@ -39,18 +39,11 @@ class SparseSwaps(Solver):
     swaps: int = 100
 
     def __post_init__(self) -> None:
-        if not isinstance(self.swaps, int) or self.swaps < 1:
-            raise ValueError(f"swaps={self.swaps!r} is not a whole number >= 1; pass how many an output may make")
+        check_whole(self, 1, "swaps")
 
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty, no constraint, or one that exchanges in an output can break."""
-        reason = layer_only(problem, self)
-        if reason is None and swap_groups(problem.subject_to, problem.objective.center.shape) is None:
-            return (
-                f"SparseSwaps exchanges weights inside an output, which {problem.subject_to!r} does not allow; pass a "
-                "Cardinality per 'tree', 'leaf', 'out' or run of inputs, NM along the inputs, or those within a Support"
-            )
-        return reason
+        return layer_only(problem, self) or no_exchange(problem, self)
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Exchange."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,9 +14,9 @@ from jaxtyping import Array, Bool, Float
 
 from pruneopt.constraints.support import Support
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, layer, layer_only
+from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_not_negative, check_whole, layer, layer_only
 from pruneopt.solvers.polish import refit
-from pruneopt.solvers.threshold import swap_groups
+from pruneopt.solvers.threshold import no_exchange, swap_groups
 
 Tree = Any
 _LEAST = 1e-9  # gain of a swap, of its output's error: below it rounding decides
@@ -48,21 +47,12 @@ class Swap(Solver):
     memory: int = 1 << 29
 
     def __post_init__(self) -> None:
-        for name in ("steps", "memory"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a whole number >= 1; pass such as 50, 1 << 29")
-        if not 0 <= self.damping < math.inf:
-            raise ValueError(f"damping={self.damping!r} is not a finite number >= 0; pass such as 1e-8")
+        check_whole(self, 1, "steps", "memory")
+        check_not_negative(self, "damping")
 
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty, no constraint, or one that exchanges in an output can break."""
-        reason = layer_only(problem, self)
-        if reason is None and swap_groups(problem.subject_to, problem.objective.center.shape) is None:
-            return (
-                f"Swap exchanges weights inside an output, which {problem.subject_to!r} does not allow; pass a "
-                "Cardinality per 'tree', 'leaf', 'out' or run of inputs, NM along the inputs, or those within a Support"
-            )
-        return reason
+        return layer_only(problem, self) or no_exchange(problem, self)
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Refit, exchange, refit."""

@@ -17,6 +17,8 @@ from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.nm import NM
 from pruneopt.constraints.support import Support
+from pruneopt.problem import Problem
+from pruneopt.solvers.base import Solver
 
 State = Any
 
@@ -205,3 +207,13 @@ def swap_groups(constraint: Constraint | None, shape: tuple[int, ...]) -> tuple[
         axis, span, _ = scopes
         return (min(span, shape[0]) if axis == 0 else shape[0]), allowed
     return None
+
+
+def no_exchange(problem: Problem, solver: Solver) -> str | None:
+    """The refusal of a solver that exchanges weights inside outputs, for a constraint that this can break."""
+    if swap_groups(problem.subject_to, problem.objective.center.shape) is not None:
+        return None
+    return (
+        f"{type(solver).__name__} exchanges weights inside an output, which {problem.subject_to!r} does not allow; "
+        "pass a Cardinality per 'tree', 'leaf', 'out' or run of inputs, NM along the inputs, or those within a Support"
+    )
