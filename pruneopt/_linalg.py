@@ -228,7 +228,7 @@ def masked_cg(
     center: Float[Array, "n m"],
     start: Float[Array, "n m"],
     support: Bool[Array, "n m"],
-    steps: int,
+    steps: int | Integer[Array, ""],
     products: Any = None,
 ) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
     """`steps` of conjugate gradients for min tr((W - center)^T gram (W - center)) over W on `support`.
@@ -285,32 +285,60 @@ def multiplies_bfloat16() -> bool:
         return False
 
 
-def largest_eigenvalue(product: Callable[[Array], Array], start: Float[Array, "n 1"]) -> Float[Array, ""]:
-    """Of the positive semidefinite matrix that `product` multiplies by, in three power iterations: a lower bound."""
+def largest_eigenvalue(product: Callable[[Any], Any], start: Any) -> Any:
+    """Of the positive semidefinite matrix that `product` multiplies by, in three power iterations from (n, 1): a lower bound.
+
+    In NumPy or JAX, as `start` is."""
     for _ in range(3):
         start = product(start)
-        start = start / jnp.linalg.norm(start)
-    return jnp.linalg.norm(product(start))
+        start = start / (start * start).sum() ** 0.5
+    end = product(start)
+    return (end * end).sum() ** 0.5
 
 
 def inverse_on_host(matrix: np.ndarray) -> np.ndarray | None:
-    """By Cholesky in float64; None where the matrix is not positive definite to working precision."""
-    factorise, invert = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
-    factor, failed = factorise(matrix, lower=True, clean=True)
+    """The inverse by Cholesky in the matrix's precision; None where it is not positive definite, to float64."""
+    factor = _cholesky(matrix)
+    if factor is None:
+        return None
+    (invert,) = scipy.linalg.get_lapack_funcs(("potri",), (factor,))
+    inverse = invert(factor, lower=True, overwrite_c=True)[0].T  # its upper half, rows contiguous
+    for start in range(0, len(inverse), _TILE):
+        here, after = slice(start, start + _TILE), slice(start + _TILE, None)
+        inverse[after, here] = inverse[here, after].T
+        inverse[here, here] = np.triu(inverse[here, here]) + np.triu(inverse[here, here], 1).T
+    return inverse
+
+
+def inverse_factor_on_host(matrix: np.ndarray) -> np.ndarray | None:
+    """V, lower triangular, with matrix^-1 = V^T V; None as for `inverse_on_host`."""
+    factor = _cholesky(matrix)
+    if factor is None:
+        return None
+    (invert,) = scipy.linalg.get_lapack_funcs(("trtri",), (factor,))
+    return invert(factor, lower=True, overwrite_c=True)[0]
+
+
+_TILE = 256  # fits a cache on the way across the diagonal
+
+
+def _cholesky(matrix: np.ndarray) -> np.ndarray | None:
+    """The lower factor; None without one."""
+    (factorise,) = scipy.linalg.get_lapack_funcs(("potrf",), (matrix,))
+    factor, failed = factorise(matrix.T, lower=True, clean=True)  # symmetric: its transpose needs no copy to columns
     if failed or np.min(np.diagonal(factor)) ** 2 <= len(matrix) * np.finfo(float).eps * np.max(np.diagonal(matrix)):
         return None
-    inverse, _ = invert(factor, lower=True)
-    return np.tril(inverse) + np.tril(inverse, -1).T
+    return factor
 
 
 def spd_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The inverse of a symmetric positive definite matrix, by block elimination: products alone down to blocks of 128.
+    """The inverse of a symmetric positive definite matrix, by block elimination: products alone down to blocks of 256.
 
     With A = [[P, Q], [Q^T, R]] and S = R - Q^T P^-1 Q: three products and two inverses of half the size. Three times
     faster than Cholesky's triangular solves on a CPU, of the same error. Traceable by JAX.
     """
     n = matrix.shape[0]
-    if n <= 128:
+    if n <= 256:
         factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
         half = lax.linalg.triangular_solve(factor, jnp.eye(n, dtype=matrix.dtype), left_side=True, lower=True)
         return matmul(half.T, half)

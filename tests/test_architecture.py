@@ -49,6 +49,7 @@ INSIDE = {
     "solvers": [
         "base",
         "threshold",
+        "factors",
         "admm",
         "auto",
         "alps",

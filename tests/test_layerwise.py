@@ -9,7 +9,7 @@ import pruneopt as po
 from pruneopt.constraints import NM, ByPath, Cardinality, Support
 from pruneopt.plans import calibration, layerwise
 from pruneopt.plans.layerwise import DAMPINGS
-from pruneopt.solvers import ADMM, Polish, Score, Then, admm
+from pruneopt.solvers import ADMM, Polish, Score, Then, factors
 from pruneopt.structure import segment
 
 HALF = Cardinality(sparsity=0.5)
@@ -192,8 +192,8 @@ def test_operators_with_one_input_share_one_gram(monkeypatch):
 
 
 def test_operators_with_one_input_share_its_factors(monkeypatch):
-    seen, metric = [], admm._metric
-    monkeypatch.setattr(admm, "_metric", lambda ready, *rest: seen.append(len(ready.gram)) or metric(ready, *rest))
+    seen, inner = [], factors._on_host
+    monkeypatch.setattr(factors, "_on_host", lambda ready, *rest: seen.append(len(ready.gram)) or inner(ready, *rest))
     params = {name: draw(6, 4) for name in "qkv"} | {"o": draw(12, 6)}
 
     def heads(p, x):

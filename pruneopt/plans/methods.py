@@ -100,7 +100,7 @@ LAYER_METHODS: dict[str, LayerMethod] = {
     "sparse_swaps": LayerMethod(SparseSwaps(), "Zimmer et al. 2025, from Wanda's mask, the mask alone", damping=0.0),
     "fast": LayerMethod(FAST, "ADMM in the metric of the inverse diagonal, one level of rho"),
     "balanced": LayerMethod(BALANCED, "the same, three levels"),
-    "best": LayerMethod(BEST, "the same, eight levels"),
+    "best": LayerMethod(BEST, "the same, five levels, more iterations"),
     "auto": LayerMethod(Auto(), "the preset that the layer's size allows"),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -11,15 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Integer
 
 from pruneopt import _linalg
-from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_not_negative, check_whole, layer, layer_only
+from pruneopt.solvers.factors import Wanted, factored
 from pruneopt.solvers.threshold import Rule, projection, selected
-
-PROBE_ERROR = 0.05  # of a factor: |A A^-1 z - z| / |z|; the iterations stand more, the metric does not
 
 
 @dataclass(frozen=True)
@@ -35,13 +32,15 @@ class ADMM(Solver):
     rho rises geometrically over `levels`. All large numbers stand as differences from B0, so that the product may be
     rounded to bfloat16. Then `refit` conjugate gradients on the support with the layer's own H.
 
-    rho: first and last. levels, iterations: of rho, and at each. relaxation: r in (0, 2). metric: p.
+    rho: first and last. levels, iterations: of rho, and at each; on n > 4 m inputs, m outputs, where products cost
+        little beside the inverses, sqrt(n / 4m) times as many iterations, up to 4 times. relaxation: r in (0, 2).
+    metric: p.
     damping: relative, of A; refit_damping: relative, of the refit. Neither enters the objective.
     products: of the iterations; None takes bfloat16 where the device multiplies it fast, else float32. Float64
         weights are solved in float64.
 
     From `init` it starts where its weights would be a fixed point; the result is never worse than a feasible init.
-    Cost: (levels * iterations + refit + 1) products of n^2 m, (levels + 1) inverses of about 1.5 n^3, on n inputs and m
+    Cost: (levels * iterations + refit + 1) products of n^2 m, (levels + 1) inverses of about 0.7 n^3, on n inputs and m
     outputs; memory (levels + 4) n^2 + 8 n m numbers. Layers that share a Gram, solved in turn, share the inverses.
     stats: condition (estimated, of the damped H), dead_inputs, factors ("float32", "float64" where the probe of the
     first failed, with more damping where that failed too), factor_damping, products.
@@ -49,20 +48,20 @@ class ADMM(Solver):
     and a fixed schedule of rho.
     """
 
-    rho: tuple[float, float] = (0.7, 2.5)
+    rho: tuple[float, float] = (0.8, 2.0)
     levels: int = 3
-    iterations: int = 8
+    iterations: int = 4
     relaxation: float = 1.2
     metric: float = 0.85
     damping: float = 0.01
-    refit: int = 8
+    refit: int = 4
     refit_damping: float = 0.001
     products: Literal["bfloat16", "float32"] | None = None
 
     def __post_init__(self) -> None:
         first, last = self.rho
         if not 0 < first <= last < float("inf"):
-            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.7, 2.5)")
+            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.8, 2.0)")
         check_whole(self, 1, "levels", "iterations")
         check_whole(self, 0, "refit")
         check_not_negative(self, "damping", "refit_damping")
@@ -77,37 +76,35 @@ class ADMM(Solver):
         """Any objective but Reconstruction, a penalty, or no constraint."""
         return layer_only(problem, self)
 
+    def iterations_at(self, n: int, m: int) -> int:
+        """At each level, on n inputs and m outputs."""
+        return round(self.iterations * min(max(1.0, n / (4 * m)) ** 0.5, 4.0))
+
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Prepare, factor, iterate, select, refit."""
         assert problem.subject_to is not None
         ready = layer(problem)
         dtype = ready.gram.dtype
         rule = projection(problem.subject_to, ready.center.shape, dtype)
-        factors, facts = _factors(problem, ready, self)
+        wanted = Wanted(self.damping, self.metric, self.rho, self.levels, self.products)
+        factors, facts = factored(problem, ready, wanted)
         t = ready.center
         if not ready.blank:
             start = None if init is None else ready.started(init.value)
             state = _started(ready, factors.scale, factors.rhos[0], rule, start)
-            relaxation = np.asarray(self.relaxation, dtype)
+            relaxation, iterations = np.asarray(self.relaxation, dtype), np.int32(self.iterations_at(*t.shape))
             for rho, inverse in zip(factors.rhos, factors.inverses, strict=True):
-                state = _iterated(ready, factors.scale, inverse, rule, state, rho, relaxation, self.iterations)
+                state = _iterated(ready, factors.scale, inverse, rule, state, rho, relaxation, iterations)
             t = state.t
-        support = selected(problem.subject_to, _scores(ready, t))
+        scores, weights = _judged(ready, t, factors.scale)
+        support = selected(problem.subject_to, scores)
         products = factors.inverses[0].dtype
-        refitted = partial(_refitted, ready, np.asarray(self.refit_damping, dtype), self.refit, products)
-        value, cost = refitted(_unscaled(t, factors.scale), support)
+        refitted = partial(_refitted, ready, np.asarray(self.refit_damping, dtype), np.int32(self.refit), products)
+        value, cost = refitted(weights, support)
         if init is not None and problem.violation(init.support) == 0:
             value, support = _better(ready, value, support, cost, ready.started(init.value), init.support, refitted)
         facts |= {"dead_inputs": int(np.sum(ready.dead)), "products": products.name}
         return ready.outcome(problem, value, support, stats=facts)
-
-
-class Factors(NamedTuple):
-    """scale: sqrt(s), (n, 1). rhos: (levels,). inverses: rho (A + rho I)^-1 for each, (n, n)."""
-
-    scale: Float[Array, "n 1"]
-    rhos: np.ndarray
-    inverses: tuple[Float[Array, "n n"], ...]
 
 
 class State(NamedTuple):
@@ -130,7 +127,7 @@ def _started(
     return State(t, *rule.mask(t, rule.start(t)), rho)
 
 
-@partial(jax.jit, static_argnums=7)
+@jax.jit
 def _iterated(
     ready: Layer,
     scale: Float[Array, "n 1"],
@@ -139,7 +136,7 @@ def _iterated(
     state: State,
     rho: Float[Array, ""],
     relaxation: Float[Array, ""],
-    iterations: int,
+    iterations: Integer[Array, ""],
 ) -> State:
     """The state after all iterations at one rho."""
     dense, zero = scale * ready.center, jnp.zeros((), ready.center.dtype)
@@ -156,20 +153,16 @@ def _iterated(
 
 
 @jax.jit
-def _scores(ready: Layer, t: Float[Array, "n m"]) -> Float[Array, "n m"]:
-    return ready.scores(t * t)
+def _judged(ready: Layer, t: Float[Array, "n m"], scale: Float[Array, "n 1"]) -> tuple[Array, Array]:
+    """Scores to select by, and the weights before they are masked."""
+    return ready.scores(t * t), t / scale
 
 
-@jax.jit
-def _unscaled(t: Float[Array, "n m"], scale: Float[Array, "n 1"]) -> Float[Array, "n m"]:
-    return t / scale
-
-
-@partial(jax.jit, static_argnums=(2, 3))
+@partial(jax.jit, static_argnums=3)
 def _refitted(
     ready: Layer,
     damping: Float[Array, ""],
-    steps: int,
+    steps: Integer[Array, ""],
     products: Any,
     start: Float[Array, "n m"],
     support: Bool[Array, "n m"],
@@ -188,88 +181,3 @@ def _better(ready, value, support, cost, start, kept, refitted):
     plain = jnp.sum(change * _linalg.matmul(ready.gram, change))
     found = [(float(cost), value, support), (float(other), again, kept), (float(plain), own, kept)]
     return min(found, key=lambda row: row[0])[1:]
-
-
-def _factors(problem: Problem, ready: Layer, solver: ADMM) -> tuple[Factors, dict[str, Any]]:
-    """The inverses that the iterations need, in float32 or, where its probe fails, in float64; from the last call if it
-    asked for the same of the same Gram.
-    """
-    f = problem.objective
-    assert isinstance(f, Reconstruction)
-    source = f.curvature.matrix
-    wanted = (float(f.ridge()), solver.damping, solver.metric, solver.rho, solver.levels)
-    wanted += (solver.products, ready.gram.dtype)
-    if _last and _last[0]() is source and _last[1] == wanted:
-        return _last[2], dict(_last[3])
-    dtype = ready.gram.dtype
-    products = dtype
-    if dtype == jnp.float32 and solver.products != "float32" and (solver.products or _linalg.multiplies_bfloat16()):
-        products = jnp.dtype(jnp.bfloat16)
-    rhos = np.geomspace(*solver.rho, solver.levels).astype(dtype)
-    scaled, scale, condition, error = _metric(ready, solver.damping, solver.metric)
-    inverses, errors = zip(*(_level(scaled, rho, products) for rho in rhos), strict=True)
-    factors = Factors(scale, rhos, inverses)
-    condition, *errors = jax.device_get((condition, error, *errors))
-    facts = {"condition": float(condition), "factors": dtype.name, "factor_damping": solver.damping}
-    if not max(errors) <= PROBE_ERROR:
-        factors, more = _factored_on_host(ready, rhos, solver.damping, solver.metric, products)
-        facts |= more
-    _last[:] = [weakref.ref(source), wanted, factors, facts]
-    return factors, dict(facts)
-
-
-_last: list[Any] = []  # one layer's inverses: what the next layer with the same inputs needs
-
-
-# One program an inverse: XLA runs several of them in one program at half the speed.
-@jax.jit
-def _metric(ready: Layer, damping: float, metric: float) -> tuple[Array, Array, Array, Array]:
-    """A without rho, sqrt(s), the condition number of the damped Gram, and the error of its inverse on a probe."""
-    gram = ready.damped(damping)
-    probe = _probe(gram)
-    factor = _linalg.inverse_factor(gram)  # U with U^T U the inverse: more exact than the inverse at the same cost
-
-    def inverse(x):
-        return _linalg.matmul(_linalg.matmul(factor, x).T, factor).T  # no transposed copy of the factor
-
-    power = jnp.asarray(metric, gram.dtype)
-    s = (1 / jnp.sum(factor * factor, axis=0)) ** power * jnp.diagonal(gram) ** (1 - power)
-    scale = jnp.sqrt(s)[:, None]
-    largest = _linalg.largest_eigenvalue(partial(_linalg.matmul, gram), probe)
-    error = jnp.linalg.norm(_linalg.matmul(gram, inverse(probe)) - probe) / jnp.linalg.norm(probe)
-    return gram / (scale * scale.T), scale, largest * _linalg.largest_eigenvalue(inverse, probe), error
-
-
-@partial(jax.jit, static_argnums=2)
-def _level(scaled: Float[Array, "n n"], rho: Float[Array, ""], products: Any) -> tuple[Array, Array]:
-    """rho (A + rho I)^-1, and the error of the inverse on a probe."""
-    matrix = scaled + rho * jnp.eye(scaled.shape[0], dtype=scaled.dtype)
-    inverse = _linalg.spd_inverse(matrix)
-    probe = _probe(matrix)
-    error = jnp.linalg.norm(_linalg.matmul(matrix, _linalg.matmul(inverse, probe)) - probe) / jnp.linalg.norm(probe)
-    return (rho * inverse).astype(products), error
-
-
-def _probe(matrix: Float[Array, "n n"]) -> Float[Array, "n 1"]:
-    return jnp.where(jnp.arange(matrix.shape[0]) % 3 == 0, 1, -1).astype(matrix.dtype)[:, None]
-
-
-def _factored_on_host(
-    ready: Layer, rhos: np.ndarray, damping: float, metric: float, products: Any
-) -> tuple[Factors, dict[str, Any]]:
-    """The same in float64 by LAPACK, with ten times the damping, from 1e-6 on, until Cholesky succeeds."""
-    gram, mean = np.asarray(ready.gram, np.float64), float(ready.mean)
-    used = damping
-    while (inverse := _linalg.inverse_on_host(gram + used * mean * np.eye(len(gram)))) is None:
-        used = max(1e-6, 10 * used)
-    gram = gram + used * mean * np.eye(len(gram))
-    s = (1 / np.diagonal(inverse)) ** metric * np.diagonal(gram) ** (1 - metric)
-    scaled = gram / np.sqrt(s[:, None] * s[None, :])
-    inverses = []
-    for rho in map(float, rhos):
-        inverted = _linalg.inverse_on_host(scaled + rho * np.eye(len(gram)))
-        assert inverted is not None  # `scaled` is positive definite already
-        inverses.append(jnp.asarray(rho * inverted, ready.gram.dtype).astype(products))
-    factors = Factors(jnp.asarray(np.sqrt(s)[:, None], ready.gram.dtype), rhos, tuple(inverses))
-    facts = {"factors": "float64", "factor_damping": used, "condition": float(np.linalg.cond(gram, 1))}
-    return factors, facts

@@ -10,19 +10,10 @@ from pruneopt.problem import Problem
 from pruneopt.solvers.admm import ADMM
 from pruneopt.solvers.base import Outcome, Solver, Start, layer_only
 
-# On n inputs and m outputs, in products of n^2 m and inverses of 1.5 n^3:
-FAST = ADMM(rho=(1.2, 1.2), levels=1, iterations=10, relaxation=1.3, refit=4, refit_damping=0.01)  # 15 and 2
-BALANCED = ADMM()  # 33 and 4
-BEST = ADMM(
-    rho=(0.4, 3.0),
-    levels=8,
-    iterations=12,
-    relaxation=1.1,
-    metric=0.8,
-    damping=0.003,
-    refit=12,
-    refit_damping=1e-4,
-)  # 109 and 9
+# On n inputs and m outputs, up to 4 m inputs, in products of n^2 m and inverses of 0.7 n^3:
+FAST = ADMM(rho=(1.2, 1.2), levels=1, iterations=6, relaxation=1.3, refit=3, refit_damping=0.01)  # 10 and 2
+BALANCED = ADMM()  # 17 and 4
+BEST = ADMM(rho=(0.45, 2.6), levels=5, iterations=8, metric=0.8, damping=0.003, refit=9, refit_damping=3e-4)  # 50 and 6
 PRESETS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
 
 # Multiply-adds a second that `Auto` reckons with: one core of a CPU, or an accelerator.
@@ -63,6 +54,6 @@ class Auto(Solver):
 
 
 def _seconds(preset: ADMM, n: int, m: int) -> float:
-    products = preset.levels * preset.iterations + preset.refit + 1
+    products = preset.levels * preset.iterations_at(n, m) + preset.refit + 1
     rate = RATE.get(jax.default_backend(), ACCELERATED)
-    return (products * n * n * m + (preset.levels + 1) * 1.5 * n**3) / rate
+    return (products * n * n * m + (preset.levels + 1) * 0.7 * n**3) / rate
