@@ -230,8 +230,11 @@ def masked_cg(
     support: Bool[Array, "n m"],
     steps: int | Integer[Array, ""],
     products: Any = None,
+    ridge: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
     """`steps` of conjugate gradients for min tr((W - center)^T gram (W - center)) over W on `support`.
+
+    ridge: added to gram's diagonal.
 
     Each column is a system of its own, with gram's diagonal as preconditioner; one product with gram a step, rounded
     to the dtype `products` but for the first. Returns W and the residual gram (center - W), on and off the support:
@@ -239,7 +242,8 @@ def masked_cg(
     """
     rounded = gram.astype(products or gram.dtype)
     zero = jnp.zeros((), gram.dtype)
-    diagonal = jnp.diagonal(gram)
+    ridge = zero if ridge is None else ridge
+    diagonal = jnp.diagonal(gram) + ridge
     inverse = jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), zero)[:, None]
 
     def over(top, bottom):  # a column that is solved has 0 / 0
@@ -247,7 +251,7 @@ def masked_cg(
 
     def step(_, state):
         w, residual, direction, size = state
-        curved = rounded_matmul(rounded, direction)
+        curved = rounded_matmul(rounded, direction) + ridge * direction
         length = over(size, jnp.sum(direction * curved, axis=0, keepdims=True))
         w, residual = w + length * direction, residual - length * curved
         steepest = jnp.where(support, residual, zero) * inverse
@@ -255,7 +259,7 @@ def masked_cg(
         return w, residual, steepest + over(new, size) * direction, new
 
     w = jnp.where(support, start, zero)
-    residual = matmul(gram, center - w)
+    residual = matmul(gram, center - w) + ridge * (center - w)
     direction = jnp.where(support, residual, zero) * inverse
     size = jnp.sum(direction * residual, axis=0, keepdims=True)
     w, residual, _, _ = lax.fori_loop(0, steps, step, (w, residual, direction, size))
@@ -286,9 +290,10 @@ def multiplies_bfloat16() -> bool:
 
 
 def largest_eigenvalue(product: Callable[[Any], Any], start: Any) -> Any:
-    """Of the positive semidefinite matrix that `product` multiplies by, in three power iterations from (n, 1): a lower bound.
+    """Of the semidefinite matrix that `product` multiplies by, in three power iterations from (n, 1): a lower bound.
 
-    In NumPy or JAX, as `start` is."""
+    In NumPy or JAX, as `start` is.
+    """
     for _ in range(3):
         start = product(start)
         start = start / (start * start).sum() ** 0.5

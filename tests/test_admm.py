@@ -191,16 +191,16 @@ def test_a_failed_factor_is_redone_in_double_and_said():
 
 def test_layers_that_share_a_gram_share_its_factors(monkeypatch):
     calls = []
-    inner = factors._on_host
-    monkeypatch.setattr(factors, "_on_host", lambda *a: calls.append(1) or inner(*a))
-    f = problem(Cardinality(sparsity=0.6)).objective
+    inner = factors._metric_on_host
+    monkeypatch.setattr(factors, "_metric_on_host", lambda *a: calls.append(1) or inner(*a))
+    f = problem(Cardinality(sparsity=0.6), m=N).objective
     for sparsity in (0.5, 0.7):
         po.solve(po.Problem(f, subject_to=Cardinality(sparsity=sparsity)), ADMM())
     other = Reconstruction(f.center * 3, f.curvature)
     po.solve(po.Problem(other, subject_to=Cardinality(sparsity=0.6)), ADMM())
     assert len(calls) == 1
     po.solve(po.Problem(f, subject_to=Cardinality(sparsity=0.6)), ADMM(damping=0.1))
-    po.solve(problem(Cardinality(sparsity=0.6)), ADMM(damping=0.1))
+    po.solve(problem(Cardinality(sparsity=0.6), m=N), ADMM(damping=0.1))
     assert len(calls) == 3
 
 
@@ -230,18 +230,32 @@ def test_inverse_is_the_inverse(n):
 @pytest.mark.parametrize("n", [24, 300])
 def test_a_host_and_a_device_find_the_same_factors(n):
     ready = layer(problem(Cardinality(sparsity=0.6), inputs(n=n, rows=2 * n, spread=0.3)))
-    wanted = factors.Wanted(0.01, 0.8, (0.5, 2.0), 3, None)
-    (host, known), (device, estimate) = (
-        route(ready, wanted, ready.gram.dtype, ready.gram.dtype) for route in (factors._on_host, factors._on_device)
+    (host, scale, known), (device, other, estimate) = (
+        metric(ready, 0.01, 0.8, ready.gram.dtype) for metric in (factors._metric_on_host, factors._metric_on_device)
     )
-    for ours, theirs in zip(jax.tree.leaves(host), jax.tree.leaves(device), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
-    assert known == pytest.approx(estimate, rel=1e-6)
     damped = np.asarray(ready.damped(0.01))
-    assert known <= np.linalg.cond(damped) * (1 + 1e-9)
     s = (1 / np.diag(np.linalg.inv(damped))) ** 0.8 * np.diag(damped) ** 0.2
-    scaled = damped / np.sqrt(np.outer(s, s))
-    np.testing.assert_allclose(host.inverses[2], 2 * np.linalg.inv(scaled + 2 * np.eye(n)), rtol=1e-9, atol=1e-12)
+    for found, root in ((host, scale), (device, other)):
+        np.testing.assert_allclose(root[:, 0], np.sqrt(s), rtol=1e-9)
+        np.testing.assert_allclose(found, damped / np.sqrt(np.outer(s, s)), rtol=1e-9, atol=1e-12)
+    assert known == pytest.approx(estimate, rel=1e-6)
+    assert known <= np.linalg.cond(damped) * (1 + 1e-9)
+    expected = 2 * np.linalg.inv(host + 2 * np.eye(n))
+    np.testing.assert_allclose(factors._inverse_on_host(host, 2.0), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(factors._inverse_on_device(device, 2.0), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.default_flags
+def test_inverses_that_are_large_are_made_one_at_a_time_to_the_same_result(monkeypatch):
+    task = problem(Cardinality(sparsity=0.6), dtype=np.float32)
+    assert po.solve(task, ADMM(levels=2)).kept == 96
+    assert len(factors._last) == 4
+    many = po.solve(task, ADMM(levels=4))
+    assert not factors._last
+    monkeypatch.setattr(factors, "_KEPT", 100)
+    again = po.solve(problem(Cardinality(sparsity=0.6), dtype=np.float32), ADMM(levels=4))
+    assert len(factors._last) == 4
+    np.testing.assert_array_equal(again.value, many.value)
 
 
 def test_auto_says_what_it_took():

@@ -192,8 +192,10 @@ def test_operators_with_one_input_share_one_gram(monkeypatch):
 
 
 def test_operators_with_one_input_share_its_factors(monkeypatch):
-    seen, inner = [], factors._on_host
-    monkeypatch.setattr(factors, "_on_host", lambda ready, *rest: seen.append(len(ready.gram)) or inner(ready, *rest))
+    seen, inner = [], factors._metric_on_host
+    monkeypatch.setattr(
+        factors, "_metric_on_host", lambda ready, *rest: seen.append(len(ready.gram)) or inner(ready, *rest)
+    )
     params = {name: draw(6, 4) for name in "qkv"} | {"o": draw(12, 6)}
 
     def heads(p, x):

@@ -6,9 +6,10 @@ Layers of n inputs and n outputs whose covariances are shaped like a real one's 
 the eigenvalues of its correlations, interpolated to n, with random orthogonal eigenvectors; normal weights.
 Each size and number of threads runs in a process of its own, one after the other. "rate" is that of a float32 product
 of n x n matrices in the same process; "share" is the part of it that the solver reaches, counting 2 (products n^2 m +
-0.67 inverses n^3) operations; "memory" is the rise of the peak over what H and W take, by the system's count of
-resident pages; "compile" is the first run less a warm one, and "again" the first run at another sparsity less a warm
-one. With PEERS the PyTorch SparseGPT of the module `peer_layer_methods` runs beside it, on the same threads or device.
+0.67 inverses n^3) operations; "memory" is the rise of a warm run's peak over what the process held before it, over
+what H and W take, by the system's count of resident pages; "compile" is the first run less a warm one, and "again" the
+first run at another sparsity less a warm one. With PEERS the PyTorch SparseGPT of the module `peer_layer_methods` runs
+beside it, on the same threads.
 
 Data: PRUNEOPT_DATA.
 """
@@ -27,7 +28,7 @@ parser.add_argument("--sizes", type=int, nargs="+", default=(384, 768, 1536, 307
 parser.add_argument("--preset", default="balanced", choices=("fast", "balanced", "best"))
 parser.add_argument("--sparsity", type=float, default=0.5)
 parser.add_argument("--rounds", type=int, default=3)
-parser.add_argument("--only", nargs=2, type=int, metavar=("N", "THREADS"), help="one size in this process, as JSON")
+parser.add_argument("--only", nargs=2, type=int, metavar=("N", "THREADS"), help="this process alone; 0: memory")
 args = parser.parse_args()
 
 
@@ -57,7 +58,7 @@ def covariance(n):
 
 def one(n, threads):
     """Everything about one size."""
-    if hasattr(os, "sched_setaffinity") and threads < len(os.sched_getaffinity(0)):
+    if hasattr(os, "sched_setaffinity") and 0 < threads < len(os.sched_getaffinity(0)):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
     if threads == 1:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
@@ -83,9 +84,15 @@ def one(n, threads):
         problem = po.Problem(objective, subject_to=po.constraints.Cardinality(sparsity=sparsity))
         return preset.run(problem, None, jax.random.key(0)).value
 
-    before = resident("VmRSS")
     first = timed(lambda: solve(args.sparsity))
-    peak = resident("VmHWM")
+    if not threads:
+        few = po.objectives.Reconstruction(center[:8, :8], po.curvature.Gram(gram[:8, :8]))
+        preset.run(po.Problem(few, subject_to=po.constraints.NM(2, 4)), None, jax.random.key(0))  # forgets the factors
+        Path("/proc/self/clear_refs").write_text("5")  # and the compiler's memory
+        before = resident("VmRSS")
+        timed(lambda: solve(args.sparsity))
+        print(json.dumps({"memory": (resident("VmHWM") - before) / (8.0 * n * n)}))
+        return
     another = timed(lambda: solve(0.7))
     timed(lambda: product(gram, center))
     runs, products = [], []
@@ -102,7 +109,6 @@ def one(n, threads):
         "again": another - seconds,
         "rate": rate,
         "achieved": 2 * count * n**3 / seconds,
-        "memory": (peak - before) / (8.0 * n * n),
     }
     if os.environ.get("PEERS"):
         sys.path.insert(0, os.environ["PEERS"])
@@ -115,20 +121,27 @@ def one(n, threads):
     print(json.dumps(found))
 
 
+def child(n, threads):
+    """What a process of its own says of one size."""
+    command = [sys.executable, __file__, "--only", str(n), str(threads), "--preset", args.preset]
+    command += ["--sparsity", str(args.sparsity), "--rounds", str(args.rounds)]
+    # Memory: whatever is freed goes back to the system at once.
+    words = os.environ | ({} if threads else {"MALLOC_MMAP_THRESHOLD_": "65536"})
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=words).stdout)
+
+
 def main():
     print(f"{args.preset} at {args.sparsity:.0%}, n inputs and n outputs, medians of {args.rounds} warm runs")
     titles = ("n", "threads", "seconds", "SparseGPT", "GFLOP/s", "rate", "share", "memory", "compile", "again")
     print("".join(f"{title:>11}" for title in titles))
     for n in args.sizes:
+        memory = child(n, 0)["memory"] if Path("/proc/self/clear_refs").exists() else float("nan")
         for threads in (1, 2):
-            command = [sys.executable, __file__, "--only", str(n), str(threads), "--preset", args.preset]
-            command += ["--sparsity", str(args.sparsity), "--rounds", str(args.rounds)]
-            row = json.loads(
-                subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-            )
+            row = child(n, threads)
             cells = [f"{n:>11}{threads:>11}{row['seconds']:>11.3f}{row.get('sparsegpt', float('nan')):>11.3f}"]
-            cells += [f"{row['achieved'] / 1e9:>11.0f}{row['rate'] / 1e9:>11.0f}{row['achieved'] / row['rate']:>11.2f}"]
-            cells += [f"{row['memory']:>11.2f}{row['compile']:>11.2f}{row['again']:>11.2f}"]
+            share = row["achieved"] / row["rate"]
+            cells += [f"{row['achieved'] / 1e9:>11.0f}{row['rate'] / 1e9:>11.0f}{share:>11.2f}"]
+            cells += [f"{memory:>11.2f}{row['compile']:>11.2f}{row['again']:>11.2f}"]
             print("".join(cells), flush=True)
     print(f"device: {row['device']}; memory in units of (H + W); compile and again in seconds")
 

@@ -38,16 +38,14 @@ class Gram(Curvature):
             raise ValueError(f"gram has shape {np.shape(matrix)}; pass the square matrix X^T X / N, (n_in, n_in)")
         if not jnp.issubdtype(matrix.dtype, jnp.floating):
             raise TypeError(f"gram has dtype {matrix.dtype}; pass floating-point numbers")
-        matrix = jnp.asarray(matrix)
-        if not bool(jnp.all(jnp.isfinite(matrix))):
+        symmetric, finite, skew, negative = _symmetrised(jnp.asarray(matrix))
+        if not bool(finite):
             raise ValueError("gram holds a NaN or an infinity; check the inputs, or accumulate in float32 or wider")
-        scale = jnp.max(jnp.abs(matrix))
-        if bool(jnp.max(jnp.abs(matrix - matrix.T)) > 1e-3 * scale):
+        if bool(skew):
             raise ValueError("gram is not symmetric; pass X^T X / N")
-        if bool(jnp.any(jnp.diagonal(matrix) < 0)):
+        if bool(negative):
             raise ValueError("gram has a negative diagonal entry; pass X^T X / N")
-        half = jnp.asarray(0.5, matrix.dtype)
-        return Gram((matrix + matrix.T) * half)
+        return Gram(symmetric)
 
     @staticmethod
     def from_inputs(inputs: Float[Array, "N n_in"]) -> Gram:
@@ -69,3 +67,14 @@ class Gram(Curvature):
         h, a, b = (np.asarray(x, np.float64) for x in (self.matrix, w, center))
         d = a - b
         return float(np.sum(d * (h @ d)) + ridge * np.sum(d * d))
+
+
+@jax.jit
+def _symmetrised(matrix: Float[Array, "n n"]) -> tuple[Array, Array, Array, Array]:
+    """(H + H^T) / 2, whether H is finite, whether it is further than 1e-3 of its scale from that, and whether its
+    diagonal has a negative entry.
+    """
+    scale, skew = jnp.max(jnp.abs(matrix)), jnp.max(jnp.abs(matrix - matrix.T))
+    symmetric = (matrix + matrix.T) * jnp.asarray(0.5, matrix.dtype)
+    # The largest size is infinite or NaN if any entry is.
+    return symmetric, jnp.isfinite(scale), skew > 1e-3 * scale, jnp.min(jnp.diagonal(matrix)) < 0

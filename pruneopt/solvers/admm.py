@@ -41,7 +41,8 @@ class ADMM(Solver):
 
     From `init` it starts where its weights would be a fixed point; the result is never worse than a feasible init.
     Cost: (levels * iterations + refit + 1) products of n^2 m, (levels + 1) inverses of about 0.7 n^3, on n inputs and m
-    outputs; memory (levels + 4) n^2 + 8 n m numbers. Layers that share a Gram, solved in turn, share the inverses.
+    outputs; memory 4 n^2 + 8 n m numbers, and the inverses where they take up to 2 (n^2 + n m): layers that share a
+    Gram, solved in turn, then share them.
     stats: condition (estimated, of the damped H), dead_inputs, factors ("float32", "float64" where the probe of the
     first failed, with more damping where that failed too), factor_damping, products.
     Source: ALPS (Meng et al. 2024, algorithm 1), with the metric of OBS (Hassibi and Stork 1993) in place of diag(H),
@@ -96,14 +97,18 @@ class ADMM(Solver):
             for rho, inverse in zip(factors.rhos, factors.inverses, strict=True):
                 state = _iterated(ready, factors.scale, inverse, rule, state, rho, relaxation, iterations)
             t = state.t
+            del state
         scores, weights = _judged(ready, t, factors.scale)
+        del t
         support = selected(problem.subject_to, scores)
-        products = factors.inverses[0].dtype
-        refitted = partial(_refitted, ready, np.asarray(self.refit_damping, dtype), np.int32(self.refit), products)
+        del scores
+        refit_damping, refit = np.asarray(self.refit_damping, dtype), np.int32(self.refit)
+        refitted = partial(_refitted, ready, refit_damping, refit, factors.products)
         value, cost = refitted(weights, support)
+        del weights
         if init is not None and problem.violation(init.support) == 0:
             value, support = _better(ready, value, support, cost, ready.started(init.value), init.support, refitted)
-        facts |= {"dead_inputs": int(np.sum(ready.dead)), "products": products.name}
+        facts |= {"dead_inputs": int(np.count_nonzero(np.asarray(ready.dead))), "products": factors.products.name}
         return ready.outcome(problem, value, support, stats=facts)
 
 
@@ -168,9 +173,10 @@ def _refitted(
     support: Bool[Array, "n m"],
 ) -> tuple[Float[Array, "n m"], Float[Array, ""]]:
     """The weights after conjugate gradients on the support, and their error without `damping`."""
-    value, residual = _linalg.masked_cg(ready.damped(damping), ready.center, start, support, steps, products)
+    ridge = damping * ready.mean
+    value, residual = _linalg.masked_cg(ready.gram, ready.center, start, support, steps, products, ridge)
     change = ready.center - value
-    return value, jnp.sum(change * residual) - damping * ready.mean * jnp.sum(change * change)
+    return value, jnp.sum(change * residual) - ridge * jnp.sum(change * change)
 
 
 def _better(ready, value, support, cost, start, kept, refitted):

@@ -1,8 +1,9 @@
-"""The inverses of operator splitting: by LAPACK on a CPU, where that compiles nothing, by products on an accelerator."""
+"""The inverses of operator splitting: by LAPACK on a CPU, which compiles nothing, by products on an accelerator."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Layer
 
+_KEPT = 2  # times the memory of H and W: the most that inverses take from one call to the next
 PROBE_ERROR = 0.05  # of a factor: |A A^-1 z - z| / |z|; the iterations stand more, the metric does not
 
 
@@ -30,19 +32,23 @@ class Wanted(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """scale: sqrt(s), (n, 1). rhos: (levels,). inverses: rho (A + rho I)^-1 for each, (n, n).
+    """scale: sqrt(s), (n, 1). rhos: (levels,). inverses: rho (A + rho I)^-1 for each, (n, n), in the dtype `products`.
 
-    s_j = (1 / [H^-1]_jj)^p H_jj^(1 - p) and A = H / sqrt(s s^T), H damped.
+    s_j = (1 / [H^-1]_jj)^p H_jj^(1 - p) and A = H / sqrt(s s^T), H damped. The inverses can be gone through once.
     """
 
     scale: Float[Array, "n 1"]
     rhos: np.ndarray
-    inverses: tuple[Float[Array, "n n"], ...]
+    products: Any
+    inverses: Iterable[Float[Array, "n n"]]
 
 
 def factored(problem: Problem, ready: Layer, wanted: Wanted) -> tuple[Factors, dict[str, Any]]:
-    """The factors in the layer's precision or, where a probe of them fails, in float64, with ten times the damping, from
-    1e-6 on, until there is a Cholesky factor; those of the last call if it asked for the same of the same Gram.
+    """In the layer's precision or, where a probe of a factor fails, in float64, with ten times the damping, from 1e-6
+    on, until there is a Cholesky factor.
+
+    Inverses that take up to twice the memory of H and W are kept for the next call, which gets them if it asks for the
+    same of the same Gram; larger ones are made one at a time.
     """
     f = problem.objective
     assert isinstance(f, Reconstruction)
@@ -50,75 +56,85 @@ def factored(problem: Problem, ready: Layer, wanted: Wanted) -> tuple[Factors, d
     if _last and _last[0]() is source and _last[1] == asked:
         return _last[2], dict(_last[3])
     _last.clear()
-    dtype = products = ready.gram.dtype
+    (n, m), dtype = ready.center.shape, ready.gram.dtype
+    products = dtype
     if dtype == jnp.float32 and wanted.products != "float32" and (wanted.products or _linalg.multiplies_bfloat16()):
         products = jnp.dtype(jnp.bfloat16)
     on_cpu = next(iter(ready.gram.devices())).platform == "cpu"
-    found = (_on_host if on_cpu else _on_device)(ready, wanted, products, dtype)
     damping, precision = wanted.damping, dtype.name
+    found = (_metric_on_host if on_cpu else _metric_on_device)(ready, damping, wanted.metric, dtype)
     while found is None:
         damping = damping if precision != "float64" else max(1e-6, 10 * damping)
         precision = "float64"
-        found = _on_host(ready, wanted._replace(damping=damping), products, np.dtype(np.float64))
-    factors, condition = found
+        found = _metric_on_host(ready, damping, wanted.metric, np.dtype(np.float64))
+    scaled, scale, condition = found
     facts = {"condition": condition, "factors": precision, "factor_damping": damping}
-    _last[:] = [weakref.ref(source), asked, factors, facts]
+    rhos = np.geomspace(*wanted.rho, wanted.levels).astype(dtype)
+    invert: Any = _inverse_on_host if isinstance(scaled, np.ndarray) else _inverse_on_device
+    inverses = (jnp.asarray(invert(scaled, rho), dtype).astype(products) for rho in rhos)
+    factors = Factors(jnp.asarray(scale, dtype), rhos, products, inverses)
+    if wanted.levels * n <= _KEPT * (n + m):
+        factors = factors._replace(inverses=tuple(inverses))
+        _last[:] = [weakref.ref(source), asked, factors, facts]
     return factors, dict(facts)
 
 
 _last: list[Any] = []  # one layer's inverses: what the next layer with the same inputs needs
 
 
-def _rhos(wanted: Wanted, dtype: Any) -> np.ndarray:
-    return np.geomspace(*wanted.rho, wanted.levels).astype(dtype)
-
-
 def _probe(n: int, dtype: Any) -> np.ndarray:
     return np.where(np.arange(n) % 3 == 0, 1, -1).astype(dtype)[:, None]
 
 
-def _on_host(ready: Layer, wanted: Wanted, products: Any, dtype: Any) -> tuple[Factors, float] | None:
-    """The factors and the condition of the damped H; None where a factor does not exist or its probe fails."""
+def _is_wrong(matrix: np.ndarray, inverse: Callable[[np.ndarray], np.ndarray]) -> bool:
+    probe = _probe(len(matrix), matrix.dtype)
+    return not np.linalg.norm(matrix @ inverse(probe) - probe) <= PROBE_ERROR * np.linalg.norm(probe)
+
+
+def _metric_on_host(ready: Layer, damping: float, metric: float, dtype: Any) -> tuple[Any, Any, float] | None:
+    """A, sqrt(s) and the condition number of the damped H; None where a factor does not exist or its probe fails."""
     gram = np.array(ready.gram, dtype)
-    np.einsum("ii->i", gram)[:] += dtype.type(wanted.damping * float(ready.mean))
+    np.einsum("ii->i", gram)[:] += dtype.type(damping * float(ready.mean))
     factor = _linalg.inverse_factor_on_host(gram)
     if factor is None:
         return None
-    probe = _probe(len(gram), dtype)
-
-    def wrong(matrix, inverse):
-        return not np.linalg.norm(matrix @ inverse(probe) - probe) <= PROBE_ERROR * np.linalg.norm(probe)
 
     def inverse(x):
         return factor.T @ (factor @ x)
 
-    if wrong(gram, inverse):
+    if _is_wrong(gram, inverse):
         return None
+    probe = _probe(len(gram), dtype)
     condition = _linalg.largest_eigenvalue(gram.__matmul__, probe) * _linalg.largest_eigenvalue(inverse, probe)
-    s = (1 / np.einsum("ij,ij->j", factor, factor)) ** wanted.metric * np.diagonal(gram) ** (1 - wanted.metric)
-    del factor
+    s = (1 / np.einsum("ij,ij->j", factor, factor)) ** metric * np.diagonal(gram) ** (1 - metric)
     scale = np.sqrt(s)[:, None]
     gram /= scale
     gram /= scale.T
-    inverses = []
-    for rho in _rhos(wanted, dtype):
-        matrix = gram + rho * np.eye(len(gram), dtype=dtype)
-        inverted = _linalg.inverse_on_host(matrix)
-        if inverted is None or wrong(matrix, inverted.__matmul__):
-            return None
-        inverted *= rho
-        inverses.append(jnp.asarray(inverted.astype(ready.gram.dtype, copy=False)).astype(products))
-    rhos = _rhos(wanted, ready.gram.dtype)
-    return Factors(jnp.asarray(scale.astype(ready.gram.dtype)), rhos, tuple(inverses)), float(condition)
+    return gram, scale, float(condition)
 
 
-def _on_device(ready: Layer, wanted: Wanted, products: Any, dtype: Any) -> tuple[Factors, float] | None:
-    """`_on_host` in JAX, in the layer's precision."""
-    rhos = _rhos(wanted, dtype)
-    scaled, scale, condition, error = _metric(ready, wanted.damping, wanted.metric)
-    inverses, errors = zip(*(_level(scaled, rho, products) for rho in rhos), strict=True)
-    condition, *errors = jax.device_get((condition, error, *errors))
-    return (Factors(scale, rhos, inverses), float(condition)) if max(errors) <= PROBE_ERROR else None
+def _inverse_on_host(scaled: np.ndarray, rho: float) -> np.ndarray:
+    """rho (A + rho I)^-1, in float64 where its probe fails."""
+    matrix = scaled.copy()
+    np.einsum("ii->i", matrix)[:] += matrix.dtype.type(rho)
+    inverse = _linalg.inverse_on_host(matrix)
+    if inverse is None or _is_wrong(matrix, inverse.__matmul__):
+        assert matrix.dtype != np.float64  # A is positive definite
+        return _inverse_on_host(scaled.astype(np.float64), rho)
+    inverse *= matrix.dtype.type(rho)
+    return inverse
+
+
+def _metric_on_device(ready: Layer, damping: float, metric: float, dtype: Any) -> tuple[Any, Any, float] | None:
+    """`_metric_on_host` in JAX, in the layer's precision."""
+    scaled, scale, condition, error = _metric(ready, damping, metric)
+    return (scaled, scale, float(condition)) if float(error) <= PROBE_ERROR else None
+
+
+def _inverse_on_device(scaled: Float[Array, "n n"], rho: float) -> Any:
+    """`_inverse_on_host` in JAX, in the layer's precision."""
+    inverse, error = _level(scaled, rho)
+    return inverse if float(error) <= PROBE_ERROR else _inverse_on_host(np.asarray(scaled, np.float64), rho)
 
 
 # One program an inverse: XLA runs several of them in one program at half the speed.
@@ -140,11 +156,11 @@ def _metric(ready: Layer, damping: float, metric: float) -> tuple[Array, Array, 
     return gram / (scale * scale.T), scale, largest * _linalg.largest_eigenvalue(inverse, probe), error
 
 
-@partial(jax.jit, static_argnums=2)
-def _level(scaled: Float[Array, "n n"], rho: Float[Array, ""], products: Any) -> tuple[Array, Array]:
+@jax.jit
+def _level(scaled: Float[Array, "n n"], rho: Float[Array, ""]) -> tuple[Array, Array]:
     """rho (A + rho I)^-1, and the error of the inverse on a probe."""
     matrix = scaled + rho * jnp.eye(scaled.shape[0], dtype=scaled.dtype)
     inverse = _linalg.spd_inverse(matrix)
     probe = jnp.asarray(_probe(matrix.shape[0], matrix.dtype))
     error = jnp.linalg.norm(_linalg.matmul(matrix, _linalg.matmul(inverse, probe)) - probe) / jnp.linalg.norm(probe)
-    return (rho * inverse).astype(products), error
+    return rho * inverse, error

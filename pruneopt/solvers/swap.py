@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from pruneopt import _linalg
 from pruneopt.constraints.support import Support
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_not_negative, check_whole, layer, layer_only
@@ -19,6 +20,7 @@ from pruneopt.solvers.polish import refit
 from pruneopt.solvers.threshold import no_exchange, swap_groups
 
 Tree = Any
+_SAMPLE = 2e8  # multiply-adds that a solution's own measure may take
 _LEAST = 1e-9  # gain of a swap, of its output's error: below it rounding decides
 
 
@@ -38,7 +40,7 @@ class Swap(Solver):
 
     steps: exchanges that an output may make. damping: relative, added to H for singular ones. memory: bytes.
     Cost: 2 n^3 an output, and 6 n^2 a swap, in float64. Memory: 48 n^2 bytes for each output at work, `memory` in all.
-    stats: swaps, largest_gain (of a further exchange, over the error; at most 1e-9 unless the limit was met).
+    stats: swaps, largest_gain (see the function of that name; at most 1e-9 unless the limit was met).
     Source: Hassibi and Stork 1993 (equation 5) for what goes, and its reverse for what comes.
     """
 
@@ -68,34 +70,67 @@ class Swap(Solver):
         for support in (found.support, np.asarray(start) & ~np.asarray(ready.dead)[:, None]):
             value, _ = refit(gram, center, support, 0.0)
             change = value - center
-            candidates.append((float(np.sum(change * (gram @ change))), value, support))
-        _, value, support = min(candidates, key=lambda row: row[0])
-        error = candidates[0][0]
-        largest = float(np.max(found.gains, initial=0.0)) / error if error > 0 else 0.0
-        stats = {"swaps": int(found.swaps.sum()), "largest_gain": largest}
+            candidates.append((np.sum(change * (gram @ change), axis=0), value, support))
+        errors = candidates[0][0]
+        _, value, support = min(candidates, key=lambda row: float(np.sum(row[0])))
+        shares = found.gains / np.where(errors > 0, errors, np.inf)
+        stats = {"swaps": int(found.swaps.sum()), "largest_gain": float(np.max(shares, initial=0.0))}
         limit = bool(np.any((found.swaps >= self.steps) & (found.gains > 0)))
         dtype = ready.center.dtype
         return ready.outcome(problem, jnp.asarray(value, dtype), jnp.asarray(support), hit_limit=limit, stats=stats)
 
 
 def largest_gain(problem: Problem, support: Tree, outputs: int | None = None) -> float:
-    """By which part of the error the best single exchange inside an output would lower it, all kept weights refitted.
+    """By which part of its error the best single exchange in an output would lower that, all kept weights refitted.
 
-    0: no exchange helps, the support is 1-swap optimal. Over all outputs, or `outputs` of them evenly spaced: then it
-    is a lower bound. Exact for a refitted support, in float64; 2 n^3 an output.
+    0: no exchange helps, the support is 1-swap optimal. The largest over all outputs, or over `outputs` of them evenly
+    spaced: then it is a lower bound. Exact for the refitted support, in float64 on the host; |S|^3 + n |S|^2 an output.
     Raises ValueError where the constraint does not let weights of an output change places.
     """
-    solver = Swap()
-    if reason := solver.refuses(problem):
+    if reason := Swap().refuses(problem):
         raise ValueError(reason)
     ready, mask = layer(problem), np.asarray(support)
-    m = mask.shape[1]
-    some = np.arange(m) if outputs is None else np.unique(np.linspace(0, m - 1, min(outputs, m)).round().astype(int))
-    found = _swapped(problem, ready, mask, 0, solver.damping, solver.memory, some)
-    value, _ = refit(ready.gram, np.asarray(ready.center, np.float64), mask & ~np.asarray(ready.dead)[:, None], 0.0)
-    change = value - np.asarray(ready.center, np.float64)
-    error = float(np.sum(change * (np.asarray(ready.gram, np.float64) @ change)))
-    return float(np.max(found.gains, initial=0.0)) / error if error > 0 else 0.0
+    (n, m), allowed = mask.shape, swap_groups(problem.subject_to, mask.shape)
+    assert allowed is not None
+    run, free = allowed
+    live, runs = ~np.asarray(ready.dead)[:, None], np.arange(n) // run
+    gram, center = np.array(ready.gram, np.float64), np.asarray(ready.center, np.float64)
+    np.einsum("ii->i", gram)[:] += Swap.damping * float(ready.mean)
+    some = np.unique(np.linspace(0, m - 1, m if outputs is None else min(outputs, m)).round().astype(int))
+    kept, free = mask & live, free & live
+    return max(_gain(gram, center[:, o], kept[:, o], free[:, o], runs) for o in some)
+
+
+def sampled_gain(problem: Problem, support: Tree) -> dict[str, Any]:
+    """`largest_gain` over so many outputs as cost little, for a solution's stats; empty where it is not defined."""
+    if Swap().refuses(problem):
+        return {}
+    n, m = support.shape
+    outputs = min(m, max(1, int(_SAMPLE // n**3)))
+    return {"largest_gain": largest_gain(problem, support, outputs), "gain_outputs": outputs}
+
+
+def _gain(gram: np.ndarray, w0: np.ndarray, kept: np.ndarray, free: np.ndarray, runs: np.ndarray) -> float:
+    """The gain of one output's best exchange, over its error."""
+    s, rest = np.flatnonzero(kept), np.flatnonzero(free & ~kept)
+    if not (s.size and rest.size):
+        return 0.0
+    inverse = _linalg.inverse_on_host(gram[np.ix_(s, s)])
+    if inverse is None:  # more singular than its damping mends
+        return 0.0
+    w = np.zeros_like(w0)
+    w[s] = w0[s] + inverse @ (gram[np.ix_(s, ~kept)] @ w0[~kept])
+    residual = gram @ (w0 - w)
+    error, gram_across = float((w0 - w) @ residual), gram[np.ix_(rest, s)]
+    if not error > 0:
+        return 0.0
+    across, pivot = gram_across @ inverse, np.diagonal(inverse)
+    diagonal = np.diagonal(gram)[rest]
+    schur = np.maximum(diagonal - np.einsum("ij,ij->i", across, gram_across), 1e-12 * diagonal)
+    top = residual[rest, None] + across * (w[s] / pivot)
+    gain = top**2 / (schur[:, None] + across**2 / pivot) - w[s] ** 2 / pivot
+    best = float(np.max(gain, where=runs[rest, None] == runs[s], initial=0.0)) / error
+    return best if best > _LEAST else 0.0
 
 
 class _Found(NamedTuple):
@@ -104,24 +139,19 @@ class _Found(NamedTuple):
     gains: np.ndarray  # twice the fall of the error by each output's best further exchange, 0 if none helps
 
 
-def _swapped(
-    problem: Problem, ready: Layer, start: Any, steps: int, damping: float, memory: int, some: Any = None
-) -> _Found:
+def _swapped(problem: Problem, ready: Layer, start: Any, steps: int, damping: float, memory: int) -> _Found:
     allowed = swap_groups(problem.subject_to, start.shape)
     assert allowed is not None
     run, free = allowed
     n, m = start.shape
-    some = np.arange(m) if some is None else some
     live = ~np.asarray(ready.dead)[:, None]
     gram = np.asarray(ready.gram, np.float64) + damping * float(ready.mean) * np.eye(n)
     runs = np.arange(n) // run
-    at_once = int(max(1, min(len(some), memory // (48 * n * n))))
+    at_once = int(max(1, min(m, memory // (48 * n * n))))
     with jax.enable_x64(True):
-        given = [np.asarray(x)[:, some].T for x in (np.asarray(ready.center, np.float64), start & live, free & live)]
+        given = [x.T for x in (np.asarray(ready.center, np.float64), start & live, free & live)]
         support, swaps, gains = jax.device_get(_exchanged(at_once, gram, runs, steps, *given))
-    kept = np.array(start & live)
-    kept[:, some] = support.T
-    return _Found(kept, swaps, gains)
+    return _Found(support.T, swaps, gains)
 
 
 class _State(NamedTuple):
