@@ -122,14 +122,23 @@ def main():
             }
     if module is None:
         return
+    summary(rows, obc)
+    if singular := [layer for layer in options.layers if layer == "mlpnet_fc1"]:
+        print(f"\nwithout {singular[0]}, whose Gram is singular:")
+        summary({key: row for key, row in rows.items() if key[0] not in singular}, obc)
+
+
+def summary(rows, obc):
+    """Ratios of our errors and times to the peers' over the rows {(layer, spec): {name: (error, seconds)}}."""
+    layers = {layer for layer, _ in rows}
     print("\nours / theirs: error, mean and largest, of SparseGPT, ALPS, OBC; time, mean [checked] and largest layer")
     print(f"{'':<10}{'SparseGPT':>14}{'ALPS':>14}{'OBC':>8}{'time: SparseGPT':>22}{'ALPS':>8}")
     for name in OURS:
         by = {peer: [row[name][0] / row[peer][0] for row in rows.values()] for peer in ("sparsegpt", "alps")}
         times = {key: row[name][1] / row["sparsegpt"][1] for key, row in rows.items()}
         checked = mean([row[f"{name}, checked"][1] / row["sparsegpt"][1] for row in rows.values()])
-        slowest = max(mean([t for (at, _), t in times.items() if at == layer]) for layer in options.layers)
-        against = max((rows[key][name][0] / e for key, e in obc.items()), default=float("nan"))
+        slowest = max(mean([t for (at, _), t in times.items() if at == layer]) for layer in layers)
+        against = max((rows[key][name][0] / e for key, e in obc.items() if key in rows), default=float("nan"))
         alps = mean([row[name][1] / row["alps"][1] for row in rows.values()])
         gpt, meng = (f"{mean(by[peer]):.3f} {max(by[peer]):.3f}" for peer in ("sparsegpt", "alps"))
         took = f"{mean(list(times.values())):.3f} [{checked:.3f}] {slowest:.2f}"
