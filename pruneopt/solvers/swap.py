@@ -20,7 +20,7 @@ from pruneopt.solvers.polish import refit
 from pruneopt.solvers.threshold import no_exchange, swap_groups
 
 Tree = Any
-_SAMPLE = 2e8  # multiply-adds that a solution's own measure may take
+_SAMPLE = 6e7  # multiply-adds that a solution's own measure may take
 _LEAST = 1e-9  # gain of a swap, of its output's error: below it rounding decides
 
 
