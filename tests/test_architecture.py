@@ -69,6 +69,7 @@ INSIDE = {
         "calibration",
         "run_folder",
         "layerwise",
+        "models",
         "methods",
         "gradual",
         "prune",

@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pruneopt import _data
-from pruneopt.curvature.diagonal import Identity
-from pruneopt.curvature.fisher import empirical_fisher_diagonal
-from pruneopt.curvature.hessian import hutchinson_diagonal
 from pruneopt.objectives.base import Objective
-from pruneopt.objectives.quadratic import Quadratic
+from pruneopt.plans.models import (
+    channel_traces,
+    diagonal_fisher,
+    diagonal_hessian,
+    gradient_flow,
+    linear,
+    synaptic_flow,
+    weights_alone,
+)
 from pruneopt.solvers.alps import ALPS
 from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
 from pruneopt.solvers.base import Solver, Then
@@ -24,8 +28,7 @@ from pruneopt.solvers.polish import Polish
 from pruneopt.solvers.score import Score
 from pruneopt.solvers.sparse_swaps import SparseSwaps
 from pruneopt.solvers.thanos import Thanos
-from pruneopt.structure import evaluate
-from pruneopt.structure.leaves import Choice, partition
+from pruneopt.structure.leaves import Choice
 
 Tree = Any
 Model = Callable[[Any, Tree, Any, Choice, jax.Array], Objective]
@@ -40,31 +43,6 @@ class Method(NamedTuple):
     reads_data: bool = True
 
 
-def weights_alone(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
-    """1/2 ||w - w0||^2: no data, no loss."""
-    return Quadratic(partition(params, leaves)[0], Identity())
-
-
-def linear(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
-    """<g, w - w0>, g the gradient of the mean loss."""
-    chosen, rest = partition(params, leaves)
-    stream = _data.Batches(batches)
-    evaluate.check_scalar(fn, chosen, rest, stream)
-    return Quadratic(chosen, None, evaluate.mean_gradient(fn, chosen, rest, stream))
-
-
-def diagonal_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
-    """1/2 <d, diag(F) d>, F the empirical Fisher."""
-    curvature = empirical_fisher_diagonal(fn, params, batches, leaves)
-    return Quadratic(partition(params, leaves)[0], curvature)
-
-
-def diagonal_hessian(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
-    """1/2 <d, diag(H) d>, H the Hessian of the mean loss, its diagonal by 8 Hutchinson probes."""
-    curvature = hutchinson_diagonal(fn, params, batches, leaves, key=key)
-    return Quadratic(partition(params, leaves)[0], curvature)
-
-
 # OBD ranks by |h|: an estimated Hessian diagonal is negative wherever a probe's noise or the network's indefiniteness
 # makes it so, and "removing this lowers the loss" is then noise (MNIST MLP at 90 %: 87 % accuracy by |h|, 47 % by h).
 METHODS: dict[str, Method] = {
@@ -73,6 +51,12 @@ METHODS: dict[str, Method] = {
     "taylor": Method(linear, Score("absolute"), "Molchanov et al. 2019, first order"),
     "fisher": Method(diagonal_fisher, Score(), "Theis et al. 2018, diagonal empirical Fisher"),
     "obd": Method(diagonal_hessian, Score("absolute"), "LeCun, Denker, Solla 1990"),
+    "hap": Method(
+        channel_traces, Score("absolute"), "Yu et al. 2021; under Slices(-1, ...): the trace of each channel"
+    ),
+    "snip": Method(linear, Score("absolute"), "Lee et al. 2019; at initialisation"),
+    "grasp": Method(gradient_flow, Score(), "Wang, Zhang and Grosse 2020; at initialisation"),
+    "synflow": Method(synaptic_flow, Score("absolute"), "Tanaka et al. 2020; fn=outputs, schedule=Iterative(100)"),
 }
 
 

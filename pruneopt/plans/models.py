@@ -1,0 +1,117 @@
+"""What the rows of `plans.methods` minimise: models of the loss at given parameters."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pruneopt import _data, _tree
+from pruneopt.curvature.diagonal import Diagonal, Identity
+from pruneopt.curvature.fisher import empirical_fisher_diagonal
+from pruneopt.curvature.hessian import hessian_vector_product, hutchinson_diagonal
+from pruneopt.objectives.quadratic import Quadratic
+from pruneopt.structure import evaluate
+from pruneopt.structure.leaves import Choice, Rest, check_finite, combine, is_floating, partition
+
+Tree = Any
+
+
+def weights_alone(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """1/2 ||w - w0||^2: no data, no loss."""
+    return Quadratic(partition(params, leaves)[0], Identity())
+
+
+def linear(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """<g, w - w0>, g the gradient of the mean loss."""
+    chosen, rest = partition(params, leaves)
+    stream = _data.Batches(batches)
+    evaluate.check_scalar(fn, chosen, rest, stream)
+    return Quadratic(chosen, None, evaluate.mean_gradient(fn, chosen, rest, stream))
+
+
+def diagonal_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """1/2 <d, diag(F) d>, F the empirical Fisher."""
+    curvature = empirical_fisher_diagonal(fn, params, batches, leaves)
+    return Quadratic(partition(params, leaves)[0], curvature)
+
+
+def diagonal_hessian(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """1/2 <d, diag(H) d>, H the Hessian of the mean loss, its diagonal by 8 Hutchinson probes."""
+    curvature = hutchinson_diagonal(fn, params, batches, leaves, key=key)
+    return Quadratic(partition(params, leaves)[0], curvature)
+
+
+def channel_traces(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """1/2 sum over channels c of (tr(H_cc) / n_c) ||d_c||^2, c the n_c weights of one output of a leaf (its last axis),
+    the trace of their block of the Hessian by 8 Hutchinson probes.
+
+    Source: Yu et al. 2021 (HAP), equation 5.
+    """
+    chosen = partition(params, leaves)[0]
+    curvature = hutchinson_diagonal(fn, params, batches, leaves, key=key)
+    return Quadratic(chosen, Diagonal(_channel_means(curvature.values)))
+
+
+def gradient_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """-<H g, w - w0>: to first order -1/2 ||gradient||^2 at w, so that least loses the least gradient flow.
+
+    H g is the Hessian of the mean loss times its gradient, each over all batches.
+    Source: Wang, Zhang and Grosse 2020 (GraSP), equation 8, its sign turned.
+    """
+    chosen, rest = partition(params, leaves)
+    stream = _data.Batches(batches)
+    evaluate.check_scalar(fn, chosen, rest, stream)
+    gradient = evaluate.mean_gradient(fn, chosen, rest, stream)
+    flow = stream.mean(lambda batch: _negative_product(fn, chosen, rest, batch, gradient))
+    return Quadratic(chosen, None, check_finite(flow, "the Hessian of fn"))
+
+
+def synaptic_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """<r, w - w0>, r_i = sign(w_i) dR/d|w_i|, R the sum of the outputs of fn(|params|, ones).
+
+    fn: the network's outputs (not a loss) of params and a batch; every floating array of the first batch is replaced by
+    one example of ones. The saliency is -|w_i| dR/d|w_i|; rank by its size.
+    Source: Tanaka et al. 2020 (SynFlow), equation 4 and algorithm 1.
+    """
+    chosen, rest = partition(params, leaves)
+    if not callable(fn):
+        raise TypeError(f"fn is {fn!r}, but synaptic flow needs the network: fn(params, batch) -> outputs")
+    batch = jax.tree.map(_one_of_ones, next(iter(_data.Batches(batches))))
+    out: Any = evaluate.outputs(fn, params, batch)
+    if not jax.tree.leaves(out) or any(x.ndim == 0 for x in jax.tree.leaves(out)):
+        raise ValueError(f"fn returns {out}; synaptic flow needs the network's outputs, not a loss: pass fn=forward")
+    flow = check_finite(_flow(fn, chosen, rest, batch), "the synaptic flow of fn")
+    return Quadratic(chosen, None, flow)
+
+
+@partial(jax.jit, static_argnums=0)
+def _negative_product(loss: evaluate.Loss, chosen: Tree, rest: Rest, batch: Any, direction: Tree) -> Tree:
+    direction = jax.tree.map(lambda d, x: d.astype(x.dtype), direction, chosen)
+    product = hessian_vector_product(evaluate.closed(loss, rest, batch), chosen, direction)
+    return jax.tree.map(jnp.negative, product)
+
+
+@partial(jax.jit, static_argnums=0)
+def _flow(fn: Any, chosen: Tree, rest: Rest, batch: Any) -> Tree:
+    def total(chosen: Tree) -> jax.Array:
+        params = _tree.map_named(lambda path, x: jnp.abs(x) if is_floating(path, x) else x, combine(chosen, rest))
+        return sum((jnp.sum(x) for x in jax.tree.leaves(fn(params, batch))), jnp.zeros(()))
+
+    return jax.grad(total)(chosen)
+
+
+def _one_of_ones(leaf: Any) -> Any:
+    if not _tree.is_array(leaf) or leaf.ndim == 0:
+        return leaf
+    return jnp.ones_like(leaf[:1]) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf[:1]
+
+
+@jax.jit
+def _channel_means(diagonal: Tree) -> Tree:
+    def one(h: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(jnp.mean(h, axis=tuple(range(h.ndim - 1)), keepdims=True), h.shape)
+
+    return jax.tree.map(one, diagonal)
