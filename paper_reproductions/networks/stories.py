@@ -1,8 +1,7 @@
 """stories260K: a Llama-architecture decoder trained on TinyStories, 260,032 parameters, perplexity 4.4087.
 
 Width 64, 5 layers, 8 query heads and 4 key/value heads of width 8, gated feed-forward of width 172, 512 tokens; the
-embedding is also the output matrix. Every projection is (in, out). Head counts and widths come from the arrays, so a
-network with fewer heads or hidden units runs too.
+embedding is also the output matrix. Every projection is (in, out); the forward pass is `llama.Llama`.
 
 `folder` is the data folder (PRUNEOPT_DATA): it holds llm/ and text/.
 """
@@ -17,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-HEAD = 8  # width of one attention head
-EPSILON = 1e-5
+from paper_reproductions.networks import decoder
+from paper_reproductions.networks.llama import Llama
+
 BOS = 1
+forward = Llama(head=8)  # logits (B, T, 512) of tokens (B, T)
 
 
 def load(folder):
@@ -32,18 +33,17 @@ def load(folder):
                 config[name] = int(archive[key])
             elif group == "layers":
                 layer, name = name.split(".")
-                params["layers"].setdefault(layer, {})[name] = jnp.asarray(archive[key].T)  # (out, in) -> (in, out)
+                array = _halves(archive[key]) if name in ("wq", "wk") else archive[key]
+                params["layers"].setdefault(layer, {})[name] = jnp.asarray(array.T)  # (out, in) -> (in, out)
             else:
                 params[key] = jnp.asarray(archive[key])
     return params, config
 
 
-def forward(params, tokens):
-    """Logits (B, T, 512) of tokens (B, T)."""
-    x = params["embedding"][tokens]  # (B, T, 64)
-    for i in range(len(params["layers"])):
-        x = _layer(params["layers"][str(i)], x)
-    return _rms(x, params["norm_final"]) @ params["embedding"].T
+def _halves(weight):
+    """Rows of (out, in) so that rotary embeddings turn the halves of a head, where the file has adjacent pairs."""
+    pairs = weight.reshape(-1, forward.head // 2, 2, weight.shape[1])  # (heads, 4, 2, in)
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def stacked(params):
@@ -55,34 +55,8 @@ def stacked(params):
 def forward_scanned(params, tokens):
     """`forward` as a scan over the layers of `stacked(params)`."""
     x = params["embedding"][tokens]
-    x, _ = jax.lax.scan(lambda x, layer: (_layer(layer, x), None), x, params["layers"])
-    return _rms(x, params["norm_final"]) @ params["embedding"].T
-
-
-def _layer(layer, x):
-    batch, time, _ = x.shape
-    h = _rms(x, layer["norm_attn"])
-    q, k, v = ((h @ layer[name]).reshape(batch, time, -1, HEAD) for name in ("wq", "wk", "wv"))  # (B, T, heads, 8)
-    q, k = _rotate(q), _rotate(k)
-    q = q.reshape(batch, time, k.shape[2], -1, HEAD)  # (B, T, 4, 2, 8): head k serves query heads 2k and 2k + 1
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k) / math.sqrt(HEAD)
-    weights = jax.nn.softmax(jnp.where(jnp.tri(time, dtype=bool), scores, -jnp.inf))  # (B, 4, 2, T, T)
-    attended = jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, time, -1)  # (B, T, 64)
-    x = x + attended @ layer["wo"]
-    h = _rms(x, layer["norm_ffn"])
-    return x + (jax.nn.silu(h @ layer["w1"]) * (h @ layer["w3"])) @ layer["w2"]  # (B, T, 172) -> (B, T, 64)
-
-
-def _rms(x, scale):
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON) * scale
-
-
-def _rotate(x):
-    """Rotary embedding of (B, T, heads, 8) on adjacent pairs."""
-    angles = np.outer(np.arange(x.shape[1]), 10000.0 ** (-np.arange(0, HEAD, 2) / HEAD))[:, None]  # (T, 1, 4)
-    cos, sin = jnp.asarray(np.cos(angles), x.dtype), jnp.asarray(np.sin(angles), x.dtype)
-    even, odd = x[..., ::2], x[..., 1::2]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+    x, _ = jax.lax.scan(lambda x, layer: (forward.layer(layer, x), None), x, params["layers"])
+    return forward.logits(params, x)
 
 
 def tokenizer(folder):
@@ -132,14 +106,6 @@ def batches(windows, size=8):
     return [np.stack(same[i : i + size]) for same in by_length.values() for i in range(0, len(same), size)]
 
 
-@jax.jit
-def total_loss(params, tokens):
-    """Summed next-token loss of tokens (B, T)."""
-    log_probabilities = jax.nn.log_softmax(forward(params, tokens[:, :-1]))  # (B, T - 1, 512)
-    return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1).sum()
-
-
 def perplexity(params, windows):
     """exp of the mean loss over all predictions of the windows."""
-    total = sum(float(total_loss(params, tokens)) for tokens in batches(windows))
-    return math.exp(total / sum(len(window) - 1 for window in windows))
+    return decoder.perplexity(forward, params, batches(windows))
