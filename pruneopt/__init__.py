@@ -3,10 +3,11 @@
     minimise f(w) + penalty(w) subject to w in C
 
 The verbs are `prune` (a whole network), `solve` and `certify` (one problem), `apply`, `report`, `save` and `load`; the
-nouns live in the rooms `objectives`, `curvature`, `constraints`, `penalties`, `solvers`, `plans` and `structure`.
+nouns live in the rooms `objectives`, `curvature`, `constraints`, `penalties`, `solvers`, `training` (the user's own
+optax loop), `plans` and `structure`.
 """
 
-from pruneopt import constraints, curvature, objectives, penalties, plans, solvers, structure
+from pruneopt import constraints, curvature, objectives, penalties, plans, solvers, structure, training
 from pruneopt.apply import apply, from_masks
 from pruneopt.certify import certify
 from pruneopt.files import load, load_masks, save
@@ -44,4 +45,5 @@ __all__ = [
     "solve",
     "solvers",
     "structure",
+    "training",
 ]

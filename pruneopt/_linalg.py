@@ -79,14 +79,14 @@ def _count(rows: Float[Array, "g n"], fn: Callable[[Array], Bool[Array, "..."]])
     return jnp.sum(fn(rows), axis=1, dtype=jnp.uint32)
 
 
-def keep_largest(leaves: list[Float[Array, "..."]], count: int) -> list[Bool[Array, "..."]]:
+def keep_largest(leaves: list[Float[Array, "..."]], count: Any) -> list[Bool[Array, "..."]]:
     """Mark the `count` largest entries over all leaves together; masks have the leaves' shapes.
 
     Ties are kept in the order of leaves, then of indices; -inf and NaN are never kept. Exact, without a sort or a copy
     of the leaves. Fewer than 2^32 entries. Traceable by JAX.
     """
     if all(not isinstance(leaf, jax.core.Tracer) and _is_on_cpu(leaf) for leaf in leaves):
-        masks = _keep_largest_on_host([_plain(leaf) for leaf in leaves], count)
+        masks = _keep_largest_on_host([_plain(leaf) for leaf in leaves], int(count))
         return [jnp.asarray(mask.reshape(leaf.shape)) for mask, leaf in zip(masks, leaves, strict=True)]
     return _keep_largest_of_all(leaves, jnp.asarray(count, jnp.uint32))
 

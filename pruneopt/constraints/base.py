@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
 
 Tree = Any
 
@@ -49,6 +52,13 @@ class Constraint(abc.ABC):
     @abc.abstractmethod
     def relaxed(self, cut: float) -> Constraint:
         """The looser constraint that asks for the fraction `cut` in (0, 1] of the removals; `relaxed(1)` is self."""
+
+    def select_stage(self, scores: Tree, cuts: Sequence[float], stage: Any) -> Tree:
+        """`relaxed(cuts[stage]).select(scores)` for a traced `stage`: schedules inside compiled training steps."""
+        looser = [self.relaxed(cut) for cut in cuts]
+        distinct = [c for i, c in enumerate(looser) if c not in looser[:i]]
+        which = jnp.asarray([distinct.index(c) for c in looser], jnp.int32)[stage]
+        return lax.switch(which, [c.select for c in distinct], scores)
 
     def restricted(self, paths: tuple[str, ...], laid: Callable[[dict[str, Any]], Any]) -> Constraint:
         """This constraint on one matrix that is made of the leaves `paths`; `laid` brings their masks to its form."""

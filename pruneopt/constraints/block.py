@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +48,13 @@ class Units(Constraint):
 
     def select(self, scores: Tree) -> Tree:
         """The units with the largest sums; traceable by JAX."""
-        chosen = self.budget.select(jax.tree.map(self._pooled, scores))
+        return self._spread_all(self.budget.select(jax.tree.map(self._pooled, scores)), scores)
+
+    def select_stage(self, scores: Tree, cuts: Sequence[float], stage: Any) -> Tree:
+        """As the budget does."""
+        return self._spread_all(self.budget.select_stage(jax.tree.map(self._pooled, scores), cuts, stage), scores)
+
+    def _spread_all(self, chosen: Tree, scores: Tree) -> Tree:
         return jax.tree.map(lambda mask, leaf: self._spread(mask, leaf.shape) & (leaf > -jnp.inf), chosen, scores)
 
     def violation(self, support: Tree) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,11 @@ class ByPath(Constraint):
     def select(self, scores: Tree) -> Tree:
         """Pattern by pattern."""
         return self._join(scores, {p: self.of[p].select(group) for p, group in self._split(scores).items()})
+
+    def select_stage(self, scores: Tree, cuts: Sequence[float], stage: Any) -> Tree:
+        """Pattern by pattern."""
+        groups = self._split(scores).items()
+        return self._join(scores, {p: self.of[p].select_stage(group, cuts, stage) for p, group in groups})
 
     def violation(self, support: Tree) -> int:
         """Sum over the patterns."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal
@@ -113,15 +113,23 @@ class Cardinality(Constraint):
 
     def select(self, scores: Tree) -> Tree:
         """The largest scores of each scope; traceable by JAX."""
+        return self._selected(scores, lambda count: count(self))
+
+    def select_stage(self, scores: Tree, cuts: Sequence[float], stage: Any) -> Tree:
+        """One selection whose counts are looked up by `stage`."""
+        looser = [self.relaxed(cut) for cut in cuts]
+        return self._selected(scores, lambda count: jnp.asarray([count(c) for c in looser], jnp.uint32)[stage])
+
+    def _selected(self, scores: Tree, kept: Callable[[Callable[[Cardinality], Any]], Any]) -> Tree:
         leaves, structure = jax.tree.flatten(scores)
         if self.per == "tree":
             if self.floor:
                 leaves = [_raised_to_floor(leaf, self.floor) for leaf in leaves]
-            masks = _linalg.keep_largest(leaves, self.kept_of(_tree.size(scores)))
+            masks = _linalg.keep_largest(leaves, kept(lambda c: c.kept_of(_tree.size(scores))))
         elif self.per == "leaf":
-            masks = [_linalg.keep_largest([leaf], int(self._budgets(leaf)[0]))[0] for leaf in leaves]
+            masks = [_linalg.keep_largest([x], kept(lambda c, x=x: int(c._budgets(x)[0])))[0] for x in leaves]
         else:
-            masks = [self._select_slices(leaf) for leaf in leaves]
+            masks = [self._select_slices(x, kept(lambda c, x=x: c._budgets(x).astype(np.uint32))) for x in leaves]
         return jax.tree.unflatten(structure, masks)
 
     def violation(self, support: Tree) -> int:
@@ -174,9 +182,9 @@ class Cardinality(Constraint):
             raise ValueError(f"per={self.per!r} names an axis that leaf '{path}' of {ndim} axes does not have")
         return tuple(axis % ndim for axis in axes)
 
-    def _select_slices(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    def _select_slices(self, leaf: Shaped[Array, "..."], counts: Any) -> Shaped[Array, "..."]:
         rows, restored = self._rows(leaf, -np.inf)
-        (mask,) = _linalg.keep_largest_in_rows([rows], self._budgets(leaf).astype(np.uint32))
+        (mask,) = _linalg.keep_largest_in_rows([rows], counts)
         return restored(mask)
 
     def _rows(

@@ -1,0 +1,165 @@
+"""What the transformations share: an optax optimiser that ends in a `Pruned`, and steps on a support."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pruneopt import _tree
+from pruneopt.constraints.base import Constraint
+from pruneopt.solution import Pruned
+from pruneopt.structure.leaves import Choice, partition
+
+Tree = Any
+
+
+class SparseOptimizer(optax.GradientTransformationExtraArgs):
+    """An optax optimiser, `init(params)` and `update(gradient, state, params)`, that also knows how to end.
+
+    `finish(params, state)` returns the Pruned network: what the method promises holds in it exactly. It may be called
+    at any step and changes nothing. `state` is this optimiser's, or that of an `optax.chain` around it.
+    """
+
+    finish: Callable[[Tree, Any], Pruned]
+
+    def __new__(cls, init: Callable, update: Callable, finish: Callable[[Tree, Any], Pruned]) -> SparseOptimizer:
+        """From the three functions."""
+        self = super().__new__(cls, init, update)  # type: ignore[call-arg]
+        self.finish = finish
+        return self
+
+
+class MaskedState(NamedTuple):
+    """step: updates made. masks: True where a weight lives, None where nothing is pruned. inner: its optimiser."""
+
+    step: jax.Array
+    masks: Tree
+    inner: Any
+
+
+def is_hole(x: Any) -> bool:
+    """Whether a leaf is a hole."""
+    return x is None
+
+
+def on_masks(fn: Callable[..., Any], masks: Tree, *trees: Tree) -> Tree:
+    """fn(mask, *leaves) at the leaves that are pruned, None at the others; `trees` are like the parameters."""
+    return jax.tree.map(lambda m, *xs: None if m is None else fn(m, *xs), masks, *trees, is_leaf=is_hole)
+
+
+def filled(tree: Tree, params: Tree) -> Tree:
+    """`tree` with the leaves of `params` where it has holes."""
+    return jax.tree.map(lambda x, p: p if x is None else x, tree, params, is_leaf=is_hole)
+
+
+def chosen(params: Tree, leaves: Choice, constraint: Constraint | None = None) -> Tree:
+    """The leaves to prune, None at the others, checked against the constraint."""
+    picked, _ = partition(params, leaves)
+    if constraint is not None:
+        constraint.check(picked)
+    return picked
+
+
+def everywhere(picked: Tree) -> Tree:
+    """True at every weight."""
+    return jax.tree.map(lambda x: jnp.ones(x.shape, bool), picked)
+
+
+def settled(masks: Tree, params: Tree, updates: Tree) -> Tree:
+    """`updates`, but -w off the support, so that w + update is exactly zero there."""
+
+    def one(m: Any, w: Any, u: Any) -> Any:
+        return u if m is None else jnp.where(m, u, -w.astype(u.dtype))
+
+    return jax.tree.map(one, masks, params, updates, is_leaf=is_hole)
+
+
+def towards(target: Tree, params: Tree, updates: Tree) -> Tree:
+    """The updates that take `params` to `target`; where that has holes, `updates`."""
+
+    def one(t: Any, w: Any, u: Any) -> Any:
+        return u if t is None else t.astype(u.dtype) - w.astype(u.dtype)
+
+    return jax.tree.map(one, target, params, updates, is_leaf=is_hole)
+
+
+def forgotten(state: Any, masks: Tree) -> Any:
+    """An optimiser's state with zeros off the support.
+
+    A leaf of the state belongs to the parameter whose path its own path ends with, if their shapes agree: momentum
+    and second moments of any optax optimiser, masked and per-group ones too.
+    """
+    owners = dict(jax.tree_util.tree_flatten_with_path(masks)[0])
+
+    def one(path: tuple, leaf: Any) -> Any:
+        for i in range(len(path) + 1):
+            mask = owners.get(path[i:])
+            if mask is not None and mask.shape == leaf.shape:
+                return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def step_on(
+    optimizer: optax.GradientTransformationExtraArgs,
+    gradient: Tree,
+    inner: Any,
+    params: Tree,
+    masks: Tree,
+    extra: dict[str, Any],
+) -> tuple[Tree, Any]:
+    """One step of the optimiser that sees, moves and remembers nothing off the support."""
+    updates, inner = optimizer.update(_tree.masked(gradient, masks), inner, params, **extra)
+    return settled(masks, params, updates), forgotten(inner, masks)
+
+
+def magnitudes(masks: Tree, params: Tree) -> Tree:
+    """|w| where the mask is True, -inf elsewhere: scores for `Constraint.select` that never bring a weight back."""
+    return on_masks(lambda m, w: jnp.where(m, jnp.abs(w), jnp.asarray(-jnp.inf, w.dtype)), masks, params)
+
+
+def as_optimizer(optimizer: Any, name: str) -> optax.GradientTransformationExtraArgs:
+    """`optimizer`, checked. Raises TypeError for anything that is not an optax transformation."""
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"optimizer is {optimizer!r}; pass an optax optimiser: {name}(optax.adam(1e-3), ...)")
+    return optax.with_extra_args_support(optimizer)
+
+
+def check_constraint(constraint: Any) -> None:
+    """Raise TypeError unless `constraint` is one."""
+    if not isinstance(constraint, Constraint):
+        raise TypeError(f"constraint is {constraint!r}; pass a constraint such as Cardinality(sparsity=0.9)")
+
+
+def needed(params: Tree | None) -> Tree:
+    """`params`, or ValueError for None."""
+    if params is None:
+        raise ValueError("params is None; call update(gradient, state, params): the zeros are where the weights are")
+    return params
+
+
+def own_state(state: Any, kind: type) -> Any:
+    """The only state of that kind in `state`. Raises ValueError where there is none or more than one."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, kind))
+    found = [s for s in leaves if isinstance(s, kind)]
+    if len(found) != 1:
+        raise ValueError(
+            f"state holds {len(found)} states of this transformation; pass the state that its own update returned"
+        )
+    return found[0]
+
+
+def on_support(params: Tree, masks: Tree, name: str) -> Pruned:
+    """The Pruned with these masks. Raises ValueError where a weight off the support is not zero."""
+    moved = _tree.outside(on_masks(lambda m, w: w, masks, params), masks)
+    if moved:
+        raise ValueError(
+            f"params holds {moved} nonzero weights off the support: a transformation after this one moved them; put it "
+            f"inside, {name}(optax.chain(...), ...), so that the support has the last word"
+        )
+    return Pruned(params, masks)

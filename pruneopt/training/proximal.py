@@ -1,0 +1,127 @@
+"""A proximal step after any optimiser: a penalty that makes exact zeros while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pruneopt import _tree
+from pruneopt.penalties.base import Penalty
+from pruneopt.solution import Pruned
+from pruneopt.structure.leaves import Choice, partition
+from pruneopt.training.base import (
+    SparseOptimizer,
+    as_optimizer,
+    chosen,
+    is_hole,
+    needed,
+    own_state,
+    towards,
+)
+from pruneopt.training.metric import Metric
+
+Tree = Any
+
+
+class ProximalState(NamedTuple):
+    """step: updates made. inner: the optimiser's."""
+
+    step: jax.Array
+    inner: Any
+
+
+def proximal(
+    optimizer: optax.GradientTransformation,
+    penalty: Penalty,
+    learning_rate: float | Callable[[Any], Any],
+    *,
+    metric: Metric | None = None,
+    leaves: Choice = None,
+) -> SparseOptimizer:
+    """minimise f(w) + penalty(w): the optimiser's step, then the penalty's proximal map in the optimiser's own metric.
+
+    With D = diag(d) the optimiser's preconditioner (d = 1 without one) and a its learning rate,
+
+        v = w - a D m,    w <- argmin_u  penalty(u) + |u - v|^2_{D^-1} / (2 a),
+
+    for L1 the soft threshold at a d_i weight. A fixed point has 0 in m + d penalty(w) whatever D is; with a plain prox
+    after an adaptive step it has not, so that is refused.
+
+    learning_rate: that of `optimizer`, a number or its schedule. metric: for adaptive optimisers the function from
+        their state to d: `adam_metric()`, `rms_metric()`, or your own. With one, the penalty's prox must be entrywise.
+    leaves: which leaves are penalised, as in `prune`.
+
+    Source: Yun, Lozano and Yang 2021 (ProxGen), algorithm 1. Raises ValueError at `init` for an adaptive optimiser
+    without a metric, and where the first step is not learning_rate * d * gradient (to a factor of 2, for Nesterov).
+    """
+    inner = as_optimizer(optimizer, "proximal")
+    if not isinstance(penalty, Penalty):
+        raise TypeError(f"penalty is {penalty!r}; pass a penalty such as L1(1e-4)")
+    rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
+    if not callable(learning_rate) and not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate={learning_rate!r} is not a positive number; pass that of the optimiser")
+
+    def init(params: Tree) -> ProximalState:
+        chosen(params, leaves)
+        _check_step(inner, rate, metric, params)
+        return ProximalState(jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update(
+        gradient: Tree, state: ProximalState, params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, ProximalState]:
+        picked, _ = partition(needed(params), leaves)
+        updates, new = inner.update(gradient, state.inner, params, **extra)
+        moved = jax.tree.map(
+            lambda w, u: None if w is None else w + u.astype(w.dtype), picked, updates, is_leaf=is_hole
+        )
+        a = rate(state.step)
+        if metric is None:
+            target = penalty.prox(moved, a)
+        else:
+            d = metric(new)
+            target = jax.tree.map(
+                lambda v, d: None if v is None else penalty.prox(v, jnp.asarray(a, v.dtype) * d.astype(v.dtype)),
+                moved,
+                d,
+                is_leaf=is_hole,
+            )
+        return towards(target, params, updates), ProximalState(state.step + 1, new)
+
+    def finish(params: Tree, state: Any) -> Pruned:
+        own_state(state, ProximalState)
+        return Pruned(params, jax.tree.map(lambda w: w != 0, chosen(params, leaves)))
+
+    return SparseOptimizer(init, update, finish)
+
+
+def _check_step(
+    optimizer: optax.GradientTransformationExtraArgs, rate: Callable[[Any], Any], metric: Metric | None, params: Tree
+) -> None:
+    """The first step from zero, on one entry a leaf, against learning_rate * d * gradient."""
+    with jax.ensure_compile_time_eval():
+        a = float(rate(jnp.zeros((), jnp.int32)))
+        if a == 0:  # a warm-up starts here: nothing to compare
+            return
+        tiny = jax.tree.map(lambda x: jnp.zeros((1,) * x.ndim, x.dtype) if _tree.is_array(x) else x, params)
+        ratios = []
+        for size in (0.01, 0.1):
+            gradient = jax.tree.map(lambda x, size=size: jnp.full_like(x, size) if _tree.is_array(x) else x, tiny)
+            updates, state = optimizer.update(gradient, optimizer.init(tiny), tiny)
+            d = jax.tree.leaves(tiny if metric is None else metric(state))[0].reshape(-1)[0]
+            step = abs(float(jax.tree.leaves(updates)[0].reshape(-1)[0]))
+            ratios.append(step / (a * size * (1.0 if metric is None else float(d))))
+    if metric is None and not 0.9 < ratios[1] / ratios[0] < 1.1:
+        raise ValueError(
+            "optimizer steps in a metric of its own (its step is not proportional to the gradient), and a plain "
+            "proximal step after it solves another problem: a weight's threshold would not be scaled as its step is; "
+            "pass metric=adam_metric() (or rms_metric(), or your own) with the optimiser's constants"
+        )
+    if not all(0.5 < r < 2.5 for r in ratios):
+        raise ValueError(
+            f"optimizer's first step is {ratios[0]:.3g} times learning_rate * metric * gradient, learning_rate={a}; "
+            "pass the optimiser's own learning rate, and the metric of its own constants"
+        )

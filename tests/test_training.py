@@ -1,0 +1,459 @@
+"""Transformations of the user's optax loop: laws for all of them, then each against its own formulas."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import training_cases
+from training_cases import ADAM, HALF, KEPT, OPTIMIZERS, STEPS, batch, loss, of, params, trained
+
+import pruneopt as po
+from pruneopt import training as t
+from pruneopt.constraints import NM, Cardinality, Slices
+from pruneopt.penalties import L1
+
+# optax itself does not run under strict dtype promotion.
+pytestmark = pytest.mark.default_flags
+PRUNED = ("a/kernel", "b/kernel")
+
+
+@pytest.fixture(autouse=True)
+def float64(flags):
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def named(tree):
+    return dict(po._tree.named_leaves(tree))
+
+
+def same(a, b, **tolerance):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if tolerance:
+            np.testing.assert_allclose(x, y, **tolerance)
+        else:
+            np.testing.assert_array_equal(x, y)
+
+
+def test_every_transformation_is_in_the_registry():
+    made = {
+        n
+        for n in t.__all__
+        if inspect.isfunction(f := getattr(t, n)) and "SparseOptimizer" in str(inspect.signature(f))
+    }
+    assert made == set(OPTIMIZERS), "add a row to tests/training_cases.py"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+class TestTransformation:
+    def test_ends_at_the_count_with_exact_zeros(self, name):
+        optimizer, kept = of(name), OPTIMIZERS[name][1]
+        p, state, _ = trained(optimizer)
+        done = optimizer.finish(p, state)
+        assert jax.tree.structure(done.params) == jax.tree.structure(p)
+        if kept is not None:
+            assert done.kept == kept
+        assert set(named(done.support)) <= set(PRUNED)
+        for path, mask in named(done.support).items():
+            assert mask.dtype == bool
+            assert not np.any(np.asarray(named(done.params)[path])[~np.asarray(mask)])
+        for path, leaf in named(p).items():
+            if path not in named(done.support):
+                np.testing.assert_array_equal(named(done.params)[path], leaf)
+                assert np.any(np.asarray(leaf) != np.asarray(named(params())[path])), "the bias was not trained"
+
+    def test_is_pure(self, name):
+        optimizer, p = of(name), params()
+        state = optimizer.init(p)
+        before = jax.tree.map(np.array, (p, state))
+        update = jax.jit(optimizer.update)
+        first, second = (update(jax.tree.map(jnp.sin, p), state, p) for _ in range(2))
+        same(first, second)
+        same((p, state), before)
+
+    def test_goes_on_from_a_checkpoint(self, name):
+        optimizer = of(name)
+        whole = trained(optimizer)
+        p, state, _ = trained(optimizer, 5)
+        leaves, structure = jax.tree.flatten((p, state))
+        assert all(isinstance(x, jax.Array) for x in leaves), "a state holds only arrays"
+        stored = [np.asarray(x) for x in leaves]  # what any checkpoint library writes
+        p, state = jax.tree.unflatten(structure, [jnp.asarray(x) for x in stored])
+        same(trained(optimizer, STEPS - 5, p, state, 5), whole)
+
+    def test_lowers_the_loss(self, name):
+        optimizer = of(name)
+        p, state, _ = trained(optimizer, 60, data=lambda i: batch(0))
+        final = optimizer.finish(p, state).params
+        start = optimizer.finish(*trained(optimizer, STEPS, data=lambda i: batch(0))[:2]).params
+        assert loss(final, batch(0)) < loss(start, batch(0))
+
+    def test_works_inside_a_chain_and_with_other_optimisers(self, name):
+        make, kept = OPTIMIZERS[name]
+        inner = make(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.02, weight_decay=0.1)))
+        optimizer = optax.chain(optax.clip(1.0), inner)
+        p, state, _ = trained(optimizer)
+        done = inner.finish(p, state)
+        assert kept is None or done.kept == kept
+
+    def test_keeps_dtypes(self, name):
+        optimizer = of(name)
+        p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+        state = optimizer.init(p)
+        update = jax.jit(optimizer.update)
+        for _ in range(STEPS):
+            updates, new = update(p, state, p)  # as if the weights were their own gradient
+            assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+            p, state = optax.apply_updates(p, updates), new
+        done = optimizer.finish(p, state)
+        for path, mask in named(done.support).items():
+            assert named(done.params)[path].dtype == jnp.bfloat16
+            assert not np.any(np.asarray(named(done.params)[path], np.float32)[~np.asarray(mask)])
+
+
+CHILD = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import jax
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_disable_most_optimizations", True)
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import training_cases as c
+assert jax.device_count() == 8
+mesh = Mesh(jax.devices(), ("data",))
+whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+for name, (make, _) in c.OPTIMIZERS.items():
+    optimizer = make(c.ADAM())
+    one = c.trained(optimizer, data=lambda i: c.batch(i))
+    p = jax.device_put(c.params(), whole)
+    state = jax.device_put(optimizer.init(p), whole)
+    many = c.trained(optimizer, p=p, state=state, data=lambda i: jax.device_put(c.batch(i), split))
+    for done in (one, many):
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(done))
+    a, b = (optimizer.finish(*jax.tree.map(np.asarray, done)[:2]) for done in (one, many))
+    jax.tree.map(np.testing.assert_array_equal, a.support, b.support)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12), one, many)
+    assert len(jax.tree.leaves(many[0])[0].sharding.device_set) == 8
+    print("same", name)
+"""
+
+
+def test_eight_devices_give_the_same_masks_and_values():
+    here = Path(__file__).parent
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    code = CHILD.format(tests=str(here), root=str(here.parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == [f"same {name}" for name in OPTIMIZERS]
+
+
+# ------------------------------------------------------------------------------------------------- the interval
+
+
+@pytest.mark.parametrize(("begin", "end", "every"), [(0, 10, 2), (3, 10, 4), (5, 5, 3), (0, 7, 1), (2, 9, 100)])
+def test_interval_acts_when_it_says(begin, end, every):
+    when = t.Interval(begin, end, every)
+    steps = jnp.arange(end + 5, dtype=jnp.int32)
+    due = np.flatnonzero(jax.vmap(when.is_due)(steps))
+    np.testing.assert_array_equal(due, sorted({*range(begin, end, every), end}))
+    assert when.stages == len(due)
+    np.testing.assert_array_equal(jax.vmap(when.stage)(steps)[due], np.arange(len(due)))
+    cuts = when.cubic()
+    assert len(cuts) == len(due)
+    np.testing.assert_allclose(cuts, 1 - (1 - np.arange(1, len(due) + 1) / len(due)) ** 3)
+
+
+@pytest.mark.parametrize("constraint", [
+    HALF, Cardinality(sparsity=0.7, per="leaf"), Cardinality(sparsity=0.75, per="out"), Cardinality(count=3, floor=1),
+    Slices(0, Cardinality(sparsity=0.5, per="leaf")), po.constraints.ByPath({"a*": HALF, "*": NM(1, 5)}),
+    po.constraints.Intersection((HALF, Cardinality(sparsity=0.6, per="leaf"))),
+], ids=str)  # fmt: skip
+def test_a_traced_stage_selects_what_the_relaxed_constraint_does(constraint):
+    scores = {k: jnp.abs(v) for k, v in named(params(3)).items() if k in PRUNED}
+    cuts = [0.3, 0.3, 1.0]
+    staged = jax.jit(lambda s, i: constraint.select_stage(s, cuts, i))
+    for i, cut in enumerate(cuts):
+        same(staged(scores, jnp.asarray(i)), constraint.relaxed(cut).select(scores))
+
+
+# ------------------------------------------------------------------------------------------------- freeze
+
+
+INNER = {
+    "adam": optax.adam(0.02),
+    "adamw": optax.adamw(0.02, weight_decay=0.3),
+    "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adabelief": optax.adabelief(0.02),
+    "adagrad": optax.adagrad(0.02, initial_accumulator_value=0.1),
+    "lion": optax.lion(0.01),
+    "by group": optax.partition(
+        {"k": optax.adam(0.02), "b": optax.sgd(0.1)}, {"a": {"kernel": "k", "bias": "b"}, "b": {"kernel": "k"}}
+    ),
+    "masked decay": optax.chain(
+        optax.adam(0.02), optax.add_decayed_weights(-0.01, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+    ),
+    "noisy": optax.noisy_sgd(0.02, key=0),
+}
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_nothing_is_left_off_the_support(inner):
+    mask = {"a/kernel": jnp.asarray(np.random.default_rng(1).random((4, 5)) < 0.5)}
+    dense, optimizer = INNER[inner], t.freeze(INNER[inner], mask)
+    p, warm, _ = trained(dense, 4)  # momentum everywhere
+    p, update = po.apply(p, mask), jax.jit(optimizer.update)
+    state = optimizer.init(p)._replace(inner=warm)  # a late freeze inherits it
+    off = ~np.asarray(mask["a/kernel"])
+    for _ in range(5):
+        updates, state = update(jax.tree.map(jnp.cos, params()), state, p)
+        p = optax.apply_updates(p, updates)
+        assert not np.any(np.asarray(updates["a"]["kernel"])[off])
+        assert not np.any(np.asarray(p["a"]["kernel"])[off])
+        for leaf in jax.tree.leaves(state.inner):
+            if leaf.shape == (4, 5):
+                assert not np.any(np.asarray(leaf)[off])
+                assert np.all(np.asarray(leaf)[~off] != 0) or inner == "noisy"
+    assert np.all(np.asarray(p["a"]["kernel"])[~off] != 0)
+
+
+def test_on_the_support_it_is_the_optimiser_itself():
+    """Against the same problem written with the kept weights alone."""
+    mask = np.arange(20).reshape(4, 5) % 3 > 0
+    index = jnp.asarray(np.flatnonzero(mask))
+
+    def small_loss(kept, rest, data):
+        kernel = jnp.zeros(20).at[index].set(kept).reshape(4, 5)
+        return loss({"a": {"kernel": kernel, "bias": rest["bias"]}, "b": {"kernel": rest["b"]}}, data)
+
+    p = params()
+    small, rest = p["a"]["kernel"].reshape(-1)[index], {"bias": p["a"]["bias"], "b": p["b"]["kernel"]}
+    adam = ADAM()
+    state = adam.init((small, rest))
+    for i in range(STEPS):
+        gradient = jax.grad(small_loss, (0, 1))(small, rest, batch(i))
+        updates, state = adam.update(gradient, state)
+        small, rest = optax.apply_updates((small, rest), updates)
+    got, _, _ = trained(
+        t.freeze(ADAM(), {"a/kernel": jnp.asarray(mask)}), p=po.apply(params(), {"a/kernel": jnp.asarray(mask)})
+    )
+    np.testing.assert_allclose(got["a"]["kernel"].reshape(-1)[index], small, rtol=1e-12)
+    np.testing.assert_allclose(got["b"]["kernel"], rest["b"], rtol=1e-12)
+
+
+def test_zeros_at_the_start_stay_by_default():
+    p = po.apply(params(), {"a/kernel": jnp.arange(20).reshape(4, 5) % 2 == 0})
+    optimizer = t.freeze(ADAM())
+    p, state, _ = trained(optimizer, p=p)
+    assert optimizer.finish(p, state).kept == 30
+    pruned = po.prune(None, params(), None, HALF, progress=False)
+    optimizer = t.freeze(ADAM(), pruned)
+    p, state, _ = trained(optimizer, p=jax.tree.map(jnp.array, pruned.params))
+    same(optimizer.finish(p, state).support, pruned.support)
+
+
+def test_the_wrong_order_is_found_out():
+    """Momentum chained after a cut moves what was cut; `finish` says so."""
+    inside = t.gradual(optax.identity(), HALF, end=6)
+    wrong = optax.chain(inside, optax.sgd(0.05, momentum=0.9))
+    p, state, _ = trained(wrong)
+    with pytest.raises(ValueError, match=r"nonzero weights off the support.*put it inside, gradual\(optax"):
+        inside.finish(p, state)
+    right = t.gradual(optax.chain(optax.identity(), optax.sgd(0.05, momentum=0.9)), HALF, end=6)
+    p, state, _ = trained(right)
+    assert right.finish(p, state).kept == KEPT
+
+
+# ------------------------------------------------------------------------------------------------- gradual
+
+
+def test_gradual_cuts_the_smallest_on_the_cubic():
+    optimizer = t.gradual(optax.set_to_zero(), HALF, begin=2, end=8, every=3)  # weights move only by cuts
+    p, start = params(), params()
+    state, update = optimizer.init(p), jax.jit(optimizer.update)
+    sizes = np.concatenate([np.abs(np.ravel(named(start)[k])) for k in PRUNED])
+    expected = [40, 40, *[40 - int(np.floor(20 * (1 - (1 - k / 3) ** 3) + 1e-9)) for k in (1, 1, 1, 2, 2, 2)], 20, 20]
+    for i, count in enumerate(expected):
+        updates, state = update(p, state, p)
+        p = optax.apply_updates(p, updates)
+        living = np.concatenate([np.ravel(named(p)[k]) for k in PRUNED]) != 0
+        np.testing.assert_array_equal(np.flatnonzero(living), np.sort(np.argsort(-sizes)[:count]))
+        assert po._tree.kept(state.masks) == count
+        if i < 8:
+            with pytest.raises(ValueError, match=f"step {i + 1}, but pruning ends with step end=8"):
+                optimizer.finish(p, state)
+
+
+def test_gradual_equals_prune_and_freeze_by_hand():
+    optimizer = t.gradual(ADAM(), NM(2, 4, axis="out"), begin=0, end=4, every=2, leaves="b/kernel")
+    got, _, _ = trained(optimizer)
+    p, state, masks = params(), ADAM().init(params()), np.ones((5, 4), bool)
+    for i in range(STEPS):
+        if i in (0, 2, 4):
+            n = 4 - int(2 * (1 - (1 - (i // 2 + 1) / 3) ** 3) + 1e-9)
+            scores = np.where(masks, np.abs(np.asarray(p["b"]["kernel"])), -1)
+            masks &= np.argsort(np.argsort(-scores, axis=1), axis=1) < n
+        gradient = jax.grad(loss)(p, batch(i))
+        gradient["b"]["kernel"] = gradient["b"]["kernel"] * masks
+        updates, state = ADAM().update(gradient, state, p)
+        p = optax.apply_updates(p, updates)
+        drop = lambda x, m=masks: x | {"b": {"kernel": x["b"]["kernel"] * m}}  # noqa: E731
+        p, adam = drop(p), state[0]
+        state = (adam._replace(mu=drop(adam.mu), nu=drop(adam.nu)), *state[1:])
+    same(got, p, rtol=1e-12, atol=1e-14)
+
+
+# ------------------------------------------------------------------------------------------------- proximal
+
+
+def lasso(x, y, weight, sweeps=4000):
+    """Coordinate descent in NumPy for |x w - y|^2 / 2n + weight |w|_1."""
+    w, n = np.zeros(x.shape[1]), len(y)
+    for _ in range(sweeps):
+        for j in range(len(w)):
+            rho = x[:, j] @ (y - x @ w + x[:, j] * w[j]) / n
+            w[j] = np.sign(rho) * max(abs(rho) - weight, 0) / (x[:, j] @ x[:, j] / n)
+    return w
+
+
+@pytest.mark.parametrize(("inner", "metric", "rate"), [
+    (optax.adam, t.adam_metric(), 0.003), (optax.sgd, None, 0.02), (optax.rmsprop, t.rms_metric(), 0.001),
+], ids=["adam", "sgd", "rmsprop"])  # fmt: skip
+def test_proximal_reaches_the_lasso_whatever_the_metric(inner, metric, rate):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 8)) * np.logspace(-1, 0.5, 8)
+    y, weight = x @ rng.standard_normal(8) + 0.3 * rng.standard_normal(40), 0.15
+    expected = lasso(x, y, weight)
+    assert 2 <= np.count_nonzero(expected) <= 7
+    jx, jy, w = jnp.asarray(x), jnp.asarray(y), {"w": jnp.zeros((8, 1))}
+    steps = 12_000
+    schedule = optax.cosine_decay_schedule(rate, steps)
+    optimizer = t.proximal(inner(schedule), L1(weight), schedule, metric=metric)
+
+    def step(carry, _):
+        w, state = carry
+        gradient = {"w": jx.T @ (jx @ w["w"] - jy[:, None]) / 40}
+        updates, state = optimizer.update(gradient, state, w)
+        return (optax.apply_updates(w, updates), state), None
+
+    (w, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))((w, optimizer.init(w)))
+    np.testing.assert_allclose(w["w"][:, 0], expected, atol=2e-3)
+    done = optimizer.finish(w, state)
+    np.testing.assert_array_equal(np.asarray(done.support["w"])[:, 0], expected != 0)
+
+
+def test_proximal_is_the_soft_threshold_in_the_metric():
+    optimizer = t.proximal(ADAM(), L1(3.0), 0.02, metric=t.adam_metric())
+    p, plain = params(), ADAM()
+    state, adam = optimizer.init(p), plain.init(p)
+    for i in range(3):
+        gradient = jax.grad(loss)(p, batch(i))
+        moved, adam = plain.update(gradient, adam, p)
+        moved = optax.apply_updates(p, moved)
+        updates, state = optimizer.update(gradient, state, p)
+        p = optax.apply_updates(p, updates)
+        np.testing.assert_array_equal(p["a"]["bias"], moved["a"]["bias"])
+        for layer in ("a", "b"):
+            v = np.asarray(moved[layer]["kernel"])
+            d = 1 / (np.sqrt(np.asarray(adam[0].nu[layer]["kernel"]) / (1 - 0.999 ** (i + 1))) + 1e-8)
+            expected = np.sign(v) * np.maximum(np.abs(v) - 0.02 * 3.0 * d, 0)
+            np.testing.assert_allclose(p[layer]["kernel"], expected, rtol=1e-9, atol=1e-15)
+            assert np.any(np.asarray(p[layer]["kernel"]) == 0)
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+BAD = {
+    "prox after Adam": (
+        lambda: t.proximal(optax.adam(0.1), L1(0.1), 0.1).init(params()),
+        ValueError,
+        ("metric of its own", "metric=adam_metric()"),
+    ),
+    "prox after RMSprop": (
+        lambda: t.proximal(optax.rmsprop(0.1), L1(0.1), 0.1).init(params()),
+        ValueError,
+        ("metric=adam_metric()",),
+    ),
+    "prox after Adagrad": (
+        lambda: t.proximal(optax.adagrad(0.1), L1(0.1), 0.1).init(params()),
+        ValueError,
+        ("metric of its own",),
+    ),
+    "prox after signs": (
+        lambda: t.proximal(optax.lion(0.1), L1(0.1), 0.1).init(params()),
+        ValueError,
+        ("metric of its own",),
+    ),
+    "another learning rate": (
+        lambda: t.proximal(optax.adam(0.1), L1(0.1), 0.01, metric=t.adam_metric()).init(params()),
+        ValueError,
+        ("10 times", "learning_rate=0.01"),
+    ),
+    "metric of another optimiser": (
+        lambda: t.proximal(optax.sgd(0.1), L1(0.1), 0.1, metric=t.adam_metric()).init(params()),
+        ValueError,
+        ("adam_metric()", "0 states"),
+    ),
+    "no learning rate": (lambda: t.proximal(optax.sgd(0.1), L1(0.1), -1), ValueError, ("learning_rate=-1",)),
+    "penalty that is a number": (lambda: t.proximal(optax.sgd(0.1), 0.1, 0.1), TypeError, ("penalty is 0.1", "L1")),
+    "negative weight": (lambda: L1(-0.1), ValueError, ("weight=-0.1",)),
+    "weight NaN": (lambda: L1(float("nan")), ValueError, ("weight=nan",)),
+    "constraint that is a number": (
+        lambda: t.gradual(ADAM(), 0.9, end=3),
+        TypeError,
+        ("constraint is 0.9", "Cardinality"),
+    ),
+    "no optimiser": (
+        lambda: t.gradual(HALF, HALF, end=3),
+        TypeError,
+        ("optimizer is", "gradual(optax.adam(1e-3), ...)"),
+    ),
+    "end before begin": (lambda: t.gradual(ADAM(), HALF, begin=5, end=3), ValueError, ("end=3", ">= 5")),
+    "interval of nothing": (lambda: t.gradual(ADAM(), HALF, end=3, every=0), ValueError, ("every=0", ">= 1")),
+    "no params": (
+        lambda: t.freeze(ADAM()).update(params(), t.freeze(ADAM()).init(params())),
+        ValueError,
+        ("params is None", "update(gradient, state, params)"),
+    ),
+    "masks of another shape": (
+        lambda: t.freeze(ADAM(), {"a/kernel": jnp.ones((2, 2), bool)}).init(params()),
+        ValueError,
+        ("mask 'a/kernel'", "(2, 2)"),
+    ),
+    "masks of no leaf": (lambda: t.freeze(ADAM(), {"c": jnp.ones((2, 2), bool)}).init(params()), ValueError, ("'c'",)),
+    "masks of numbers": (
+        lambda: t.freeze(ADAM(), {"a/kernel": jnp.ones((4, 5))}).init(params()),
+        TypeError,
+        ("mask 'a/kernel'", "booleans"),
+    ),
+    "a constraint that does not fit": (lambda: t.gradual(ADAM(), NM(2, 3), end=3).init(params()), ValueError, ("m=3",)),
+    "state of another": (
+        lambda: t.freeze(ADAM()).finish(params(), ADAM().init(params())),
+        ValueError,
+        ("state holds 0",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_is_refused_in_one_sentence(name):
+    call, error, words = BAD[name]
+    with pytest.raises(error) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_cases_name_what_is_pruned():
+    assert set(named(t.freeze(ADAM()).init(params()).masks)) == set(PRUNED)
+    assert training_cases.KEPT == KEPT
