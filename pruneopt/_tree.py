@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -40,6 +41,59 @@ def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
 def map_named(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """`jax.tree.map` whose function also receives the leaf's path as its first argument."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(name(path), *leaves), tree, *rest)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tree as one vector: its leaves in order, each flattened row by row; holes take no entries. Hashable."""
+
+    structure: Any
+    paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tree: Tree) -> Layout:
+        """The layout of trees like this one."""
+        named = named_leaves(tree)
+        return cls(jax.tree.structure(tree), tuple(p for p, _ in named), tuple(tuple(x.shape) for _, x in named))
+
+    @property
+    def size(self) -> int:
+        """Entries of the vector."""
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def places(self) -> dict[str, slice]:
+        """{path: where its leaf lies in the vector}."""
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes]).tolist()
+        return {p: slice(e - math.prod(s), e) for p, s, e in zip(self.paths, self.shapes, ends, strict=True)}
+
+    def place(self, which: str | slice | Sequence[int]) -> Any:
+        """Where some entries lie: of a leaf given by its path, or a slice or indices as they are.
+
+        Raises ValueError for a path that is no leaf, TypeError for indices that are not whole numbers.
+        """
+        if isinstance(which, slice):
+            return which
+        if isinstance(which, str):
+            if which not in self.paths:
+                raise ValueError(f"block: '{which}' is no leaf; the leaves are {list(self.paths[:8])}")
+            return self.places[which]
+        indices = np.asarray(which)
+        if indices.ndim != 1 or indices.dtype.kind not in "iu" or np.any((indices < 0) | (indices >= self.size)):
+            raise TypeError(f"block: {which!r} are no indices; pass whole numbers in [0, {self.size}) or a path")
+        return indices
+
+    def vector(self, tree: Tree, dtype: Any) -> jax.Array:
+        """The entries of a tree of this layout."""
+        return jnp.concatenate([jnp.asarray(x).reshape(-1).astype(dtype) for x in jax.tree.leaves(tree)])
+
+    def tree(self, vector: Any, like: Tree = None) -> Tree:
+        """The tree of a vector, its leaves in the dtypes of `like`, or in the vector's own."""
+        leaves = [vector[at].reshape(shape) for at, shape in zip(self.places.values(), self.shapes, strict=True)]
+        if like is not None:
+            leaves = [x.astype(y.dtype) for x, y in zip(leaves, jax.tree.leaves(like), strict=True)]
+        return jax.tree.unflatten(self.structure, leaves)
 
 
 def size(tree: Tree) -> int:

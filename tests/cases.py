@@ -173,6 +173,10 @@ CURVATURES = {
         h.empirical_fisher_diagonal(tiny_loss, tree(1), tiny_batches(), ["a", "b"]),
         tree(1),
     ),
+    "empirical Fisher": lambda: (
+        h.empirical_fisher(tiny_loss, tree(1), tiny_batches(), ["a", "b"], ridge=0.01),
+        tree(1),
+    ),
 }
 
 # name: () -> objective.

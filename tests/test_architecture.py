@@ -33,6 +33,7 @@ INSIDE = {
         "keys",
         "forms",
         "program",
+        "per_example",
         "segment",
         "reading",
         "operators",
@@ -44,7 +45,7 @@ INSIDE = {
         "walk",
         "capture",
     ],
-    "curvature": ["base", "diagonal", "gram", "fisher", "hessian"],
+    "curvature": ["base", "diagonal", "gram", "low_rank", "fisher", "hessian"],
     "constraints": ["base", "cardinality", "support", "nm", "transposable", "block", "intersection", "by_path"],
     "solvers": [
         "base",

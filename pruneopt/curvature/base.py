@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any
+
+import numpy as np
 
 Tree = Any
 
@@ -26,3 +29,13 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def form(self, w: Tree, center: Tree, ridge: float) -> float:
         """<d, (H + ridge I) d> for d = w - center, in float64 whatever JAX's mode."""
+
+
+def check_memory(what: str, shape: tuple[int, ...], dtype: Any, memory: int, instead: str) -> None:
+    """Raise ValueError where an array takes more than `memory` bytes, with the bytes and what to do instead."""
+    needed = math.prod(shape) * np.dtype(dtype).itemsize
+    if needed > memory:
+        raise ValueError(
+            f"{what} takes {needed:,} bytes ({' x '.join(map(str, shape))}), above memory={memory:,}; {instead}, or "
+            "pass memory= to allow it"
+        )

@@ -77,7 +77,8 @@ class Program:
     shapes: {variable: its type}. leaves: {path: variable} of the arrays of params; names: the inverse. constants:
     {variable: array}, closed over by the function or loop counters. data, parametric: variables that depend on the
     batch, on params. maker: {variable: index of the equation that makes it}. outputs: the arrays that the function
-    returns. masks: whether the leaf of a path holds zeros and ones alone.
+    returns. masks: whether the leaf of a path holds zeros and ones alone. lost: whether a product's own derivative was
+    lost, since its call was inlined.
     """
 
     equations: list[Equation] = field(default_factory=list)
@@ -92,6 +93,7 @@ class Program:
     outputs: list[Atom] = field(default_factory=list)
     masks: Callable[[str], bool] = lambda path: False
     keep_derivatives: bool = False
+    lost: bool = False
     _known: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)
 
     def new(self, aval: Any) -> int:
@@ -249,6 +251,7 @@ def _inline(program: Program, jaxpr: Any, constants: tuple[Atom, ...], inputs: t
 def _equation(program: Program, eqn: Any, inputs: tuple[Atom, ...], keep: bool) -> tuple[Atom, ...]:
     name = eqn.primitive.name
     if name in CALLS and not (program.keep_derivatives and name in DERIVATIVES and not _has_product(eqn)):
+        program.lost |= name in DERIVATIVES
         body, constants = opened(program, eqn.params[CALLS[name]])
         return _inline(program, body, constants, inputs, keep)
     if name == "shard_map" and math.prod(eqn.params["mesh"].shape.values()) == 1 and not _blocked(eqn.params["jaxpr"]):

@@ -1,0 +1,194 @@
+"""Low rank: the second moments of n vectors, H = G^T G / n + ridge I, never formed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jax import lax
+from jaxtyping import Array, Float
+
+from pruneopt import _tree
+from pruneopt.curvature.base import Curvature, check_memory
+from pruneopt.structure.leaves import check_finite
+
+Tree = Any
+_HIGHEST = lax.Precision.HIGHEST
+_COLUMNS = 1 << 12  # columns of G that are held in float64 at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank(Curvature):
+    """H = 1/n sum_i g_i g_i^T + ridge I, of rank n beside the ridge; a mean over the n vectors, whatever their batches.
+
+    gradients: G, a row a vector, each a tree laid out as one vector by `layout`; float32, float64 or bfloat16.
+    ridge: added to the diagonal; `solve` and `inverse_diagonal` need a positive one.
+
+    `form`, `gram`, `solve` and `inverse_diagonal` compute in float64 whatever JAX's mode, on at most 4,096 columns of G
+    at a time, beside n x n numbers. Source: Woodbury's identity, as in Frantar, Kurtic and Alistarh 2021 (M-FAC), with
+    one Gram matrix and its Cholesky factor in place of n rank-one updates.
+    """
+
+    gradients: Float[Array, "n p"]
+    layout: _tree.Layout = field(metadata={"static": True})
+    ridge: float = field(default=0.0, metadata={"static": True})
+
+    @staticmethod
+    def checked(gradients: Float[Array, "n p"], like: Tree, ridge: float = 0.0) -> LowRank:
+        """From vectors laid out as `like` (leaves in order, each flattened row by row), verified to fit and be finite.
+
+        Raises ValueError for another number of columns, no row, a NaN or an infinity, a negative ridge.
+        """
+        layout = _tree.Layout.of(like)
+        if gradients.ndim != 2 or gradients.shape[0] == 0 or gradients.shape[1] != layout.size:
+            raise ValueError(
+                f"gradients has shape {tuple(gradients.shape)}; pass one row a vector, (n, {layout.size}) with n >= 1"
+            )
+        check_ridge(ridge)
+        return LowRank(check_finite(jnp.asarray(gradients), "gradients"), layout, ridge)
+
+    @property
+    def n(self) -> int:
+        """Number of vectors."""
+        return self.gradients.shape[0]
+
+    def mv(self, direction: Tree) -> Tree:
+        """G^T (G d) / n + ridge d."""
+        return _product(self, direction)
+
+    def diagonal(self, like: Tree) -> Tree:
+        """Mean square of each column, plus the ridge."""
+        return _diagonal(self, like)
+
+    def form(self, w: Tree, center: Tree, ridge: float) -> float:
+        """||G d||^2 / n + (self.ridge + ridge) ||d||^2, d = w - center."""
+        with jax.enable_x64(True):
+            return float(_form(self.gradients, *map(jax.tree.leaves, (w, center)), self.ridge + ridge))
+
+    @cached_property
+    def gram(self) -> Float[np.ndarray, "n n"]:
+        """G G^T, in float64. Made once; n^2 p multiply-adds."""
+        total = np.zeros((self.n, self.n))
+        for _, block in self._columns():
+            total += block @ block.T
+        return total
+
+    def block(self, which: str | slice | Sequence[int], memory: int = 1 << 31) -> Float[Array, "k k"]:
+        """The square of H on some entries of the vector: a leaf by its path, a slice, or indices.
+
+        Raises ValueError where it would take more than `memory` bytes, or for a path that is no leaf.
+        """
+        at, wide = self.layout.place(which), _tree.wide(self.gradients.dtype)
+        k = len(range(*at.indices(self.layout.size))) if isinstance(at, slice) else len(at)
+        check_memory("block", (k, k), wide, memory, "ask for fewer entries, or use mv")
+        g = self.gradients[:, at].astype(wide)
+        h = jnp.matmul(g.T, g, precision=_HIGHEST) / jnp.asarray(self.n, wide)
+        return h + jnp.asarray(self.ridge, wide) * jnp.eye(k, dtype=wide)
+
+    def dense(self, memory: int = 1 << 31) -> Float[Array, "p p"]:
+        """H. Raises ValueError where it would take more than `memory` bytes."""
+        p = self.layout.size
+        check_memory("dense()", (p, p), _tree.wide(self.gradients.dtype), memory, "use mv, block or solve")
+        return self.block(slice(0, p), memory)
+
+    def solve(self, b: Tree, ridge: float = 0.0) -> Tree:
+        """(H + ridge I)^-1 b = (b - G^T (n r I + G G^T)^-1 G b) / r with r = self.ridge + ridge.
+
+        Raises ValueError for r = 0, with which H is singular.
+        """
+        r = self._positive(ridge)
+        flat = np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(b)])
+        with jax.enable_x64(True):
+            short = scipy.linalg.cho_solve((self._factor(r), True), np.asarray(_times(self.gradients, flat)))
+            found = self.layout.tree((flat - np.asarray(_transposed_times(self.gradients, short))) / r, b)
+        return jax.tree.map(jnp.asarray, found)
+
+    def inverse_diagonal(self, ridge: float = 0.0) -> Tree:
+        """diag((H + ridge I)^-1) = (1 - ||L^-1 g_j||^2) / r, g_j column j of G and L L^T = n r I + G G^T.
+
+        In float64, as NumPy arrays. Raises ValueError for r = self.ridge + ridge = 0. n^2 p multiply-adds.
+        """
+        r = self._positive(ridge)
+        factor, out = self._factor(r), np.empty(self.layout.size)
+        for at, block in self._columns():
+            half = scipy.linalg.solve_triangular(factor, block, lower=True, overwrite_b=True, check_finite=False)
+            out[at] = (1 - np.einsum("ij,ij->j", half, half)) / r
+        return self.layout.tree(out)
+
+    def _positive(self, ridge: float) -> float:
+        check_ridge(ridge)
+        if self.ridge + ridge == 0:
+            raise ValueError(
+                f"ridge=0.0, with which a curvature of rank {self.n} on {self.layout.size} entries has no inverse; "
+                "pass ridge > 0, such as 1e-3 times the mean of its diagonal"
+            )
+        return self.ridge + ridge
+
+    def _factor(self, r: float) -> Float[np.ndarray, "n n"]:
+        return np.linalg.cholesky(self.gram + self.n * r * np.eye(self.n))
+
+    def _columns(self) -> Any:
+        """(where, the columns of G there in float64)."""
+        for start in range(0, self.layout.size, _COLUMNS):
+            at = slice(start, min(start + _COLUMNS, self.layout.size))
+            yield at, np.asarray(self.gradients[:, at]).astype(np.float64)
+
+
+def check_ridge(ridge: float) -> None:
+    """Raise ValueError unless a ridge is a finite number >= 0."""
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge={ridge!r} is not a finite number >= 0; pass one, such as 1e-3")
+
+
+@jax.jit
+def _product(h: LowRank, direction: Tree) -> Tree:
+    g, wide = h.gradients, _tree.wide(h.gradients.dtype)
+    d = h.layout.vector(direction, wide)
+    if g.dtype == wide:
+        product = jnp.matmul(jnp.matmul(g, d, precision=_HIGHEST), g, precision=_HIGHEST)
+    else:  # a row widened at a time
+        product = _over_rows(lambda row: jnp.dot(row, d, precision=_HIGHEST) * row, g, jnp.zeros_like(d))
+    return h.layout.tree(product / jnp.asarray(h.n, wide) + jnp.asarray(h.ridge, wide) * d, direction)
+
+
+@jax.jit
+def _diagonal(h: LowRank, like: Tree) -> Tree:
+    g, wide = h.gradients, _tree.wide(h.gradients.dtype)
+    squares = _over_rows(jnp.square, g, jnp.zeros(g.shape[1], wide))
+    return h.layout.tree(squares / jnp.asarray(h.n, wide) + jnp.asarray(h.ridge, wide), like)
+
+
+def _over_rows(fn: Any, g: Array, zero: Array) -> Array:
+    """Sum of fn(row), each row widened to the dtype of `zero`."""
+    return lax.scan(lambda total, row: (total + fn(row.astype(zero.dtype)), None), zero, g)[0]
+
+
+@jax.jit
+def _times(g: Array, d: Array) -> Array:
+    return lax.map(lambda row: jnp.dot(row.astype(d.dtype), d, precision=_HIGHEST), g)
+
+
+@jax.jit
+def _transposed_times(g: Array, y: Array) -> Array:
+    def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + pair[0].astype(y.dtype) * pair[1], None
+
+    return lax.scan(add, jnp.zeros(g.shape[1], y.dtype), (g, y))[0]
+
+
+@jax.jit
+def _form(g: Array, w: list[Array], center: list[Array], ridge: float) -> Array:
+    wide = [
+        x.astype(jnp.float64).reshape(-1) - c.astype(jnp.float64).reshape(-1) for x, c in zip(w, center, strict=True)
+    ]
+    d = jnp.concatenate(wide)
+    along = _times(g, d)
+    return jnp.dot(along, along) / g.shape[0] + ridge * jnp.dot(d, d)
