@@ -149,7 +149,7 @@ def test_blocks_and_dense_are_the_matrix_by_autodiff():
 
 
 def bad_loss(params, batch):
-    x, y = batch
+    x, _ = batch
     return tiny_loss(params, batch) + jnp.where(jnp.max(x) > 90, jnp.nan, 0.0) * jnp.sum(params["b"])
 
 

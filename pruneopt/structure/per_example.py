@@ -25,8 +25,8 @@ class Separable:
 
     JAX's own gradient of a convolution in its kernel, one for each example of a batch, is a convolution with a feature
     group an example, which is slow. Here it is X^T D, X the patches of the example's input and D the gradient in its
-    output. All else, biases, scales and loops included, is JAX's derivative, and so is the whole of a loss that cannot be
-    read as a straight line or that has a derivative of its own around a product.
+    output. All else, biases, scales and loops included, is JAX's derivative, and so is the whole of a loss that cannot
+    be read as a straight line or that has a derivative of its own around a product.
 
     Source: Goodfellow 2015, "Efficient per-example gradient computations".
     """
@@ -88,7 +88,7 @@ def _convolution(equation: Equation, form: Conv) -> Callable[[Any, Any], Any]:
 
 
 def _product(form: Conv) -> Callable[[Any, Any], Any]:
-    """X^T D for each feature group; over a batch one example after another on a CPU, whose patches then stay in cache."""
+    """X^T D for each feature group; over a batch one example after another on a CPU: its patches stay in cache."""
 
     def product(image: Any, delta: Any) -> Any:
         rows, deltas = form.rows(image), form.output_rows(delta)
