@@ -185,6 +185,7 @@ OBJECTIVES = {
     "diagonal, damped": lambda: o.Quadratic(tree(1), CURVATURES["diagonal"]()[0], constant=2.0, damping=0.1),
     "diagonal with a gradient": lambda: o.Quadratic(tree(1), CURVATURES["diagonal"]()[0], tree(9)),
     "linear": lambda: o.Quadratic(tree(1), None, tree(9)),
+    "empirical Fisher, damped": lambda: o.Quadratic(tree(1), CURVATURES["empirical Fisher"]()[0], damping=0.1),
     "reconstruction": lambda: o.Reconstruction(matrix(1), h.Gram.checked(gram())),
     "singular reconstruction, damped": lambda: o.Reconstruction(matrix(1), h.Gram.checked(gram(rank=3)), damping=0.01),
     "loss": lambda: o.Loss(tiny_loss, tree(1), tiny_batches(), ["a", "b"]),
@@ -227,6 +228,8 @@ SOLVERS = {
     "sparse swaps": s.SparseSwaps(),
     "greedy OBS": s.GreedyOBS(),
     "saliency, then swap": s.Then(s.Score(), s.Swap()),
+    "OBS": s.OBS(),
+    "global ADMM": s.GlobalADMM(levels=2, iterations=3, inner=3, refit=12),
 }
 
 LAYER = {
@@ -248,15 +251,26 @@ REFUSED = {
     "sparse swaps": ("1:2 both ways", "inputs"),
     "saliency, then swap": ("1:2 both ways", "inputs"),
     "greedy OBS": ("cardinality in runs of 4 inputs", "1:2 both ways", "inputs"),
+    "OBS": set(CONSTRAINTS)
+    - {
+        "cardinality over the tree",
+        "cardinality with a floor",
+        "cardinality in each leaf",
+        "all kept",
+        "none kept",
+        "a fixed support",
+        "cardinality within a support",
+    },
 }
 
 
 # (solver, objective): which pairs a solver takes under a cardinality; "s" only under a fixed support.
 TAKES = {
-    "identity": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
-    "diagonal, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
-    "diagonal with a gradient": {"saliency", "absolute", "random", "saliency, then polish", "polish s"},
+    "identity": {"saliency", "absolute", "random", "saliency, then polish", "polish s", "global ADMM"},
+    "diagonal, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s", "global ADMM"},
+    "diagonal with a gradient": {"saliency", "absolute", "random", "saliency, then polish", "polish s", "global ADMM"},
     "linear": {"saliency", "absolute", "random"},
+    "empirical Fisher, damped": {"saliency", "absolute", "random", "OBS *", "global ADMM"},
     "reconstruction": {"saliency", "absolute", "random", "saliency, then polish", "polish s"} | LAYER,
     "singular reconstruction, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s"} | LAYER,
     "loss": {"random", "descent s"},

@@ -316,7 +316,7 @@ def test_more_kept_is_not_worse_and_scale_does_not_matter(f_name, tolerance):
         supports.append(solution.support)
     if f.gradient is None and f_name != "reconstruction" and "singular" not in f_name:
         assert values == sorted(values, reverse=True)
-    if f.curvature is not None and f.gradient is None:
+    if f.curvature is not None and f.gradient is None and "Fisher" not in f_name:  # that one is quadratic in its leaves
         scaled = jax.tree.map(lambda h: h * 4, f.curvature)
         if jax.tree.leaves(scaled):
             g = type(f)(f.center, scaled, damping=f.damping)

@@ -1,6 +1,7 @@
 """Rows that rank weights by gradients: SNIP, GraSP, SynFlow and HAP against their formulas in plain autodiff."""
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest

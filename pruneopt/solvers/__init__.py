@@ -8,8 +8,10 @@ from pruneopt.solvers.block_obs import BlockOBS
 from pruneopt.solvers.conjugate_gradients import ConjugateGradients
 from pruneopt.solvers.descent import Descent
 from pruneopt.solvers.frank_wolfe import FrankWolfe
+from pruneopt.solvers.global_admm import GlobalADMM
 from pruneopt.solvers.greedy_obs import GreedyOBS
 from pruneopt.solvers.hard_threshold import HardThresholding
+from pruneopt.solvers.obs import OBS
 from pruneopt.solvers.polish import Polish
 from pruneopt.solvers.score import Score
 from pruneopt.solvers.sparse_swaps import SparseSwaps
@@ -22,11 +24,13 @@ __all__ = [
     "BALANCED",
     "BEST",
     "FAST",
+    "OBS",
     "Auto",
     "BlockOBS",
     "ConjugateGradients",
     "Descent",
     "FrankWolfe",
+    "GlobalADMM",
     "GreedyOBS",
     "HardThresholding",
     "Polish",

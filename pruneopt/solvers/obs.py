@@ -1,0 +1,166 @@
+"""Optimal Brain Surgeon: remove the weight that costs least, move all others to make up for it, again and again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Bool, Float, Int
+
+from pruneopt import _tree
+from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.constraints.intersection import Intersection
+from pruneopt.constraints.support import Support
+from pruneopt.objectives.base import QuadraticObjective
+from pruneopt.problem import Problem
+from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, without_penalty
+
+
+@dataclass(frozen=True)
+class OBS(Solver):
+    """minimise <g, d> + 1/2 <d, (H + lambda I) d>, d = w - w0, by exact greedy removal on the dense inverse Hessian.
+
+    With C = (H + lambda I)^-1 and w the minimum on what is left (at first w0 - C g), remove the weight q with the least
+    rise w_q^2 / (2 C_qq) of the objective, then
+
+        w <- w - C_:q w_q / C_qq,    C <- C - C_:q C_q: / C_qq,
+
+    until the constraint holds: Cardinality over the tree or per leaf, a Support, or both. What a Support cuts goes
+    first. The result is the exact refit of its support.
+
+    memory: bytes that H and C may take, 16 p^2 for p weights. In float64 on the host; about 2 p^2 operations a removal.
+    stats: removed, the weights in their order as indices into the leaves laid end to end; rises, of each removal.
+    `init` is not used. Raises ValueError for an H + lambda I that is not positive definite.
+    Source: Hassibi and Stork 1993, equation 5 and the box on page 3 (with H kept while weights go).
+    """
+
+    memory: int = 1 << 31
+
+    def __post_init__(self) -> None:
+        check_whole(self, 1, "memory")
+
+    def refuses(self, problem: Problem) -> str | None:
+        """A penalty, a curvature without a dense matrix or one that is too large, and constraints it cannot follow."""
+        f = problem.objective
+        if not isinstance(f, QuadraticObjective):
+            return f"OBS needs a quadratic objective, not {type(f).__name__}; model the loss with Quadratic"
+        if not hasattr(f.curvature, "dense"):
+            return (
+                f"OBS needs a curvature with a dense matrix, not {type(f.curvature).__name__}; pass a Fisher or a "
+                "Hessian of the whole network, or use Score for a diagonal and GreedyOBS for a Reconstruction"
+            )
+        p = _tree.size(f.center)
+        if 16 * p * p > self.memory:
+            return (
+                f"OBS needs {16 * p * p:,} bytes for H and its inverse, above memory={self.memory:,}; pass leaves= to "
+                f"decide fewer than {p:,} weights, memory= to allow it, or a solver that needs no dense matrix"
+            )
+        if problem.subject_to is None or _budget(problem.subject_to, f.center) is None:
+            return (
+                f"OBS cannot prune under {problem.subject_to!r}; pass Cardinality per 'tree' or 'leaf', a Support, or "
+                "an Intersection of Supports with one of them"
+            )
+        return without_penalty(problem, self)
+
+    def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
+        """Invert, then remove."""
+        f = problem.objective
+        assert isinstance(f, QuadraticObjective)
+        assert problem.subject_to is not None
+        layout = _tree.Layout.of(f.center)
+        budget = _budget(problem.subject_to, f.center)
+        assert budget is not None
+        w = _flat(f.center)
+        inverse = _inverse(np.asarray(f.curvature.dense(), np.float64), float(f.ridge()))  # type: ignore[union-attr]
+        if f.gradient is not None:
+            w = w - inverse @ _flat(f.gradient)
+        w, removed, rises = _removed(inverse, w, budget)
+        alive = np.ones(w.size, bool)
+        alive[removed] = False
+        value = jax.tree.map(jnp.asarray, layout.tree(w, f.center))
+        support = jax.tree.map(jnp.asarray, layout.tree(alive))
+        return Outcome(value, support, stats={"removed": removed, "rises": rises})
+
+
+class Budget(NamedTuple):
+    """What must go: everything not `allowed`; then down to `count` in all, no leaf below its `least`."""
+
+    allowed: Bool[np.ndarray, " p"]
+    leaf: Int[np.ndarray, " p"]
+    least: Int[np.ndarray, " l"]
+    count: int
+
+
+def _removed(
+    inverse: Float[np.ndarray, "p p"], w: Float[np.ndarray, " p"], budget: Budget
+) -> tuple[Float[np.ndarray, " p"], Int[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """The weights that are left and their values, what went in its order, and the rise of each removal."""
+    c, w = np.asfortranarray(inverse), w.copy()
+    alive, kept = np.ones(w.size, bool), np.bincount(budget.leaf, minlength=len(budget.least))
+    removed, rises = [], []
+    while True:
+        barred = alive & ~budget.allowed
+        if barred.any():
+            free = barred
+        elif kept.sum() > budget.count:
+            free = alive & (kept > budget.least)[budget.leaf]
+        else:
+            return w, np.asarray(removed, int), np.asarray(rises)
+        diagonal = np.where(free, np.diagonal(c), 1.0)
+        rise = np.where(free, w**2 / (2 * np.maximum(diagonal, np.finfo(float).tiny)), np.inf)
+        q = int(np.argmin(rise))
+        column, pivot = c[:, q].copy(), c[q, q]
+        w -= column * (w[q] / pivot)
+        c = scipy.linalg.blas.dger(-1 / pivot, column, column, a=c, overwrite_a=True)  # in place
+        c[:, q] = c[q] = w[q] = 0.0
+        alive[q] = False
+        kept[budget.leaf[q]] -= 1
+        removed.append(q)
+        rises.append(rise[q])
+
+
+def _inverse(h: Float[np.ndarray, "p p"], ridge: float) -> Float[np.ndarray, "p p"]:
+    """(H + ridge I)^-1. Raises ValueError where that is not positive definite."""
+    matrix = h + ridge * np.eye(len(h))
+    try:
+        factor = scipy.linalg.cho_factor(matrix, lower=True)
+    except np.linalg.LinAlgError:
+        least = float(scipy.linalg.eigh(matrix, eigvals_only=True, subset_by_index=(0, 0))[0])
+        raise ValueError(
+            f"curvature is not positive definite (least eigenvalue {least:.3g}), which OBS needs; pass a Gauss-Newton "
+            f"or Fisher curvature, or Quadratic(damping=) that adds more than {max(-least, 0.0):.3g}"
+        ) from None
+    return scipy.linalg.cho_solve(factor, np.eye(len(h)))
+
+
+def _flat(tree: Any) -> Float[np.ndarray, " p"]:
+    return np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(tree)])
+
+
+def _budget(constraint: Constraint, center: Any) -> Budget | None:
+    """The constraint as a budget, None where it is none."""
+    parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
+    sizes = [x.size for x in jax.tree.leaves(center)]
+    leaf, allowed = np.repeat(np.arange(len(sizes)), sizes), np.ones(sum(sizes), bool)
+    choosing = []
+    for part in parts:
+        if isinstance(part, Support):
+            allowed &= _flat(part.select(jax.tree.map(lambda x: jnp.zeros(x.shape), center))).astype(bool)
+        else:
+            choosing.append(part)
+    live = np.bincount(leaf[allowed], minlength=len(sizes))
+    if not choosing:
+        return Budget(allowed, leaf, live, int(live.sum()))
+    (one,) = choosing if len(choosing) == 1 else (None,)
+    if not (isinstance(one, Cardinality) and one.per in ("tree", "leaf")):
+        return None
+    floors = np.asarray([min(one.floor or 0, size) for size in sizes])
+    if one.per == "tree":
+        return Budget(allowed, leaf, np.minimum(floors, live), one.kept_of(sum(sizes)))
+    least = np.minimum(np.maximum([one.kept_of(size) for size in sizes], floors), live)
+    return Budget(allowed, leaf, least, int(least.sum()))
