@@ -108,6 +108,9 @@ def _keep_largest_of_all(leaves: list[Float[Array, "..."]], count: UInt[Array, "
     return [mask.reshape(leaf.shape) for mask, leaf in zip(masks, leaves, strict=True)]
 
 
+_SAMPLED = 1 << 15  # from so many entries on a sample pays
+
+
 def _keep_largest_on_host(rows: list[np.ndarray], count: int) -> list[np.ndarray]:
     """`keep_largest` on a CPU, where nothing needs compiling.
 
@@ -119,7 +122,7 @@ def _keep_largest_on_host(rows: list[np.ndarray], count: int) -> list[np.ndarray
         return [row > -np.inf for row in rows]
     if count == 0:
         return [np.zeros(row.shape, bool) for row in rows]
-    low, high = _bracket(rows, count, n) if n > _BLOCK else (-np.inf, np.inf)
+    low, high = _bracket(rows, count, n) if n > _SAMPLED else (-np.inf, np.inf)
     above, between = 0, []
     for row in rows:
         for start in range(0, row.size, _BLOCK):
@@ -148,8 +151,8 @@ def _keep_largest_on_host(rows: list[np.ndarray], count: int) -> list[np.ndarray
 
 
 def _bracket(rows: list[np.ndarray], count: int, n: int) -> tuple[float, float]:
-    """Values between which the `count`-th largest lies, almost surely, from 2^18 draws."""
-    rng, draws = np.random.default_rng(0), 1 << 18
+    """Values between which the `count`-th largest lies, almost surely, from a sample of a 16th, at most 2^18."""
+    rng, draws = np.random.default_rng(0), min(n >> 4, 1 << 18)
     shares = np.diff(np.floor(np.cumsum([0] + [row.size for row in rows]) / n * draws).astype(int))
     drawn = [row[rng.integers(0, row.size, m)] for row, m in zip(rows, shares, strict=True) if m]
     sample = np.sort(np.concatenate(drawn))
@@ -311,7 +314,8 @@ def inverse_on_host(matrix: np.ndarray) -> np.ndarray | None:
     for start in range(0, len(inverse), _TILE):
         here, after = slice(start, start + _TILE), slice(start + _TILE, None)
         inverse[after, here] = inverse[here, after].T
-        inverse[here, here] = np.triu(inverse[here, here]) + np.triu(inverse[here, here], 1).T
+        corner = inverse[here, here]
+        np.copyto(corner, corner.T.copy(), where=_BELOW[: len(corner), : len(corner)])
     return inverse
 
 
@@ -325,6 +329,7 @@ def inverse_factor_on_host(matrix: np.ndarray) -> np.ndarray | None:
 
 
 _TILE = 256  # fits a cache on the way across the diagonal
+_BELOW = np.tri(_TILE, k=-1, dtype=bool)
 
 
 def _cholesky(matrix: np.ndarray) -> np.ndarray | None:

@@ -49,11 +49,11 @@ class ADMM(Solver):
     and a fixed schedule of rho.
     """
 
-    rho: tuple[float, float] = (0.8, 2.0)
-    levels: int = 3
-    iterations: int = 4
+    rho: tuple[float, float] = (0.9, 1.5)
+    levels: int = 2
+    iterations: int = 6
     relaxation: float = 1.2
-    metric: float = 0.85
+    metric: float = 0.8
     damping: float = 0.01
     refit: int = 4
     refit_damping: float = 0.001
@@ -62,7 +62,7 @@ class ADMM(Solver):
     def __post_init__(self) -> None:
         first, last = self.rho
         if not 0 < first <= last < float("inf"):
-            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.8, 2.0)")
+            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.9, 1.5)")
         check_whole(self, 1, "levels", "iterations")
         check_whole(self, 0, "refit")
         check_not_negative(self, "damping", "refit_damping")

@@ -11,9 +11,9 @@ from pruneopt.solvers.admm import ADMM
 from pruneopt.solvers.base import Outcome, Solver, Start, layer_only
 
 # On n inputs and m outputs, up to 4 m inputs, in products of n^2 m and inverses of 0.7 n^3:
-FAST = ADMM(rho=(1.2, 1.2), levels=1, iterations=6, relaxation=1.3, refit=3, refit_damping=0.01)  # 10 and 2
-BALANCED = ADMM()  # 17 and 4
-BEST = ADMM(rho=(0.45, 2.6), levels=5, iterations=8, metric=0.8, damping=0.003, refit=9, refit_damping=3e-4)  # 50 and 6
+FAST = ADMM(rho=(1.3, 1.3), levels=1, iterations=5, relaxation=1.3, refit=3, refit_damping=0.01)  # 9 and 2
+BALANCED = ADMM()  # 17 and 3
+BEST = ADMM(rho=(0.45, 2.6), levels=5, iterations=8, damping=0.003, refit=9, refit_damping=3e-4)  # 50 and 6
 PRESETS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
 
 # Multiply-adds a second that `Auto` reckons with: one core of a CPU, or an accelerator.

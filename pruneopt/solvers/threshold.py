@@ -37,7 +37,7 @@ class Budget:
     span: int = field(metadata={"static": True})
 
     def start(self, t: Float[Array, "n m"]) -> State:
-        """The logarithm of each scope's threshold by bisection over 20 e-folds below the largest |T|."""
+        """The logarithm of each scope's threshold by bisection over 20 e-folds below the largest |T|, to 0.5 %."""
         high = jnp.log(jnp.maximum(jnp.max(jnp.abs(t)), jnp.finfo(t.dtype).tiny)) + jnp.zeros_like(self.counts)
 
         def halve(_, ends):
@@ -46,7 +46,7 @@ class Budget:
             over = self._count(t, middle) > self.counts
             return jnp.where(over, middle, low), jnp.where(over, high, middle)
 
-        low, high = lax.fori_loop(0, 20, halve, (high - 20, high))
+        low, high = lax.fori_loop(0, 12, halve, (high - 20, high))
         return self.turn(t, ((low + high) / 2, high))
 
     def turn(self, t: Float[Array, "n m"], state: State) -> State:
