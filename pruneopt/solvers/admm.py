@@ -34,7 +34,8 @@ class ADMM(Solver):
 
     rho: first and last. levels, iterations: of rho, and at each; on n > 4 m inputs, m outputs, where products cost
         little beside the inverses, sqrt(n / 4m) times as many iterations, up to 4 times. relaxation: r in (0, 2).
-    metric: p.
+    metric: p. metric_block: [H^-1]_jj is taken from the inverses of H's diagonal blocks of at most so many inputs, which
+        costs a fraction of that of all (None); the metric alone depends on it.
     damping: relative, of A; refit_damping: relative, of the refit. Neither enters the objective.
     products: of the iterations; None takes bfloat16 where the device multiplies it fast, else float32. Float64
         weights are solved in float64.
@@ -43,7 +44,7 @@ class ADMM(Solver):
     Cost: (levels * iterations + refit + 1) products of n^2 m, (levels + 1) inverses of about 0.7 n^3, on n inputs and m
     outputs; memory 4 n^2 + 8 n m numbers, and the inverses where they take up to 2 (n^2 + n m): layers that share a
     Gram, solved in turn, then share them.
-    stats: condition (estimated, of the damped H), dead_inputs, factors ("float32", "float64" where the probe of the
+    stats: condition (of the damped H, estimated from below), dead_inputs, factors ("float32", "float64" where the probe of the
     first failed, with more damping where that failed too), factor_damping, products.
     Source: ALPS (Meng et al. 2024, algorithm 1), with the metric of OBS (Hassibi and Stork 1993) in place of diag(H),
     and a fixed schedule of rho.
@@ -54,6 +55,7 @@ class ADMM(Solver):
     iterations: int = 6
     relaxation: float = 1.2
     metric: float = 0.8
+    metric_block: int | None = None
     damping: float = 0.01
     refit: int = 4
     refit_damping: float = 0.001
@@ -65,6 +67,8 @@ class ADMM(Solver):
             raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.9, 1.5)")
         check_whole(self, 1, "levels", "iterations")
         check_whole(self, 0, "refit")
+        if self.metric_block is not None:
+            check_whole(self, 1, "metric_block")
         check_not_negative(self, "damping", "refit_damping")
         if not 0 < self.relaxation < 2:
             raise ValueError(f"relaxation={self.relaxation!r} is outside (0, 2), where ADMM converges; pass about 1.2")
@@ -87,7 +91,7 @@ class ADMM(Solver):
         ready = layer(problem)
         dtype = ready.gram.dtype
         rule = projection(problem.subject_to, ready.center.shape, dtype)
-        wanted = Wanted(self.damping, self.metric, self.rho, self.levels, self.products)
+        wanted = Wanted(self.damping, self.metric, self.metric_block, self.rho, self.levels, self.products)
         factors, facts = factored(problem, ready, wanted)
         t = ready.center
         if not ready.blank:

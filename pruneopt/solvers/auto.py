@@ -10,10 +10,10 @@ from pruneopt.problem import Problem
 from pruneopt.solvers.admm import ADMM
 from pruneopt.solvers.base import Outcome, Solver, Start, layer_only
 
-# On n inputs and m outputs, up to 4 m inputs, in products of n^2 m and inverses of 0.7 n^3:
-FAST = ADMM(rho=(1.3, 1.3), levels=1, iterations=5, relaxation=1.3, refit=3, refit_damping=0.01)  # 9 and 2
-BALANCED = ADMM()  # 17 and 3
-BEST = ADMM(rho=(0.45, 2.6), levels=5, iterations=8, damping=0.003, refit=9, refit_damping=3e-4)  # 50 and 6
+# On n inputs and m outputs, up to 4 m inputs, in products of n^2 m and inverses of 0.7 n^3: 9 and 1, 17 and 3, 50 and 6.
+FAST = ADMM(rho=(1.3, 1.3), levels=1, iterations=5, relaxation=1.3, metric_block=400, refit=3, refit_damping=0.01)
+BALANCED = ADMM()
+BEST = ADMM(rho=(0.45, 2.6), levels=5, iterations=8, damping=0.003, refit=9, refit_damping=3e-4)
 PRESETS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
 
 # Multiply-adds a second that `Auto` reckons with: one core of a CPU, or an accelerator.
@@ -56,4 +56,5 @@ class Auto(Solver):
 def _seconds(preset: ADMM, n: int, m: int) -> float:
     products = preset.levels * preset.iterations_at(n, m) + preset.refit + 1
     rate = RATE.get(jax.default_backend(), ACCELERATED)
-    return (products * n * n * m + (preset.levels + 1) * 0.7 * n**3) / rate
+    whole = 1 if preset.metric_block is None else min(1, preset.metric_block / n) ** 2  # of the metric's inverse
+    return (products * n * n * m + (preset.levels + whole) * 0.7 * n**3) / rate

@@ -22,10 +22,11 @@ PROBE_ERROR = 0.05  # of a factor: |A A^-1 z - z| / |z|; the iterations stand mo
 
 
 class Wanted(NamedTuple):
-    """Relative damping of H, the metric's power p, and how many rhos from the first to the last."""
+    """Relative damping of H, the metric's power p and its blocks, and how many rhos from the first to the last."""
 
     damping: float
     metric: float
+    metric_block: int | None
     rho: tuple[float, float]
     levels: int
     products: str | None
@@ -34,7 +35,8 @@ class Wanted(NamedTuple):
 class Factors(NamedTuple):
     """scale: sqrt(s), (n, 1). rhos: (levels,). inverses: rho (A + rho I)^-1 for each, (n, n), in the dtype `products`.
 
-    s_j = (1 / [H^-1]_jj)^p H_jj^(1 - p) and A = H / sqrt(s s^T), H damped. The inverses can be gone through once.
+    s_j = (1 / [H^-1]_jj)^p H_jj^(1 - p) and A = H / sqrt(s s^T), H damped, its inverse that of its diagonal blocks where
+    they are wanted. The inverses can be gone through once.
     """
 
     scale: Float[Array, "n 1"]
@@ -62,11 +64,11 @@ def factored(problem: Problem, ready: Layer, wanted: Wanted) -> tuple[Factors, d
         products = jnp.dtype(jnp.bfloat16)
     on_cpu = next(iter(ready.gram.devices())).platform == "cpu"
     damping, precision = wanted.damping, dtype.name
-    found = (_metric_on_host if on_cpu else _metric_on_device)(ready, damping, wanted.metric, dtype)
+    found = (_metric_on_host if on_cpu else _metric_on_device)(ready, wanted, damping, dtype)
     while found is None:
         damping = damping if precision != "float64" else max(1e-6, 10 * damping)
         precision = "float64"
-        found = _metric_on_host(ready, damping, wanted.metric, np.dtype(np.float64))
+        found = _metric_on_host(ready, wanted, damping, np.dtype(np.float64))
     scaled, scale, condition = found
     facts = {"condition": condition, "factors": precision, "factor_damping": damping}
     rhos = np.geomspace(*wanted.rho, wanted.levels).astype(dtype)
@@ -91,22 +93,31 @@ def _is_wrong(matrix: np.ndarray, inverse: Callable[[np.ndarray], np.ndarray]) -
     return not np.linalg.norm(matrix @ inverse(probe) - probe) <= PROBE_ERROR * np.linalg.norm(probe)
 
 
-def _metric_on_host(ready: Layer, damping: float, metric: float, dtype: Any) -> tuple[Any, Any, float] | None:
+def _blocks(n: int, most: int | None) -> list[slice]:
+    """n inputs in the fewest runs of about equal length, at most `most`."""
+    count = 1 if most is None else -(-n // most)
+    ends = [n * i // count for i in range(count + 1)]
+    return [slice(*ends[i : i + 2]) for i in range(count)]
+
+
+def _metric_on_host(ready: Layer, wanted: Wanted, damping: float, dtype: Any) -> tuple[Any, Any, float] | None:
     """A, sqrt(s) and the condition number of the damped H; None where a factor does not exist or its probe fails."""
     gram = np.array(ready.gram, dtype)
     np.einsum("ii->i", gram)[:] += dtype.type(damping * float(ready.mean))
-    factor = _linalg.inverse_factor_on_host(gram)
-    if factor is None:
-        return None
+    probe, blocks = _probe(len(gram), dtype), _blocks(len(gram), wanted.metric_block)
+    removed, smallest = [], []  # 1 / [H^-1]_jj, and the inverse of each block's smallest eigenvalue
+    for at in blocks:
+        factor = _linalg.inverse_factor_on_host(gram[at, at])
 
-    def inverse(x):
-        return factor.T @ (factor @ x)
+        def inverse(x, factor=factor):
+            return factor.T @ (factor @ x)
 
-    if _is_wrong(gram, inverse):
-        return None
-    probe = _probe(len(gram), dtype)
-    condition = _linalg.largest_eigenvalue(gram.__matmul__, probe) * _linalg.largest_eigenvalue(inverse, probe)
-    s = (1 / np.einsum("ij,ij->j", factor, factor)) ** metric * np.diagonal(gram) ** (1 - metric)
+        if factor is None or _is_wrong(gram[at, at], inverse):
+            return None
+        removed.append(1 / np.einsum("ij,ij->j", factor, factor))
+        smallest.append(_linalg.largest_eigenvalue(inverse, probe[at]))
+    condition = _linalg.largest_eigenvalue(gram.__matmul__, probe) * max(smallest)
+    s = np.concatenate(removed) ** wanted.metric * np.diagonal(gram) ** (1 - wanted.metric)
     scale = np.sqrt(s)[:, None]
     gram /= scale
     gram /= scale.T
@@ -125,9 +136,9 @@ def _inverse_on_host(scaled: np.ndarray, rho: float) -> np.ndarray:
     return inverse
 
 
-def _metric_on_device(ready: Layer, damping: float, metric: float, dtype: Any) -> tuple[Any, Any, float] | None:
+def _metric_on_device(ready: Layer, wanted: Wanted, damping: float, dtype: Any) -> tuple[Any, Any, float] | None:
     """`_metric_on_host` in JAX, in the layer's precision."""
-    scaled, scale, condition, error = _metric(ready, damping, metric)
+    scaled, scale, condition, error = _metric(ready, damping, wanted.metric, wanted.metric_block)
     return (scaled, scale, float(condition)) if float(error) <= PROBE_ERROR else None
 
 
@@ -138,22 +149,27 @@ def _inverse_on_device(scaled: Float[Array, "n n"], rho: float) -> Any:
 
 
 # One program an inverse: XLA runs several of them in one program at half the speed.
-@jax.jit
-def _metric(ready: Layer, damping: float, metric: float) -> tuple[Array, Array, Array, Array]:
-    """A without rho, sqrt(s), the condition number of the damped Gram, and the error of its inverse on a probe."""
+@partial(jax.jit, static_argnums=3)
+def _metric(ready: Layer, damping: float, metric: float, block: int | None) -> tuple[Array, Array, Array, Array]:
+    """A without rho, sqrt(s), the condition number of the damped Gram, and the largest error of an inverse on a probe."""
     gram = ready.damped(damping)
     probe = jnp.asarray(_probe(gram.shape[0], gram.dtype))
-    factor = _linalg.inverse_factor(gram)  # U with U^T U the inverse: more exact than the inverse at the same cost
+    removed, smallest, errors = [], [], []
+    for at in _blocks(gram.shape[0], block):
+        factor = _linalg.inverse_factor(gram[at, at])  # U with U^T U the inverse, and more exact at the same cost
 
-    def inverse(x):
-        return _linalg.matmul(_linalg.matmul(factor, x).T, factor).T  # no transposed copy of the factor
+        def inverse(x, factor=factor):
+            return _linalg.matmul(_linalg.matmul(factor, x).T, factor).T  # no transposed copy of the factor
 
+        removed.append(1 / jnp.sum(factor * factor, axis=0))
+        smallest.append(_linalg.largest_eigenvalue(inverse, probe[at]))
+        error = jnp.linalg.norm(_linalg.matmul(gram[at, at], inverse(probe[at])) - probe[at])
+        errors.append(error / jnp.linalg.norm(probe[at]))
     power = jnp.asarray(metric, gram.dtype)
-    s = (1 / jnp.sum(factor * factor, axis=0)) ** power * jnp.diagonal(gram) ** (1 - power)
+    s = jnp.concatenate(removed) ** power * jnp.diagonal(gram) ** (1 - power)
     scale = jnp.sqrt(s)[:, None]
-    largest = _linalg.largest_eigenvalue(partial(_linalg.matmul, gram), probe)
-    error = jnp.linalg.norm(_linalg.matmul(gram, inverse(probe)) - probe) / jnp.linalg.norm(probe)
-    return gram / (scale * scale.T), scale, largest * _linalg.largest_eigenvalue(inverse, probe), error
+    condition = _linalg.largest_eigenvalue(partial(_linalg.matmul, gram), probe) * jnp.max(jnp.stack(smallest))
+    return gram / (scale * scale.T), scale, condition, jnp.max(jnp.stack(errors))
 
 
 @jax.jit
