@@ -56,7 +56,7 @@ def test_it_beats_the_largest_saliencies_and_greedy_removal_on_correlated_weight
     f = Quadratic(center, LowRank.checked(jnp.asarray(g), center), damping=0.001)
     ours, greedy, ranked = (
         po.solve(po.Problem(f, subject_to=Cardinality(sparsity=0.6)), s)
-        for s in (GlobalADMM((0.03, 3.0)), OBS(), Score())
+        for s in (GlobalADMM((0.03, 3.0), inner=20, refit=100), OBS(), Score())
     )
     refitted = po.solve(po.Problem(f, subject_to=Support(ranked.support)), OBS())
     assert ours.objective < greedy.objective < refitted.objective

@@ -88,12 +88,12 @@ class OBS(Solver):
 
 
 class Budget(NamedTuple):
-    """What must go: everything not `allowed`; then down to `count` in all, no leaf below its `least`."""
+    """What must go: everything not `allowed`; then down to `most` in all, no leaf below its `least`."""
 
     allowed: Bool[np.ndarray, " p"]
     leaf: Int[np.ndarray, " p"]
     least: Int[np.ndarray, " l"]
-    count: int
+    most: int
 
 
 def _removed(
@@ -101,13 +101,14 @@ def _removed(
 ) -> tuple[Float[np.ndarray, " p"], Int[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """The weights that are left and their values, what went in its order, and the rise of each removal."""
     c, w = np.asfortranarray(inverse), w.copy()
+    (add_outer,) = scipy.linalg.get_blas_funcs(("ger",), (c,))
     alive, kept = np.ones(w.size, bool), np.bincount(budget.leaf, minlength=len(budget.least))
     removed, rises = [], []
     while True:
         barred = alive & ~budget.allowed
         if barred.any():
             free = barred
-        elif kept.sum() > budget.count:
+        elif kept.sum() > budget.most:
             free = alive & (kept > budget.least)[budget.leaf]
         else:
             return w, np.asarray(removed, int), np.asarray(rises)
@@ -116,7 +117,7 @@ def _removed(
         q = int(np.argmin(rise))
         column, pivot = c[:, q].copy(), c[q, q]
         w -= column * (w[q] / pivot)
-        c = scipy.linalg.blas.dger(-1 / pivot, column, column, a=c, overwrite_a=True)  # in place
+        c = add_outer(-1 / pivot, column, column, a=c, overwrite_a=True)  # in place
         c[:, q] = c[q] = w[q] = 0.0
         alive[q] = False
         kept[budget.leaf[q]] -= 1
