@@ -39,6 +39,8 @@ class Problem:
         self.objective.check()
         if self.subject_to is not None:
             self.subject_to.check(self.objective.variable())
+        if self.penalty is not None:
+            self.penalty.check(self.objective.variable())
 
     def value(self, w: Tree) -> float:
         """objective(w) + penalty(w)."""

@@ -131,7 +131,52 @@ def feasible_supports(name):
     return rows[CONSTRAINTS[name][1](*_leaves(rows))]
 
 
-PENALTIES = {"l1": p.L1(0.3)}
+# name: (penalty on SHAPES, its value written again in NumPy for rows of 12 weights).
+_FACTORS = {"a": np.asarray([[0.5, 1.0, 2.0, 0.25], [1.5, 1.0, 1.0, 3.0]]), "b": np.asarray([[2.0]])}
+_FACTORS_ROW = np.concatenate([_FACTORS["a"].reshape(-1), np.full(4, 2.0)])
+_OWL = np.asarray([3.0, 2.5, 2.5, 2.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.0, 0.0])
+_FILTERS = p.Partition.slices(tree(0, dtype=np.float32), axis=-1)  # the columns of a, and b
+_MIXED = np.asarray([0, 0, 1, 2, 2, 1, 0, 0, 3, 3, 1, 3])  # groups across both leaves
+_COUPLED = p.Partition({"a": _MIXED[:8].reshape(2, 4), "b": _MIXED[8:].reshape(4, 1)}, 4)
+
+
+def _norms(w, labels):
+    groups = [labels == g for g in range(labels.max() + 1)]
+    return sum(np.sqrt(g.sum()) * np.linalg.norm(w[:, g], axis=1) for g in groups)
+
+
+def _scad(x, lam, a):
+    middle = (2 * a * lam * x - x**2 - lam**2) / (2 * (a - 1))
+    return np.where(x <= lam, lam * x, np.where(x <= a * lam, middle, lam**2 * (a + 1) / 2))
+
+
+PENALTIES = {
+    "l1": (p.L1(0.3), lambda w: 0.3 * np.abs(w).sum(1)),
+    "weighted l1": (p.L1(0.3, _FACTORS), lambda w: 0.3 * (np.abs(w) @ _FACTORS_ROW)),
+    "elastic net": (p.ElasticNet(0.4, 0.7), lambda w: 0.4 * (0.7 * np.abs(w) + 0.15 * w**2).sum(1)),
+    "weighted elastic net": (
+        p.ElasticNet(0.4, 0.5, _FACTORS),
+        lambda w: 0.4 * ((0.5 * np.abs(w) + 0.25 * w**2) @ _FACTORS_ROW),
+    ),
+    "group lasso of filters": (
+        p.GroupLasso(0.3, _FILTERS),
+        lambda w: 0.3 * _norms(w, np.asarray([0, 1, 2, 3, 0, 1, 2, 3, 4, 4, 4, 4])),
+    ),
+    "group lasso of coupled units": (p.GroupLasso(0.3, _COUPLED), lambda w: 0.3 * _norms(w, _MIXED)),
+    "sparse group lasso": (
+        p.SparseGroupLasso(0.4, _COUPLED, 0.25),
+        lambda w: 0.4 * (0.25 * np.abs(w).sum(1) + 0.75 * _norms(w, _MIXED)),
+    ),
+    "l0": (p.L0(0.3), lambda w: 0.3 * (w != 0).sum(1)),
+    "l1/2": (p.LHalf(0.3), lambda w: 0.3 * np.sqrt(np.abs(w)).sum(1)),
+    "mcp": (
+        p.MCP(0.4, 1.7),
+        lambda w: np.where(np.abs(w) <= 0.68, 0.4 * np.abs(w) - w**2 / 3.4, 0.5 * 1.7 * 0.16).sum(1),
+    ),
+    "scad": (p.SCAD(0.4, 2.4), lambda w: _scad(np.abs(w), 0.4, 2.4).sum(1)),
+    "log-sum": (p.LogSum(0.3, 0.4), lambda w: 0.3 * np.log(1 + np.abs(w) / 0.4).sum(1)),
+    "owl": (p.OWL(0.2, _OWL), lambda w: 0.2 * (-np.sort(-np.abs(w), axis=1)) @ _OWL),
+}
 
 # A smooth non-quadratic loss with interactions, for curvature: least squares through tanh.
 _X = np.random.default_rng(3).standard_normal((10, 2))

@@ -1,6 +1,7 @@
 """Every public object obeys the laws of its kind, in strict float64 and in JAX's default float32."""
 
 import inspect
+from dataclasses import replace
 
 import cases
 import jax
@@ -49,7 +50,7 @@ def types_within(thing):
     ("room", "registered"),
     [
         (constraints, lambda: [k for k, _ in CONSTRAINTS.values()]),
-        (penalties, PENALTIES.values),
+        (penalties, lambda: [k for k, _ in PENALTIES.values()]),
         (curvature, lambda: [make()[0] for make in CURVATURES.values()]),
         (objectives, lambda: [make() for make in OBJECTIVES.values()]),
         (solvers, SOLVERS.values),
@@ -148,21 +149,83 @@ class TestConstraint:
 
 @pytest.mark.parametrize("name", PENALTIES)
 class TestPenalty:
-    def test_prox_minimises_on_a_grid(self, name, tolerance):
-        penalty = PENALTIES[name]
-        grid = np.linspace(-3, 3, 6001)
-        values = np.array([penalty.value({"w": np.asarray([v])}) for v in grid])
-        for w, step in ((1.7, 0.5), (-0.2, 1.0), (0.05, 2.0), (-2.0, 1.0)):
-            best = grid[np.argmin(values + (grid - w) ** 2 / (2 * step))]
-            assert float(penalty.prox({"w": jnp.asarray([w])}, step)["w"][0]) == pytest.approx(best, abs=2e-3)
+    def test_value_is_the_formula(self, name, tolerance):
+        penalty, twin = PENALTIES[name]
+        penalty.check(cases.tree(30))
+        w = cases.tree(30)
+        w["a"] = w["a"].at[0, 1].set(0)
+        assert penalty.value(w) == pytest.approx(twin(flat(w).astype(np.float64)[None])[0], rel=1e-12)
+        assert penalty.value(jax.tree.map(jnp.zeros_like, w)) == 0
 
-    def test_zero_is_optimal_exactly_from_weight_max_on(self, name, tolerance):
+    @pytest.mark.parametrize("step", [0.5, 2.0, 5.0])
+    def test_prox_minimises_on_a_grid(self, name, step, tolerance):
+        """The whole plane of two weights, the others at zero, where every penalty here leaves them."""
+        penalty, twin = PENALTIES[name]
+        prox = jax.jit(penalty.prox)
+        grid = np.linspace(-3, 3, 301)
+        x, y = (g.reshape(-1) for g in np.meshgrid(grid, grid))
+        for i, j, at in ((0, 4, (1.7, -0.6)), (2, 5, (0.4, 0.3)), (3, 9, (-2.5, 2.1)), (8, 11, (1.1, 2.8))):
+            plane, w = np.zeros((x.size, 12)), np.zeros(12)
+            plane[:, i], plane[:, j], w[[i, j]] = x, y, at
+            cost = twin(plane) + (x - at[0]) ** 2 / (2 * step) + (y - at[1]) ** 2 / (2 * step)
+            v = flat(prox(unflat(w, cases.tree(0)), step)).astype(np.float64)
+            assert set(np.flatnonzero(v)) <= {i, j}
+            found = twin(v[None])[0] + np.sum((v - w) ** 2) / (2 * step)
+            least = cost.min()
+            assert found <= least + 10 * tolerance * abs(least)
+            if penalty.is_convex:  # elsewhere far points may tie
+                assert np.abs(plane[np.argmin(cost)] - v).max() <= 0.05
+
+    def test_prox_beats_all_points_around(self, name, tolerance):
+        penalty, twin = PENALTIES[name]
+        rng = np.random.default_rng(31)
+        for step, seed in ((0.3, 32), (1.0, 33), (4.0, 34)):
+            w = cases.tree(seed)
+            v = flat(penalty.prox(w, step)).astype(np.float64)
+            centre = flat(w).astype(np.float64)
+            moves = rng.standard_normal((1500, 12)) * 10.0 ** rng.uniform(-4, 0.5, (1500, 1))
+            moves *= rng.random((1500, 12)) < rng.choice([0.1, 0.5, 1.0], (1500, 1))
+            others = np.concatenate([v + moves, (v + moves) * (rng.random((1500, 12)) < 0.7), np.zeros((1, 12))])
+            cost = twin(others) + np.sum((others - centre) ** 2, axis=1) / (2 * step)
+            found = twin(v[None])[0] + np.sum((v - centre) ** 2) / (2 * step)
+            assert found <= cost.min() + 10 * tolerance * abs(cost.min())
+
+    @pytest.mark.parametrize("step", [0.4, 1.0, 6.0])
+    def test_zero_is_optimal_exactly_from_weight_max_on(self, name, step, tolerance):
         gradient = cases.tree(30)
-        largest = PENALTIES[name].weight_max(gradient)
+        penalty = PENALTIES[name][0]
+        largest = penalty.weight_max(gradient, step)
         for factor, zero in ((1.001, True), (0.999, False)):
-            penalty = type(PENALTIES[name])(largest * factor)
-            moved = penalty.prox(jax.tree.map(lambda g: -g, gradient), 1.0)
+            heavier = replace(penalty, weight=largest * factor)
+            moved = heavier.prox(jax.tree.map(lambda g: -step * g, gradient), step)
             assert bool((flat(moved) == 0).all()) is zero
+
+    def test_conjugate_is_tight_at_the_prox_and_below_elsewhere(self, name, tolerance):
+        """Fenchel and Young: P(w) + P*(u) >= <u, w>, equal where u is a subgradient at w."""
+        penalty = PENALTIES[name][0]
+        if not penalty.is_convex:
+            with pytest.raises(ValueError, match="not convex"):
+                penalty.conjugate(cases.tree(30))
+            return
+        w = cases.tree(35)
+        v = penalty.prox(w, 0.7)
+        u = jax.tree.map(lambda a, b: (np.asarray(a, np.float64) - np.asarray(b)) / (0.7 * (1 + 10 * tolerance)), w, v)
+        product = float(flat(u) @ flat(v).astype(np.float64))
+        assert penalty.value(v) + penalty.conjugate(u) == pytest.approx(product, rel=1e3 * tolerance)
+        for other in (cases.tree(36), cases.tree(37)):
+            assert penalty.value(other) + penalty.conjugate(u) >= float(flat(u) @ flat(other)) * (1 - tolerance)
+        assert penalty.value(v) + penalty.conjugate(jax.tree.map(lambda x: 9 * x, u)) > 9 * product
+
+    def test_steps_may_differ_among_entries_where_it_is_entrywise(self, name, tolerance):
+        penalty, w = PENALTIES[name][0], cases.tree(38)
+        steps = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(39).uniform(0.1, 5, x.shape), x.dtype), w)
+        if not penalty.is_entrywise:
+            with pytest.raises(ValueError, match="step differs among entries"):
+                penalty.prox(w, steps)
+            return
+        together = flat(penalty.prox(w, steps))
+        for i in range(0, 12, 5):
+            assert together[i] == pytest.approx(flat(penalty.prox(w, float(flat(steps)[i])))[i], rel=10 * tolerance)
 
 
 # ---------------------------------------------------------------------------------------------- curvature

@@ -47,6 +47,7 @@ INSIDE = {
     ],
     "curvature": ["base", "diagonal", "gram", "low_rank", "fisher", "hessian"],
     "constraints": ["base", "cardinality", "support", "nm", "transposable", "block", "intersection", "by_path"],
+    "penalties": ["base", "l1", "partition", "group", "nonconvex", "ordered"],
     "solvers": [
         "base",
         "threshold",

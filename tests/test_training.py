@@ -17,7 +17,7 @@ from training_cases import ADAM, HALF, KEPT, OPTIMIZERS, STEPS, batch, loss, of,
 import pruneopt as po
 from pruneopt import training as t
 from pruneopt.constraints import NM, Cardinality, Slices
-from pruneopt.penalties import L1
+from pruneopt.penalties import L1, GroupLasso, Partition
 
 # optax itself does not run under strict dtype promotion.
 pytestmark = pytest.mark.default_flags
@@ -402,6 +402,13 @@ BAD = {
         lambda: t.proximal(optax.sgd(0.1), L1(0.1), 0.1, metric=t.adam_metric()).init(params()),
         ValueError,
         ("adam_metric()", "0 states"),
+    ),
+    "groups in a metric": (
+        lambda: t.proximal(
+            optax.adam(0.1), GroupLasso(0.1, Partition.slices(params(), -1)), 0.1, metric=t.adam_metric()
+        ),
+        ValueError,
+        ("GroupLasso", "metric", "L1"),
     ),
     "no learning rate": (lambda: t.proximal(optax.sgd(0.1), L1(0.1), -1), ValueError, ("learning_rate=-1",)),
     "penalty that is a number": (lambda: t.proximal(optax.sgd(0.1), 0.1, 0.1), TypeError, ("penalty is 0.1", "L1")),

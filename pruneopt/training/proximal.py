@@ -61,12 +61,17 @@ def proximal(
     inner = as_optimizer(optimizer, "proximal")
     if not isinstance(penalty, Penalty):
         raise TypeError(f"penalty is {penalty!r}; pass a penalty such as L1(1e-4)")
+    if metric is not None and not penalty.is_entrywise:
+        raise ValueError(
+            f"penalty is a {type(penalty).__name__}, whose prox in a metric is not known; pass an optimiser without a "
+            "metric (SGD, momentum), or a penalty that is a sum over entries, such as L1"
+        )
     rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
     if not callable(learning_rate) and not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate={learning_rate!r} is not a positive number; pass that of the optimiser")
 
     def init(params: Tree) -> ProximalState:
-        chosen(params, leaves)
+        penalty.check(chosen(params, leaves))
         _check_step(inner, rate, metric, params)
         return ProximalState(jnp.zeros((), jnp.int32), inner.init(params))
 
@@ -83,12 +88,13 @@ def proximal(
             target = penalty.prox(moved, a)
         else:
             d = metric(new)
-            target = jax.tree.map(
-                lambda v, d: None if v is None else penalty.prox(v, jnp.asarray(a, v.dtype) * d.astype(v.dtype)),
+            steps = jax.tree.map(
+                lambda v, d: None if v is None else jnp.asarray(a, v.dtype) * d.astype(v.dtype),
                 moved,
                 d,
                 is_leaf=is_hole,
             )
+            target = penalty.prox(moved, steps)
         return towards(target, params, updates), ProximalState(state.step + 1, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
