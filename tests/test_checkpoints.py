@@ -1,5 +1,6 @@
 """Decoder checkpoints in safetensors: tiny random ones against a forward pass by hand in NumPy; bad folders."""
 
+import gzip
 import json
 import math
 
@@ -326,6 +327,12 @@ def test_ids_come_from_npy_or_a_tokenizer(tmp_path):
     tokenizers.ByteLevelBPETokenizer(vocabulary, [("a", "b")]).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "vocab.json").unlink()
     assert decoder.token_ids(tmp_path, tmp_path / "a.txt").tolist() == [2, 2, 3]
+    shard = tmp_path / "c4.json.gz"
+    shard.write_bytes(gzip.compress(b"".join(b'{"text": "%s"}\n' % t for t in (b"a", b"aaaaa", b"bbbbbb", b"ba"))))
+    parts = decoder.calibration(tmp_path, shard, 2, 4)
+    assert {tuple(set(p[p != 2].tolist())) for p in parts} == {(0,), (1,)}  # each from a document of its own
+    with pytest.raises(ValueError, match="has 2 documents longer than 4 tokens, not 3"):
+        decoder.calibration(tmp_path, shard, 3, 4)
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

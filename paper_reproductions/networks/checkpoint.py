@@ -79,8 +79,8 @@ def _names(path):
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def encode(folder, text):
-    """Token ids (n,) int32 of a text, the checkpoint's first token (bos) before it.
+def encoder(folder):
+    """A function from a text to its token ids (n,) int32, the checkpoint's first token (bos) before them.
 
     Reads tokenizer.json, or vocab.json and merges.txt, with the package `tokenizers`.
     """
@@ -95,5 +95,5 @@ def encode(folder, text):
         tokenizer = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     else:
         raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt; pass ids as .npy")
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    return np.asarray([config(folder)["bos_token_id"], *ids], np.int32)
+    first = config(folder)["bos_token_id"]
+    return lambda text: np.asarray([first, *tokenizer.encode(text, add_special_tokens=False).ids], np.int32)

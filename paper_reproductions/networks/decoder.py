@@ -1,5 +1,7 @@
 """Decoders from a folder, whatever their family, and the perplexity of a text as SparseGPT and ALPS measure it."""
 
+import gzip
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,7 @@ def token_ids(folder, path):
     path = Path(path)
     if path.suffix == ".npy":
         return np.load(path, allow_pickle=False).astype(np.int32).reshape(-1)
-    return checkpoint.encode(folder, joined(path.read_text(encoding="utf-8")))
+    return checkpoint.encoder(folder)(joined(path.read_text(encoding="utf-8")))
 
 
 def joined(text):
@@ -51,8 +53,28 @@ def segments(ids, length):
     return ids[: count * length].reshape(count, length)
 
 
+def calibration(folder, path, count, length, seed=0):
+    """Segments (count, length) of a file, drawn as SparseGPT draws its calibration set.
+
+    Of a shard of C4 (.json.gz, one {"text": ...} a line), from documents longer than a segment; else of `token_ids`.
+    """
+    if not str(path).endswith(".json.gz"):
+        return sampled(token_ids(folder, path), count, length, seed)
+    with gzip.open(path) as lines:
+        documents = list(lines)
+    encode, rng, found = checkpoint.encoder(folder), np.random.default_rng(seed), []
+    for i in rng.permutation(len(documents)):
+        ids = encode(json.loads(documents[i])["text"])
+        if len(ids) > length:
+            start = rng.integers(0, len(ids) - length)
+            found.append(ids[start : start + length])
+        if len(found) == count:
+            return np.stack(found)
+    raise ValueError(f"{path} has {len(found)} documents longer than {length} tokens, not {count}; pass a larger shard")
+
+
 def sampled(ids, count, length, seed=0):
-    """Segments (count, length) that start anywhere, drawn with replacement: SparseGPT's calibration set."""
+    """Segments (count, length) that start anywhere, drawn with replacement."""
     if len(ids) < length:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one segment of {length}; pass a longer text")
     starts = np.random.default_rng(seed).integers(0, len(ids) - length + 1, count)

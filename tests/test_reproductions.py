@@ -1,0 +1,108 @@
+"""The scripts of paper_reproductions at toy size, and what they claim to measure against measured figures."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_checkpoints
+
+from paper_reproductions.frantar_2023 import run as frantar
+from paper_reproductions.meng_2024 import run as meng
+
+pytestmark = pytest.mark.default_flags
+SCRIPTS = Path(frantar.__file__).parents[1]
+
+
+@pytest.mark.parametrize("config", [test_checkpoints.LLAMA, test_checkpoints.OPT], ids=["llama-7b", "opt-125m"])
+def test_a_checkpoint_in_a_folder_is_pruned_and_its_claims_are_printed(tmp_path, capsys, config):
+    """A tiny network of random weights under a known name."""
+    name = {"llama": "llama-7b", "opt": "opt-125m"}[config["model_type"]]
+    folder = tmp_path / name
+    folder.mkdir()
+    config = config | {"max_position_embeddings": 8, "hidden_size": 16, "intermediate_size": 16, "ffn_dim": 16}
+    config |= {"num_attention_heads": 2, "word_embed_proj_dim": 16, "head_dim": 8, "num_key_value_heads": 1}
+    config |= {"num_hidden_layers": 1}
+    test_checkpoints.write(folder, config)
+    rng = np.random.default_rng(3)
+    for part, size in (("test", 50), ("calibrate", 300)):
+        np.save(tmp_path / f"{part}.npy", rng.integers(0, 23, size))
+    words = [
+        "--model",
+        str(folder),
+        "--test",
+        str(tmp_path / "test.npy"),
+        "--calibrate",
+        str(tmp_path / "calibrate.npy"),
+    ]
+    words += ["--segments", "6", "--methods", "magnitude", "sparsegpt", "--levels", "50%"]
+    found = frantar.main(words)
+    said = json.loads((SCRIPTS / "frantar_2023" / "claimed.json").read_text())["perplexity"][name]
+    printed = capsys.readouterr().out
+    assert f"[{said['dense']}]" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("sparsegpt") and "[" in line)
+    assert f"[{said['50%']['sparsegpt']:g}]" in row
+    assert set(found) == {(method, "50%") for method in ("magnitude", "sparsegpt")}
+    assert all(math.isfinite(value) and seconds > 0 for value, _, seconds in found.values())
+
+
+def test_a_model_needs_its_texts(tmp_path):
+    with pytest.raises(SystemExit, match="--model needs --test and --calibrate"):
+        frantar.main(["--model", str(tmp_path)])
+
+
+def test_admm_grad_is_no_worse_than_its_mask_with_the_old_weights():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 12)) @ rng.standard_normal((12, 12))
+    h, w0 = x.T @ x, rng.standard_normal((12, 8))
+    for level, kept in (("0.5", 48), ("2:4", 48), ("0.9", 9)):
+        w, mask = meng.admm_grad(h, w0, level)
+        assert mask.sum() == kept
+        assert not np.any(w[~mask])
+        assert meng.error(h, w0, w) < meng.error(h, w0, w0 * mask)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+def test_one_layer_has_the_peers_errors(folder, capsys):
+    """The figures of the peers' own code on this layer, with their own weights and with the best on their supports."""
+    own, best, after = meng.main(["--layers", "resnet20_l3_conv", "--levels", "0.7"])
+    expected = {
+        "magnitude": (1.590e-1, 4.230e-2),
+        "Wanda": (1.490e-1, 4.186e-2),
+        "SparseGPT": (4.960e-2, 3.780e-2),
+        "ALPS": (2.855e-2, 2.855e-2),
+    }
+    for method, errors in expected.items():
+        at = ("resnet20_l3_conv", "0.7", method)
+        assert (own[at], best[at]) == pytest.approx(errors, rel=0.01), method
+    errors = {method: own["resnet20_l3_conv", "0.7", method] for method in meng.METHODS}
+    assert errors["best"] < errors["ALPS"] < errors["ADMM-Grad"] < errors["SparseGPT"] < errors["Wanda"]
+    none, few, exact = (
+        after["resnet20_l3_conv", "0.7"][kind][0] for kind in ("none", "10 conjugate gradients", "exact")
+    )
+    assert exact <= few < 1.01 * exact < 0.3 * none
+    assert "best weights on each method's support" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+def test_stories_at_toy_size(folder, capsys):
+    words = ["--draws", "1", "--segments", "8", "--test-segments", "6", "--levels", "2:4"]
+    found = frantar.main([*words, "--methods", "magnitude", "wanda", "sparsegpt", "balanced"])
+    score = {method: value for (method, _), (value, _, _) in found.items()}
+    assert 5 < score["balanced"] < score["sparsegpt"] < score["wanda"] < score["magnitude"]
+    assert "stories260k, dense: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("paper", ["frantar_2023", "meng_2024"])
+def test_claims_say_where_they_come_from(paper):
+    claimed = json.loads((SCRIPTS / paper / "claimed.json").read_text())
+    assert claimed["sources"]
+    assert claimed["verified"]
+    assert "not" in claimed["note"]
+    for levels in claimed.get("perplexity", {}).values():
+        for level, row in levels.items():
+            assert level == "dense" or set(row) <= set(frantar.METHODS)
+            assert level == "dense" or min(row.values()) > levels["dense"]
