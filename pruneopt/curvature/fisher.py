@@ -21,7 +21,7 @@ from pruneopt.structure.per_example import Separable
 
 Tree = Any
 # Per-example gradients computed at a time, in bytes and in examples: more do not fit a CPU's cache.
-_CHUNK_BYTES, _CHUNK = 1 << 25, 256
+_CHUNK_BYTES, _CHUNK = 1 << 24, 256
 
 
 def empirical_fisher(
@@ -41,7 +41,7 @@ def empirical_fisher(
     dtype: of the n x p gradients: float32 (float64 for float64 leaves) or bfloat16, half the memory at 3 digits.
 
     Gradients of convolutions in their kernels are activations times deltas (`structure.per_example`), computed a few
-    examples at a time and written into place: peak memory is that of the gradients and 32 MiB a chunk. Two passes over
+    examples at a time and written into place: peak memory is that of the gradients and 16 MiB a chunk. Two passes over
     `batches`. Bit for bit the same however the data is batched.
     Raises ValueError for a loss that is not scalar, fewer than 2 examples, gradients of more than `memory` bytes, a NaN
     or an infinity in a gradient (naming the batch and the leaf), unusable batches.
@@ -64,9 +64,12 @@ def empirical_fisher(
         "pass dtype=jnp.bfloat16, fewer examples or leaves=, or use empirical_fisher_diagonal",
     )
     gradients, start = jnp.zeros((n, layout.size), dtype), 0
-    for rows in _gradients(loss, chosen, rest, stream, dtype):
-        gradients = _written(gradients, rows, start)
-        start += rows.shape[0]
+    for examples, origin, new in _chunks(stream, _at_once(layout)):
+        start += new - len(origin) if start else 0  # the last chunk overlaps the one before
+        found, finite = _each(Separable(loss), chosen, rest, examples)
+        _check(finite, origin, found, layout)
+        gradients = _written(gradients, found, start)
+        start += len(origin)
     return LowRank(gradients, layout, float(ridge))
 
 
@@ -78,18 +81,20 @@ def empirical_fisher_diagonal(
     loss: (params, batch) -> scalar, a mean over examples; it is called on batches of one example.
     leaves: which leaves of `params` are differentiated (default: the prunable ones); the values have None elsewhere.
 
-    Invariant to how the data is batched. Memory: 32 MiB of per-example gradients at a time.
+    Invariant to how the data is batched. Memory: 16 MiB of per-example gradients at a time.
     Raises ValueError for a loss that is not scalar, a NaN or an infinity in a gradient, unusable batches.
     Source: the diagonal of the empirical Fisher, Martens 2020, section 11.
     """
     chosen, rest = partition(params, leaves)
     stream = _data.Batches(batches)
     evaluate.check_scalar(loss, chosen, rest, stream)
-    dtype = _dtype(chosen, None)
-    total, n = jnp.zeros(_tree.size(chosen), dtype), 0
-    for rows in _gradients(loss, chosen, rest, stream, dtype):
-        total, n = _with_squares(total, rows), n + rows.shape[0]
-    return Diagonal(_tree.Layout.of(chosen).tree(total / jnp.asarray(n, dtype)))
+    layout, n = _tree.Layout.of(chosen), 0
+    total = jnp.zeros(layout.size, _dtype(chosen, None))
+    for examples, origin, new in _chunks(stream, _at_once(layout)):
+        found, finite = _each(Separable(loss), chosen, rest, examples)
+        _check(finite, origin, found, layout)
+        total, n = _with_squares(total, found, new), n + new
+    return Diagonal(layout.tree(total / jnp.asarray(n, total.dtype)))
 
 
 def _dtype(chosen: Tree, asked: Any) -> Any:
@@ -100,60 +105,71 @@ def _dtype(chosen: Tree, asked: Any) -> Any:
     return np.dtype(widest if asked is None else asked)
 
 
-def _gradients(
-    loss: evaluate.Loss, chosen: Tree, rest: Rest, stream: _data.Batches, dtype: Any
-) -> Iterator[Float[Array, "k p"]]:
-    """The gradient of each example as a row, k examples at a time. Raises ValueError naming the first bad batch."""
-    layout = _tree.Layout.of(chosen)
-    size = max(1, min(_CHUNK, _CHUNK_BYTES // (4 * layout.size)))
-    for examples, origin in _chunks(stream, size):
-        rows, finite = _rows(Separable(loss), dtype, chosen, rest, examples)
-        if not np.all(ok := np.asarray(finite)[: len(origin)]):
-            bad = int(np.argmin(ok))
-            path = _tree.first_nonfinite(layout.tree(rows[bad]))
-            raise ValueError(
-                f"batches: batch {origin[bad]}: the gradient of fn holds a NaN or an infinity in leaf '{path}'; repair "
-                "that batch, or the loss there"
-            )
-        yield rows if len(origin) == size else rows[: len(origin)]
+def _at_once(layout: _tree.Layout) -> int:
+    """How many examples to differentiate at a time."""
+    return max(1, min(_CHUNK, _CHUNK_BYTES // (4 * layout.size)))
 
 
-def _chunks(stream: _data.Batches, size: int) -> Iterator[tuple[Any, list[int]]]:
-    """Examples `size` at a time, the last ones repeated to fill their chunk, and the batch that each came from."""
-    left, origin = None, []
+def _chunks(stream: _data.Batches, size: int) -> Iterator[tuple[Any, list[int], int]]:
+    """Examples `size` at a time, the batch that each came from, and how many of them, the last ones, are new.
+
+    The last chunk begins with examples of the one before, so that all have one shape; only a first one may be short.
+    """
+    held, origin, new = None, [], 0
     for index, batch in enumerate(stream):
         batch = jax.tree.map(np.asarray, batch)
-        origin += [index] * _data.examples(batch)
-        left = batch if left is None else jax.tree.map(lambda a, b: np.concatenate([a, b]), left, batch)
-        while len(origin) >= size:
-            yield jax.tree.map(lambda x: x[:size], left), origin[:size]
-            left, origin = jax.tree.map(lambda x: x[size:], left), origin[size:]
-    if origin:
-        more = size - len(origin)
-        yield jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], more, axis=0)]), left), origin
+        held = batch if held is None else jax.tree.map(lambda a, b: np.concatenate([a, b]), held, batch)
+        more = _data.examples(batch)
+        origin, new = origin + [index] * more, new + more
+        while new >= size:
+            first = len(origin) - new
+            yield jax.tree.map(lambda x, at=first: x[at : at + size], held), origin[first : first + size], size
+            new -= size
+            keep = len(origin) - new - size
+            held, origin = jax.tree.map(lambda x, at=keep: x[at:], held), origin[keep:]
+    if new:
+        yield jax.tree.map(lambda x: x[-size:], held), origin[-size:], new
 
 
-@partial(jax.jit, static_argnames=("loss", "dtype"))
-def _rows(
-    loss: Separable, dtype: Any, chosen: Tree, rest: Rest, examples: Any
-) -> tuple[Float[Array, "k p"], Bool[Array, " k"]]:
-    """Each example's gradient as a row, and whether it is finite."""
-    layout = _tree.Layout.of(chosen)
+def _check(finite: Array, origin: list[int], found: list[Array], layout: _tree.Layout) -> None:
+    """Raise ValueError naming the first batch whose gradient is not finite, and the leaf."""
+    if not np.all(finite):
+        bad = int(np.argmin(finite))
+        path = next(p for p, g in zip(layout.paths, found, strict=True) if not np.all(np.isfinite(g[bad])))
+        raise ValueError(
+            f"batches: batch {origin[bad]}: the gradient of fn holds a NaN or an infinity in leaf '{path}'; repair "
+            "that batch, or the loss there"
+        )
 
-    def one(example: Any) -> Array:
+
+@partial(jax.jit, static_argnames="loss")
+def _each(
+    loss: Separable, chosen: Tree, rest: Rest, examples: Any
+) -> tuple[list[Float[Array, "k size"]], Bool[Array, " k"]]:
+    """Each example's gradient, a leaf at a time and a row an example; which examples' are finite."""
+
+    def one(example: Any) -> list[Array]:
         alone = jax.tree.map(lambda x: x[None], example)
-        return layout.vector(jax.grad(evaluate.closed(loss, rest, alone))(chosen), dtype)
+        return [g.reshape(-1) for g in jax.tree.leaves(jax.grad(evaluate.closed(loss, rest, alone))(chosen))]
 
-    rows = jax.vmap(one)(examples)
-    return rows, jnp.all(jnp.isfinite(rows), axis=1)
+    found = jax.vmap(one)(examples)
+    return found, jnp.all(jnp.stack([jnp.all(jnp.isfinite(g), axis=1) for g in found]), axis=0)
 
 
+# Apart from `_each`, which takes long to compile and does not depend on the number of examples.
 @partial(jax.jit, donate_argnums=0)
-def _written(gradients: Array, rows: Array, start: int) -> Array:
-    """`gradients` with `rows` from row `start` on, in place."""
-    return jax.lax.dynamic_update_slice(gradients, rows, (start, 0))
+def _written(gradients: Float[Array, "n p"], found: list[Float[Array, "k size"]], start: int) -> Float[Array, "n p"]:
+    """`gradients` with those of k examples from row `start` on, in place."""
+    at = 0
+    for g in found:
+        gradients = jax.lax.dynamic_update_slice(gradients, g.astype(gradients.dtype), (start, at))
+        at += g.shape[1]
+    return gradients
 
 
 @jax.jit
-def _with_squares(total: Array, rows: Array) -> Array:
-    return total + jnp.sum(jnp.square(rows), axis=0)
+def _with_squares(total: Float[Array, " p"], found: list[Float[Array, "k size"]], new: int) -> Float[Array, " p"]:
+    """`total` and the squares of the last `new` gradients."""
+    counts = jnp.arange(found[0].shape[0])[:, None] >= found[0].shape[0] - new
+    squares = [jnp.where(counts, jnp.square(g.astype(total.dtype)), jnp.zeros((), total.dtype)) for g in found]
+    return total + jnp.concatenate([jnp.sum(s, axis=0) for s in squares])
