@@ -102,7 +102,7 @@ def test_single_precision_and_bfloat16():
     zero = jax.tree.map(jnp.zeros_like, direction)
     assert half.form(direction, zero, 0.5) == pytest.approx(d @ product + 0.5 * d.astype(float) @ d, rel=1e-12)
     np.testing.assert_allclose(ravel_pytree(half.diagonal(direction))[0], (g * g).mean(0), rtol=1e-5)
-    np.testing.assert_allclose(half.gram, g @ g.T, rtol=1e-12)
+    np.testing.assert_allclose(half.gram, g @ g.T, atol=1e-6 * np.max(g @ g.T))
 
 
 # ------------------------------------------------------------------------------------------------------- algebra
@@ -122,9 +122,10 @@ def test_solve_and_the_inverse_diagonal_are_those_of_the_dense_inverse(n, p, rid
     found = h.solve(h.layout.tree(b), ridge / 2)
     assert found["a"].dtype == dtype
     expected = inverse @ b.astype(np.float64)
-    precision = 1e-6 if dtype == np.float32 else 1e-8
+    precision = 1e-7 if dtype == np.float32 else 1e-9  # of the result's rounding, of the inverse's
     np.testing.assert_allclose(ravel_pytree(found)[0], expected, atol=precision * np.abs(expected).max())
-    np.testing.assert_allclose(ravel_pytree(h.inverse_diagonal(ridge / 2))[0], np.diag(inverse), rtol=1e-7)
+    precision = 1e-5 if dtype == np.float32 else 1e-9
+    np.testing.assert_allclose(ravel_pytree(h.inverse_diagonal(ridge / 2))[0], np.diag(inverse), rtol=precision)
 
 
 def test_inverse_diagonal_over_several_blocks_of_columns(monkeypatch):

@@ -32,8 +32,9 @@ class LowRank(Curvature):
     gradients: G, a row a vector, each a tree laid out as one vector by `layout`; float32, float64 or bfloat16.
     ridge: added to the diagonal; `solve` and `inverse_diagonal` need a positive one.
 
-    `form`, `gram`, `solve` and `inverse_diagonal` compute in float64 whatever JAX's mode, on at most 4,096 columns of G
-    at a time, beside n x n numbers. Source: Woodbury's identity, as in Frantar, Kurtic and Alistarh 2021 (M-FAC), with
+    Where n > p, the inverse is that of the p x p matrix. `form` and `solve` are exact to float64 whatever JAX's mode;
+    `gram` and `inverse_diagonal` sum products of 4,096 columns in the dtype of G (float32 at least), and all else, n x n
+    numbers on the host, is float64. Source: Woodbury's identity, as in Frantar, Kurtic and Alistarh 2021 (M-FAC), with
     one Gram matrix and its Cholesky factor in place of n rank-one updates.
     """
 
@@ -75,10 +76,10 @@ class LowRank(Curvature):
 
     @cached_property
     def gram(self) -> Float[np.ndarray, "n n"]:
-        """G G^T, in float64. Made once; n^2 p multiply-adds."""
+        """G G^T, summed in float64 over blocks of columns. Made once; n^2 p / 2 multiply-adds."""
         total = np.zeros((self.n, self.n))
         for _, block in self._columns():
-            total += block @ block.T
+            total += block @ block.T  # NumPy computes half of it
         return total
 
     def block(self, which: str | slice | Sequence[int], memory: int = 1 << 31) -> Float[Array, "k k"]:
@@ -106,21 +107,22 @@ class LowRank(Curvature):
         """
         r = self._positive(ridge)
         flat = np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(b)])
-        with jax.enable_x64(True):
-            short = scipy.linalg.cho_solve((self._factor(r), True), np.asarray(_times(self.gradients, flat)))
-            found = self.layout.tree((flat - np.asarray(_transposed_times(self.gradients, short))) / r, b)
-        return jax.tree.map(jnp.asarray, found)
+        found = scipy.linalg.solve(self._square(r), flat, assume_a="pos") if self._is_tall else self._woodbury(flat, r)
+        return jax.tree.map(jnp.asarray, self.layout.tree(found, b))
 
     def inverse_diagonal(self, ridge: float = 0.0) -> Tree:
         """diag((H + ridge I)^-1) = (1 - ||L^-1 g_j||^2) / r, g_j column j of G and L L^T = n r I + G G^T.
 
-        In float64, as NumPy arrays. Raises ValueError for r = self.ridge + ridge = 0. n^2 p multiply-adds.
+        As float64 NumPy arrays, to 1e-6 for float32 gradients. n^2 p / 2 multiply-adds beside the Gram's.
+        Raises ValueError for r = self.ridge + ridge = 0.
         """
         r = self._positive(ridge)
-        factor, out = self._factor(r), np.empty(self.layout.size)
+        if self._is_tall:
+            return self.layout.tree(np.diagonal(np.linalg.inv(self._square(r))))
+        factor, out = self._factor(r).astype(_tree.wide(self.gradients.dtype)), np.empty(self.layout.size)
         for at, block in self._columns():
-            half = scipy.linalg.solve_triangular(factor, block, lower=True, overwrite_b=True, check_finite=False)
-            out[at] = (1 - np.einsum("ij,ij->j", half, half)) / r
+            half = scipy.linalg.solve_triangular(factor, block, lower=True, check_finite=False)
+            out[at] = (1 - np.einsum("ij,ij->j", half, half, dtype=np.float64)) / r
         return self.layout.tree(out)
 
     def _positive(self, ridge: float) -> float:
@@ -132,14 +134,41 @@ class LowRank(Curvature):
             )
         return self.ridge + ridge
 
+    @property
+    def _is_tall(self) -> bool:
+        """Whether H itself is smaller than the Gram matrix."""
+        return self.n > self.layout.size
+
+    def _square(self, r: float) -> Float[np.ndarray, "p p"]:
+        """G^T G / n + r I, in float64."""
+        gradients, total = np.asarray(self.gradients), self.n * r * np.eye(self.layout.size)
+        for start in range(0, self.n, _COLUMNS):
+            rows = gradients[start : start + _COLUMNS].astype(np.float64)
+            total += rows.T @ rows
+        return total / self.n
+
+    def _woodbury(self, b: Float[np.ndarray, " p"], r: float) -> Float[np.ndarray, " p"]:
+        """(H + r I)^-1 b, refined until the residual is 1e-12 of b: that removes the rounding of the Gram."""
+        factor, found, residual = self._factor(r), np.zeros_like(b), b
+        with jax.enable_x64(True):
+            for _ in range(5):
+                short = scipy.linalg.cho_solve((factor, True), np.asarray(_times(self.gradients, residual)))
+                found += (residual - np.asarray(_transposed_times(self.gradients, short))) / r
+                along = np.asarray(_times(self.gradients, found)) / self.n
+                residual = b - np.asarray(_transposed_times(self.gradients, along)) - r * found
+                if np.linalg.norm(residual) <= 1e-12 * np.linalg.norm(b):
+                    break
+        return found
+
     def _factor(self, r: float) -> Float[np.ndarray, "n n"]:
         return np.linalg.cholesky(self.gram + self.n * r * np.eye(self.n))
 
     def _columns(self) -> Any:
-        """(where, the columns of G there in float64)."""
+        """(where, the columns of G there), a view on a CPU."""
+        gradients, wide = np.asarray(self.gradients), _tree.wide(self.gradients.dtype)
         for start in range(0, self.layout.size, _COLUMNS):
             at = slice(start, min(start + _COLUMNS, self.layout.size))
-            yield at, np.asarray(self.gradients[:, at]).astype(np.float64)
+            yield at, gradients[:, at].astype(wide, copy=False)
 
 
 def check_ridge(ridge: float) -> None:
