@@ -5,7 +5,8 @@
 Everything runs on one thread (the process is bound to one CPU), in turn. Gradients: empirical_fisher's n x p matrix
 beside batch-1 backward passes in PyTorch written row by row into one array, the same network and weights; both warm.
 Memory: the most that each adds to its process, over the bytes of the matrix. Inverse diagonals: those of
-(1/n) G^T G + ridge I with the same G. Data: PRUNEOPT_DATA; M-FAC in PEERS/IST-DASLab+M-FAC. Without torch or PEERS that part is left out.
+(1/n) G^T G + ridge I with the same G. Data: PRUNEOPT_DATA; M-FAC in PEERS/IST-DASLab+M-FAC. What needs torch or PEERS
+is left out without it.
 """
 
 import argparse

@@ -33,8 +33,8 @@ class LowRank(Curvature):
     ridge: added to the diagonal; `solve` and `inverse_diagonal` need a positive one.
 
     Where n > p, the inverse is that of the p x p matrix. `form` and `solve` are exact to float64 whatever JAX's mode;
-    `gram` and `inverse_diagonal` sum products of 4,096 columns in the dtype of G (float32 at least), and all else, n x n
-    numbers on the host, is float64. Source: Woodbury's identity, as in Frantar, Kurtic and Alistarh 2021 (M-FAC), with
+    `gram` and `inverse_diagonal` sum products of 4,096 columns in the dtype of G (float32 at least); the n x n numbers
+    on the host are float64. Source: Woodbury's identity, as in Frantar, Kurtic and Alistarh 2021 (M-FAC), with
     one Gram matrix and its Cholesky factor in place of n rank-one updates.
     """
 
