@@ -274,6 +274,8 @@ SOLVERS = {
     "greedy OBS": s.GreedyOBS(),
     "saliency, then swap": s.Then(s.Score(), s.Swap()),
     "OBS": s.OBS(),
+    "CHITA": s.CHITA(),
+    "summed OBS": s.SummedOBS(),
     "global ADMM": s.GlobalADMM(levels=2, iterations=3, inner=3, refit=12),
 }
 
@@ -311,11 +313,29 @@ REFUSED = {
 
 # (solver, objective): which pairs a solver takes under a cardinality; "s" only under a fixed support.
 TAKES = {
-    "identity": {"saliency", "absolute", "random", "saliency, then polish", "polish s", "global ADMM"},
-    "diagonal, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s", "global ADMM"},
-    "diagonal with a gradient": {"saliency", "absolute", "random", "saliency, then polish", "polish s", "global ADMM"},
+    "identity": {"saliency", "absolute", "random", "saliency, then polish", "polish s", "global ADMM", "CHITA"},
+    "diagonal, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s", "global ADMM", "CHITA"},
+    "diagonal with a gradient": {
+        "saliency",
+        "absolute",
+        "random",
+        "saliency, then polish",
+        "polish s",
+        "global ADMM",
+        "CHITA",
+    },
     "linear": {"saliency", "absolute", "random"},
-    "empirical Fisher, damped": {"saliency", "absolute", "random", "OBS *", "global ADMM"},
+    "empirical Fisher, damped": {
+        "saliency",
+        "absolute",
+        "random",
+        "saliency, then polish",
+        "polish s",
+        "OBS *",
+        "global ADMM",
+        "CHITA",
+        "summed OBS",
+    },
     "reconstruction": {"saliency", "absolute", "random", "saliency, then polish", "polish s"} | LAYER,
     "singular reconstruction, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s"} | LAYER,
     "loss": {"random", "descent s"},

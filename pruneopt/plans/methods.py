@@ -14,6 +14,7 @@ from pruneopt.plans.models import (
     diagonal_hessian,
     gradient_flow,
     linear,
+    low_rank_fisher,
     synaptic_flow,
     weights_alone,
 )
@@ -21,12 +22,16 @@ from pruneopt.solvers.alps import ALPS
 from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
 from pruneopt.solvers.base import Solver, Then
 from pruneopt.solvers.block_obs import BlockOBS
+from pruneopt.solvers.chita import CHITA
 from pruneopt.solvers.frank_wolfe import FrankWolfe
+from pruneopt.solvers.global_admm import GlobalADMM
 from pruneopt.solvers.greedy_obs import GreedyOBS
 from pruneopt.solvers.hard_threshold import HardThresholding
+from pruneopt.solvers.obs import OBS
 from pruneopt.solvers.polish import Polish
 from pruneopt.solvers.score import Score
 from pruneopt.solvers.sparse_swaps import SparseSwaps
+from pruneopt.solvers.summed_obs import SummedOBS
 from pruneopt.solvers.thanos import Thanos
 from pruneopt.structure.leaves import Choice
 
@@ -51,6 +56,10 @@ METHODS: dict[str, Method] = {
     "taylor": Method(linear, Score("absolute"), "Molchanov et al. 2019, first order"),
     "fisher": Method(diagonal_fisher, Score(), "Theis et al. 2018, diagonal empirical Fisher"),
     "obd": Method(diagonal_hessian, Score("absolute"), "LeCun, Denker, Solla 1990"),
+    "obs": Method(low_rank_fisher, OBS(), "Hassibi and Stork 1993, H the empirical Fisher; up to 10,000 weights"),
+    "m_fac": Method(low_rank_fisher, SummedOBS(), "Frantar, Kurtic and Alistarh 2021"),
+    "chita": Method(low_rank_fisher, Then(CHITA(), Polish()), "Benbaki et al. 2023, then the refit on the support"),
+    "global": Method(low_rank_fisher, Then(GlobalADMM(), Polish()), "ADMM in the metric of diag(F), then the refit"),
     "hap": Method(
         channel_traces, Score("absolute"), "Yu et al. 2021; under Slices(-1, ...): the trace of each channel"
     ),

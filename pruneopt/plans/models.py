@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pruneopt import _data, _tree
 from pruneopt.curvature.diagonal import Diagonal, Identity
-from pruneopt.curvature.fisher import empirical_fisher_diagonal
+from pruneopt.curvature.fisher import empirical_fisher, empirical_fisher_diagonal
 from pruneopt.curvature.hessian import hessian_vector_product, hutchinson_diagonal
 from pruneopt.objectives.quadratic import Quadratic
 from pruneopt.structure import evaluate
@@ -36,6 +36,11 @@ def diagonal_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: ja
     """1/2 <d, diag(F) d>, F the empirical Fisher."""
     curvature = empirical_fisher_diagonal(fn, params, batches, leaves)
     return Quadratic(partition(params, leaves)[0], curvature)
+
+
+def low_rank_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """1/2 <d, (F + lambda I) d>, F the empirical Fisher of all examples, lambda a hundredth of its mean diagonal."""
+    return Quadratic(partition(params, leaves)[0], empirical_fisher(fn, params, batches, leaves), damping=0.01)
 
 
 def diagonal_hessian(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:

@@ -5,6 +5,7 @@ from pruneopt.solvers.alps import ALPS
 from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
 from pruneopt.solvers.base import Solver, Then
 from pruneopt.solvers.block_obs import BlockOBS
+from pruneopt.solvers.chita import CHITA
 from pruneopt.solvers.conjugate_gradients import ConjugateGradients
 from pruneopt.solvers.descent import Descent
 from pruneopt.solvers.frank_wolfe import FrankWolfe
@@ -15,6 +16,7 @@ from pruneopt.solvers.obs import OBS
 from pruneopt.solvers.polish import Polish
 from pruneopt.solvers.score import Score
 from pruneopt.solvers.sparse_swaps import SparseSwaps
+from pruneopt.solvers.summed_obs import SummedOBS
 from pruneopt.solvers.swap import Swap, largest_gain
 from pruneopt.solvers.thanos import Thanos
 
@@ -23,6 +25,7 @@ __all__ = [
     "ALPS",
     "BALANCED",
     "BEST",
+    "CHITA",
     "FAST",
     "OBS",
     "Auto",
@@ -37,6 +40,7 @@ __all__ = [
     "Score",
     "Solver",
     "SparseSwaps",
+    "SummedOBS",
     "Swap",
     "Thanos",
     "Then",

@@ -1,0 +1,148 @@
+"""CHITA: iterative hard thresholding on a quadratic model of the network, with a line search past the support."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pruneopt import _tree
+from pruneopt.constraints.base import Constraint
+from pruneopt.objectives.base import QuadraticObjective
+from pruneopt.objectives.reconstruction import Reconstruction
+from pruneopt.problem import Problem
+from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, without_penalty
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class CHITA(Solver):
+    """minimise f(w) = <g, d> + 1/2 <d, (H + lambda I) d>, d = w - w0, by w <- P(w - tau grad f(w)).
+
+    P keeps what the constraint selects for w^2. tau starts at the exact step on the support S,
+    |grad_S|^2 / <grad_S, (H + lambda I) grad_S>, and doubles while f falls; if the first trial does not lower f it is
+    halved, up to 20 times. Ends when nothing lowers f by more than `tolerance` of it, else with the status limit after
+    `iterations`. Starts at `init`, else at P(w0), and is never worse than that. Follow with `Polish` for the refit.
+
+    Any curvature with products; one product a trial and one more an iteration. Memory: 6 vectors of the weights' size.
+    stats: iterations, products.
+    Source: Benbaki et al. 2023 (CHITA), sections 3.2 and A.2: hard thresholding whose step may change the support.
+    """
+
+    iterations: int = 50
+    tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_whole(self, 1, "iterations")
+        check_not_negative(self, "tolerance")
+
+    def refuses(self, problem: Problem) -> str | None:
+        """An objective that is not a quadratic with a curvature of the whole network, no constraint, a penalty."""
+        f = problem.objective
+        if isinstance(f, Reconstruction):
+            return "CHITA is for models of a whole network; HardThresholding is its twin for one layer's Reconstruction"
+        if not isinstance(f, QuadraticObjective) or f.curvature is None:
+            return f"CHITA needs a Quadratic with a curvature, not {f!r:.40}; pass one, or use Score"
+        if problem.subject_to is None:
+            return "CHITA needs a constraint; pass subject_to="
+        return without_penalty(problem, self)
+
+    def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
+        """Step while the model falls."""
+        f, constraint = problem.objective, problem.subject_to
+        assert isinstance(f, QuadraticObjective)
+        assert constraint is not None
+        products = 0
+
+        def at(w: Tree, support: Tree) -> _Point:
+            nonlocal products
+            products += 1
+            change = _minus(w, f.center)
+            value, slope = _judged(change, f.curvature.mv(change), f.gradient, f.ridge())  # type: ignore[union-attr]
+            return _Point(w, support, slope, float(value))
+
+        def stepped(point: _Point, length: float) -> _Point:
+            return at(*_projected(constraint, _step(point.w, point.slope, length)))
+
+        feasible = init is not None and problem.violation(init.support) == 0
+        point = at(init.value, init.support) if init and feasible else at(*_projected(constraint, f.center))
+        settled, done = False, 0
+        while not settled and done < self.iterations:
+            done, products = done + 1, products + 1
+            inside = _tree.masked(point.slope, point.support)
+            length = _length(inside, f.curvature.mv(inside), f.ridge())  # type: ignore[union-attr]
+            best = _searched(point, float(length), stepped)
+            settled = point.value - best.value <= self.tolerance * abs(point.value)
+            point = best
+        return Outcome(point.w, point.support, not settled, stats={"iterations": done, "products": products})
+
+
+class _Point(NamedTuple):
+    """Weights, their support, the slope of f and f - f(w0) there."""
+
+    w: Tree
+    support: Tree
+    slope: Tree
+    value: float
+
+
+def _searched(point: _Point, length: float, stepped: Any) -> _Point:
+    """The best of the line search; `point` itself where nothing is lower."""
+    best, trial = point, stepped(point, length)
+    if trial.value < best.value:
+        while trial.value < best.value:
+            best, length = trial, 2 * length
+            trial = stepped(point, length)
+        return best
+    for _ in range(20):
+        length = length / 2
+        trial = stepped(point, length)
+        if trial.value < best.value:
+            return trial
+    return best
+
+
+def _projected(constraint: Constraint, w: Tree) -> tuple[Tree, Tree]:
+    support = constraint.select(_squared(w))
+    return _tree.masked(w, support), support
+
+
+@jax.jit
+def _squared(w: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.square(x.astype(_tree.wide(x.dtype))), w)
+
+
+@jax.jit
+def _minus(a: Tree, b: Tree) -> Tree:
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+@jax.jit
+def _judged(change: Tree, curved: Tree, gradient: Tree | None, ridge: Array) -> tuple[Array, Tree]:
+    """f - f(w0) and its slope at a change, from H times it."""
+    full = jax.tree.map(lambda c, d: c.astype(d.dtype) + ridge.astype(d.dtype) * d, curved, change)
+    linear = jax.tree.map(jnp.zeros_like, change) if gradient is None else gradient
+    value = sum(
+        jnp.sum(d * (jnp.asarray(0.5, d.dtype) * h + g.astype(d.dtype)))
+        for d, h, g in zip(*map(jax.tree.leaves, (change, full, linear)), strict=True)
+    )
+    return value, jax.tree.map(lambda h, g: h + g.astype(h.dtype), full, linear)  # type: ignore[return-value]
+
+
+@jax.jit
+def _step(w: Tree, slope: Tree, length: float) -> Tree:
+    return jax.tree.map(lambda x, s: x - jnp.asarray(length).astype(x.dtype) * s, w, slope)
+
+
+@jax.jit
+def _length(inside: Tree, curved: Tree, ridge: Array) -> Array:
+    """|x|^2 / <x, (H + ridge I) x>; 1 where that is not defined: on a solved support others may still enter."""
+    pairs = list(zip(jax.tree.leaves(inside), jax.tree.leaves(curved), strict=True))
+    size = sum(jnp.sum(x * x) for x, _ in pairs)
+    along = sum(jnp.sum(x * (c.astype(x.dtype) + ridge.astype(x.dtype) * x)) for x, c in pairs)
+    good = (along > 0) & (size > 0)
+    return jnp.where(good, size / jnp.where(good, along, jnp.ones_like(along)), jnp.ones_like(size))  # type: ignore
