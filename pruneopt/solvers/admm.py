@@ -34,8 +34,8 @@ class ADMM(Solver):
 
     rho: first and last. levels, iterations: of rho, and at each; on n > 4 m inputs, m outputs, where products cost
         little beside the inverses, sqrt(n / 4m) times as many iterations, up to 4 times. relaxation: r in (0, 2).
-    metric: p. metric_block: [H^-1]_jj is taken from the inverses of H's diagonal blocks of at most so many inputs, which
-        costs a fraction of that of all (None); the metric alone depends on it.
+    metric: p. metric_block: takes [H^-1]_jj from the inverses of H's diagonal blocks of at most so many inputs, at a
+        fraction of the cost of the whole inverse (None); the metric alone depends on it.
     damping: relative, of A; refit_damping: relative, of the refit. Neither enters the objective.
     products: of the iterations; None takes bfloat16 where the device multiplies it fast, else float32. Float64
         weights are solved in float64.
@@ -44,8 +44,8 @@ class ADMM(Solver):
     Cost: (levels * iterations + refit + 1) products of n^2 m, (levels + 1) inverses of about 0.7 n^3, on n inputs and m
     outputs; memory 4 n^2 + 8 n m numbers, and the inverses where they take up to 2 (n^2 + n m): layers that share a
     Gram, solved in turn, then share them.
-    stats: condition (of the damped H, estimated from below), dead_inputs, factors ("float32", "float64" where the probe of the
-    first failed, with more damping where that failed too), factor_damping, products.
+    stats: condition (of the damped H, estimated from below), dead_inputs, factors ("float32", "float64" where the probe
+    of the first failed, with more damping where that failed too), factor_damping, products.
     Source: ALPS (Meng et al. 2024, algorithm 1), with the metric of OBS (Hassibi and Stork 1993) in place of diag(H),
     and a fixed schedule of rho.
     """

@@ -35,8 +35,8 @@ class Wanted(NamedTuple):
 class Factors(NamedTuple):
     """scale: sqrt(s), (n, 1). rhos: (levels,). inverses: rho (A + rho I)^-1 for each, (n, n), in the dtype `products`.
 
-    s_j = (1 / [H^-1]_jj)^p H_jj^(1 - p) and A = H / sqrt(s s^T), H damped, its inverse that of its diagonal blocks where
-    they are wanted. The inverses can be gone through once.
+    s_j = (1 / [H^-1]_jj)^p H_jj^(1 - p) and A = H / sqrt(s s^T), H damped, H^-1 that of its diagonal blocks where they
+    are wanted. The inverses can be gone through once.
     """
 
     scale: Float[Array, "n 1"]
@@ -108,11 +108,13 @@ def _metric_on_host(ready: Layer, wanted: Wanted, damping: float, dtype: Any) ->
     removed, smallest = [], []  # 1 / [H^-1]_jj, and the inverse of each block's smallest eigenvalue
     for at in blocks:
         factor = _linalg.inverse_factor_on_host(gram[at, at])
+        if factor is None:
+            return None
 
         def inverse(x, factor=factor):
             return factor.T @ (factor @ x)
 
-        if factor is None or _is_wrong(gram[at, at], inverse):
+        if _is_wrong(gram[at, at], inverse):
             return None
         removed.append(1 / np.einsum("ij,ij->j", factor, factor))
         smallest.append(_linalg.largest_eigenvalue(inverse, probe[at]))
@@ -151,7 +153,7 @@ def _inverse_on_device(scaled: Float[Array, "n n"], rho: float) -> Any:
 # One program an inverse: XLA runs several of them in one program at half the speed.
 @partial(jax.jit, static_argnums=3)
 def _metric(ready: Layer, damping: float, metric: float, block: int | None) -> tuple[Array, Array, Array, Array]:
-    """A without rho, sqrt(s), the condition number of the damped Gram, and the largest error of an inverse on a probe."""
+    """A without rho, sqrt(s), the condition number of the damped H, and the largest error of an inverse on a probe."""
     gram = ready.damped(damping)
     probe = jnp.asarray(_probe(gram.shape[0], gram.dtype))
     removed, smallest, errors = [], [], []
