@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
 from pruneopt.certify import verify
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
@@ -51,8 +52,15 @@ def solve(
     if refusal:
         raise ValueError(refusal)
     start = None if init is None else _start(problem, init)
+    key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
+    layer = isinstance(problem.objective, Reconstruction)
+    with _linalg.host_threads(len(problem.objective.center)) if layer else nullcontext():
+        return _solved(problem, solver, start, key, throw)
+
+
+def _solved(problem: Problem, solver: Solver, start: Start | None, key: jax.Array, throw: bool) -> Solution:
     clock = time.perf_counter()
-    outcome = solver.run(problem, start, jax.random.key(key or 0) if key is None or isinstance(key, int) else key)
+    outcome = solver.run(problem, start, key)
     jax.block_until_ready((outcome.value, outcome.support))
     seconds = time.perf_counter() - clock
     path = problem.emptied(outcome.support)

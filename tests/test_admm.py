@@ -116,8 +116,10 @@ def test_never_worse_than_where_it_starts():
     for solver in (ADMM(levels=1, iterations=1), ADMM(), ConjugateGradients(3)):
         assert po.solve(task, solver, init=best).objective <= best.objective * (1 + 1e-12)
     score = po.solve(task, Score())
-    once = po.solve(task, ADMM(levels=1, iterations=2, refit=40, refit_damping=0.0), init=score)
-    assert once.objective < po.solve(task, Polish(), init=score).objective
+    refitted = po.solve(task, Polish(), init=score).objective
+    for iterations, share in ((2, 1 + 1e-9), (20, 0.99)):
+        found = po.solve(task, ADMM(levels=1, iterations=iterations, refit=40, refit_damping=0.0), init=score)
+        assert found.objective < share * refitted
     infeasible = jnp.asarray(np.random.default_rng(2).standard_normal((N, M)))  # only a warm start
     assert po.certify(task, po.solve(task, ADMM(), init=infeasible)).violation == 0
 

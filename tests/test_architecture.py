@@ -99,7 +99,7 @@ INSIDE = {
         "lossless",
     ],
 }
-OUTSIDE = {"jax", "numpy", "scipy", "jaxtyping", "optax", "tqdm", "safetensors", "matplotlib"}
+OUTSIDE = {"threadpoolctl", "jax", "numpy", "scipy", "jaxtyping", "optax", "tqdm", "safetensors", "matplotlib"}
 OPTAX = {"solvers/descent.py", "plans/retrain.py"}
 JAX_EXTEND = {"structure/evaluate.py", "structure/graph.py", "structure/rules.py"}
 STANDARD = __import__("sys").stdlib_module_names

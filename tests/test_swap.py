@@ -65,7 +65,7 @@ def test_the_end_is_optimal_against_every_exchange(name):
     assert gain > 0
     assert largest_gain(task, start.support) == pytest.approx(share, rel=1e-5)
     assert start.stats["gain_outputs"] == M
-    assert start.stats["largest_gain"] == largest_gain(task, start.support)
+    assert start.stats["largest_gain"] == pytest.approx(largest_gain(task, start.support), rel=1e-9)
     found = po.solve(task, Swap(), init=start)
     assert found.status is po.Status.FEASIBLE
     assert found.stats["swaps"] > 0

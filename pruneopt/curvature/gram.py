@@ -66,7 +66,7 @@ class Gram(Curvature):
         """tr(D^T (H + ridge I) D), D = w - center."""
         h, a, b = (np.asarray(x, np.float64) for x in (self.matrix, w, center))
         d = a - b
-        return float(np.sum(d * (h @ d)) + ridge * np.sum(d * d))
+        return float(np.vdot(d, h @ d) + (ridge * np.vdot(d, d) if ridge else 0.0))
 
 
 @jax.jit

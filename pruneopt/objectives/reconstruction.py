@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pruneopt import _linalg, _tree
 from pruneopt.curvature.gram import Gram
 from pruneopt.objectives.base import QuadraticObjective, check_center, check_damping
 
@@ -49,12 +50,28 @@ class Reconstruction(QuadraticObjective):
             )
 
     def relative_error(self, w: Float[Array, "n_in n_out"], value: float | None = None) -> float:
-        """tr(D^T H D) / tr(W0^T H W0), undamped, in float64; NaN where the layer's output is zero.
+        """tr(D^T H D) / tr(W0^T H W0), undamped; NaN where the layer's output is zero.
 
-        value: f(w), where it is known.
+        The numerator is computed in float64; the denominator, which is no difference of nearly equal weights, in the
+        layer's own precision. value: f(w), where it is known.
         """
-        zero = jnp.zeros_like(self.center)
-        whole = self.curvature.form(self.center, zero, 0.0)
+        whole = _energy(self.curvature.matrix, self.center)
         change = np.asarray(w, np.float64) - np.asarray(self.center, np.float64)
         error = 2 * (self.value(w) if value is None else value) - float(self.ridge()) * float(np.sum(change * change))
         return max(error, 0.0) / whole if whole else float("nan")
+
+
+def _energy(gram: Float[Array, "n n"], center: Float[Array, "n m"]) -> float:
+    """tr(W0^T H W0)."""
+    total, gram_unit, unit = _scaled_energy(gram, center)
+    return float(total) * float(gram_unit) * float(unit) ** 2
+
+
+@jax.jit
+def _scaled_energy(gram: Float[Array, "n n"], center: Float[Array, "n m"]) -> tuple[Array, Array, Array]:
+    """The energy of H and W0 divided by their largest entries, so that no square leaves float32, and those."""
+    gram, center = (x.astype(_tree.wide(x.dtype)) for x in (gram, center))
+    units = [jnp.maximum(jnp.max(jnp.abs(x)), jnp.finfo(x.dtype).tiny) for x in (gram, center)]
+    dtype = jnp.promote_types(gram.dtype, center.dtype)
+    gram, center = (x.astype(dtype) / unit.astype(dtype) for x, unit in zip((gram, center), units, strict=True))
+    return jnp.sum(center * _linalg.matmul(gram, center)), units[0], units[1]

@@ -20,7 +20,7 @@ from pruneopt.solvers.polish import refit
 from pruneopt.solvers.threshold import no_exchange, swap_groups
 
 Tree = Any
-_SAMPLE = 6e7  # multiply-adds that a solution's own measure may take
+_SAMPLE = 5e7  # multiply-adds that a solution's own measure may take
 _LEAST = 1e-9  # gain of a swap, of its output's error: below it rounding decides
 
 
@@ -94,11 +94,11 @@ def largest_gain(problem: Problem, support: Tree, outputs: int | None = None) ->
     assert allowed is not None
     run, free = allowed
     live, runs = ~np.asarray(ready.dead)[:, None], np.arange(n) // run
-    gram, center = np.array(ready.gram, np.float64), np.asarray(ready.center, np.float64)
-    np.einsum("ii->i", gram)[:] += Swap.damping * float(ready.mean)
+    gram, center = np.asarray(ready.gram), np.asarray(ready.center)
+    ridge = Swap.damping * float(ready.mean)
     some = np.unique(np.linspace(0, m - 1, m if outputs is None else min(outputs, m)).round().astype(int))
     kept, free = mask & live, free & live
-    return max(_gain(gram, center[:, o], kept[:, o], free[:, o], runs) for o in some)
+    return max(_gain(gram, ridge, center[:, o].astype(np.float64), kept[:, o], free[:, o], runs) for o in some)
 
 
 def sampled_gain(problem: Problem, support: Tree) -> dict[str, Any]:
@@ -110,26 +110,30 @@ def sampled_gain(problem: Problem, support: Tree) -> dict[str, Any]:
     return {"largest_gain": largest_gain(problem, support, outputs), "gain_outputs": outputs}
 
 
-def _gain(gram: np.ndarray, w0: np.ndarray, kept: np.ndarray, free: np.ndarray, runs: np.ndarray) -> float:
+def _gain(
+    gram: np.ndarray, ridge: float, w0: np.ndarray, kept: np.ndarray, free: np.ndarray, runs: np.ndarray
+) -> float:
     """The gain of one output's best exchange, over its error."""
-    s, rest = np.flatnonzero(kept), np.flatnonzero(free & ~kept)
+    s, cut, rest = np.flatnonzero(kept), np.flatnonzero(~kept), np.flatnonzero((free & ~kept)[~kept])
     if not (s.size and rest.size):
         return 0.0
-    inverse = _linalg.inverse_on_host(gram[np.ix_(s, s)])
+    own, across_cut, below = (gram[np.ix_(i, j)].astype(np.float64) for i, j in ((s, s), (cut, s), (cut, cut)))
+    for square in (own, below):
+        np.einsum("ii->i", square)[:] += ridge
+    inverse = _linalg.inverse_on_host(own)
     if inverse is None:  # more singular than its damping mends
         return 0.0
-    w = np.zeros_like(w0)
-    w[s] = w0[s] + inverse @ (gram[np.ix_(s, ~kept)] @ w0[~kept])
-    residual = gram @ (w0 - w)
-    error, gram_across = float((w0 - w) @ residual), gram[np.ix_(rest, s)]
+    moved = inverse @ (w0[cut] @ across_cut)  # w - w0 on the support
+    w, residual = w0[s] + moved, below @ w0[cut] - across_cut @ moved
+    error = float(w0[cut] @ residual)
     if not error > 0:
         return 0.0
-    across, pivot = gram_across @ inverse, np.diagonal(inverse)
-    diagonal = np.diagonal(gram)[rest]
+    gram_across = across_cut[rest]
+    across, pivot, diagonal = gram_across @ inverse, np.diagonal(inverse), np.diagonal(below)[rest]
     schur = np.maximum(diagonal - np.einsum("ij,ij->i", across, gram_across), 1e-12 * diagonal)
-    top = residual[rest, None] + across * (w[s] / pivot)
-    gain = top**2 / (schur[:, None] + across**2 / pivot) - w[s] ** 2 / pivot
-    best = float(np.max(gain, where=runs[rest, None] == runs[s], initial=0.0)) / error
+    top = residual[rest, None] + across * (w / pivot)
+    gain = top**2 / (schur[:, None] + across**2 / pivot) - w**2 / pivot
+    best = float(np.max(gain, where=runs[cut[rest], None] == runs[s], initial=0.0)) / error
     return best if best > _LEAST else 0.0
 
 
