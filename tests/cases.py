@@ -183,9 +183,16 @@ _X = np.random.default_rng(3).standard_normal((10, 2))
 _Y = np.random.default_rng(4).standard_normal((10, 1))
 
 
+def tiny_outputs(params, batch):
+    return jnp.tanh(batch[0] @ params["a"]) @ params["b"]
+
+
+def tiny_squares(outputs, batch):
+    return jnp.mean(jnp.sum((outputs - batch[1]) ** 2, axis=1))
+
+
 def tiny_loss(params, batch):
-    x, y = batch
-    return jnp.mean(jnp.sum((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2, axis=1))
+    return tiny_squares(tiny_outputs(params, batch), batch)
 
 
 def tiny_batches(sizes=(10,)):
@@ -220,6 +227,11 @@ CURVATURES = {
     ),
     "empirical Fisher": lambda: (
         h.empirical_fisher(tiny_loss, tree(1), tiny_batches(), ["a", "b"], ridge=0.01),
+        tree(1),
+    ),
+    "Hessian": lambda: (h.Hessian.of(tiny_loss, tree(1), tiny_batches((4, 6)), ["a", "b"]), tree(1)),
+    "Gauss-Newton": lambda: (
+        h.GaussNewton.of(tiny_outputs, tiny_squares, tree(1), tiny_batches((4, 6)), ["a", "b"]),
         tree(1),
     ),
 }

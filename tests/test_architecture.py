@@ -45,7 +45,17 @@ INSIDE = {
         "walk",
         "capture",
     ],
-    "curvature": ["base", "diagonal", "gram", "low_rank", "fisher", "hessian"],
+    "curvature": [
+        "base",
+        "diagonal",
+        "gram",
+        "low_rank",
+        "fisher",
+        "streamed",
+        "hessian",
+        "gauss_newton",
+        "true_fisher",
+    ],
     "constraints": ["base", "cardinality", "support", "nm", "transposable", "block", "intersection", "by_path"],
     "penalties": ["base", "l1", "partition", "group", "nonconvex", "ordered"],
     "solvers": [

@@ -3,18 +3,24 @@
 from pruneopt.curvature.base import Curvature
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.fisher import empirical_fisher, empirical_fisher_diagonal
+from pruneopt.curvature.gauss_newton import GaussNewton
 from pruneopt.curvature.gram import Gram
-from pruneopt.curvature.hessian import hessian_vector_product, hutchinson_diagonal
+from pruneopt.curvature.hessian import Hessian, hessian_vector_product, hutchinson_diagonal
 from pruneopt.curvature.low_rank import LowRank
+from pruneopt.curvature.true_fisher import sampled_fisher, softmax_fisher
 
 __all__ = [
     "Curvature",
     "Diagonal",
+    "GaussNewton",
     "Gram",
+    "Hessian",
     "Identity",
     "LowRank",
     "empirical_fisher",
     "empirical_fisher_diagonal",
     "hessian_vector_product",
     "hutchinson_diagonal",
+    "sampled_fisher",
+    "softmax_fisher",
 ]

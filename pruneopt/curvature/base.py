@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,11 +12,13 @@ Tree = Any
 
 
 class Curvature(abc.ABC):
-    """A symmetric positive semidefinite operator H on trees, the curvature of a mean loss.
+    """A symmetric operator H on trees, the curvature of a mean loss; positive semidefinite where `semidefinite`.
 
     Its class states its structure, so a solver asks by type. Subclasses are final frozen dataclasses, registered
-    as pytrees whose leaves are their arrays.
+    as pytrees whose leaves are their arrays. Where they exist: `block(which)`, `dense()`, `solve(b, ridge)`.
     """
+
+    semidefinite: ClassVar[bool] = True
 
     @abc.abstractmethod
     def mv(self, direction: Tree) -> Tree:
@@ -29,6 +31,12 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def form(self, w: Tree, center: Tree, ridge: float) -> float:
         """<d, (H + ridge I) d> for d = w - center, in float64 whatever JAX's mode."""
+
+
+def check_ridge(ridge: float) -> None:
+    """Raise ValueError unless a ridge is a finite number >= 0."""
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge={ridge!r} is not a finite number >= 0; pass one, such as 1e-3")
 
 
 def check_memory(what: str, shape: tuple[int, ...], dtype: Any, memory: int, instead: str) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pruneopt import _data, _tree
-from pruneopt.curvature.base import check_memory
+from pruneopt.curvature.base import check_memory, check_ridge
 from pruneopt.curvature.diagonal import Diagonal
-from pruneopt.curvature.low_rank import LowRank, check_ridge
+from pruneopt.curvature.low_rank import LowRank
 from pruneopt.structure import evaluate
 from pruneopt.structure.leaves import Choice, Rest, partition
 from pruneopt.structure.per_example import Separable

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
+from jaxtyping import Array, Float
 
 from pruneopt import _data, _tree
 from pruneopt.curvature.diagonal import Diagonal
+from pruneopt.curvature.streamed import Streamed, over_rows
 from pruneopt.structure import evaluate
-from pruneopt.structure.leaves import Choice, Rest, check_finite, partition
+from pruneopt.structure.leaves import Choice, Rest, partition
 
 Tree = Any
 
@@ -22,6 +22,45 @@ Tree = Any
 def hessian_vector_product(loss: Callable[[Tree], Any], at: Tree, direction: Tree) -> Tree:
     """H d for the Hessian H of `loss` at `at`, forward over reverse: the cost of about two gradients."""
     return jax.jvp(jax.grad(loss), (at,), (direction,))[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Hessian(Streamed):
+    """H = the second derivative of the mean loss over all examples, at the weights given. Indefinite in general.
+
+    Made by `of`. A product is forward over reverse (Pearlmutter 1994), about two gradients over the data.
+    """
+
+    chosen: Tree
+    rest: Rest
+    loss: evaluate.Loss = field(metadata={"static": True})
+    batches: _data.Batches = field(metadata={"static": True})
+    semidefinite: ClassVar[bool] = False
+    name: ClassVar[str] = "Hessian"
+    instead: ClassVar[str] = "use GaussNewton or empirical_fisher, which are never indefinite"
+
+    @staticmethod
+    def of(loss: evaluate.Loss, params: Tree, batches: _data.Source, leaves: Choice = None) -> Hessian:
+        """The Hessian of loss(params, batch) -> scalar, a mean over examples, in the chosen leaves of `params`.
+
+        leaves: default the prunable ones; None elsewhere. Raises as `prune` does for a loss that is not scalar, for
+        leaves or batches that cannot be used.
+        """
+        chosen, rest = partition(params, leaves)
+        stream = _data.Batches(batches)
+        evaluate.check_scalar(loss, chosen, rest, stream)
+        return Hessian(chosen, rest, loss, stream)
+
+    def on_batch(self, chosen: Tree, rest: Rest, batch: Any, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
+        """Hessian-vector products on one batch."""
+        return _products(self.loss, chosen, rest, batch, rows)
+
+
+@partial(jax.jit, static_argnames="loss")
+def _products(loss: evaluate.Loss, chosen: Tree, rest: Rest, batch: Any, rows: Array) -> Array:
+    of = evaluate.closed(loss, rest, batch)
+    return over_rows(lambda d: hessian_vector_product(of, chosen, d), _tree.Layout.of(chosen), chosen, rows)
 
 
 def hutchinson_diagonal(
@@ -44,34 +83,4 @@ def hutchinson_diagonal(
     Raises ValueError for a loss that is not scalar, probes < 1, non-finite products, unusable batches.
     Source: Bekas, Kokiopoulou, Saad 2007, section 2.
     """
-    if probes < 1:
-        raise ValueError(f"probes={probes!r} is below 1; pass the number of random sign vectors")
-    chosen, rest = partition(params, leaves)
-    stream = _data.Batches(batches)
-    evaluate.check_scalar(loss, chosen, rest, stream)
-    keys = jax.random.split(jax.random.key(0) if key is None else key, probes)
-    mean = stream.mean(lambda batch: _mean_probe(loss, chosen, rest, batch, keys))
-    return Diagonal(check_finite(mean, "the Hessian of fn"))
-
-
-@partial(jax.jit, static_argnames=("loss",))
-def _mean_probe(loss: evaluate.Loss, chosen: Tree, rest: Rest, batch: Any, keys: jax.Array) -> Tree:
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _tree.wide(x.dtype)), chosen)
-    flat, structure = jax.tree.flatten(chosen)
-    ends = np.cumsum([x.size for x in flat])
-
-    def probe(total, key):
-        # One draw for the whole tree: compiling the generator for each leaf takes seconds a shape.
-        draw = jax.random.bits(key, (int(ends[-1]),), jnp.uint8) < 128
-        signs = jax.tree.unflatten(
-            structure,
-            [
-                jnp.where(draw[end - x.size : end], 1.0, -1.0).reshape(x.shape).astype(x.dtype)
-                for x, end in zip(flat, ends, strict=True)
-            ],
-        )
-        product = hessian_vector_product(evaluate.closed(loss, rest, batch), chosen, signs)
-        return jax.tree.map(lambda t, v, hv: t + (v * hv).astype(t.dtype), total, signs, product), None
-
-    total, _ = lax.scan(probe, zeros, keys)
-    return jax.tree.map(lambda t: t / jnp.asarray(keys.shape[0], t.dtype), total)
+    return Hessian.of(loss, params, batches, leaves).hutchinson(probes, key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pruneopt import _tree
-from pruneopt.curvature.base import Curvature, check_memory
+from pruneopt.curvature.base import Curvature, check_memory, check_ridge
 from pruneopt.structure.leaves import check_finite
 
 Tree = Any
@@ -169,12 +168,6 @@ class LowRank(Curvature):
         for start in range(0, self.layout.size, _COLUMNS):
             at = slice(start, min(start + _COLUMNS, self.layout.size))
             yield at, gradients[:, at].astype(wide, copy=False)
-
-
-def check_ridge(ridge: float) -> None:
-    """Raise ValueError unless a ridge is a finite number >= 0."""
-    if not 0 <= ridge < math.inf:
-        raise ValueError(f"ridge={ridge!r} is not a finite number >= 0; pass one, such as 1e-3")
 
 
 @jax.jit

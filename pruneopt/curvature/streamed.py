@@ -1,0 +1,169 @@
+"""Curvatures known by their products with vectors, streamed over the data, and what can be made of products."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float
+
+from pruneopt import _data, _tree
+from pruneopt.curvature.base import Curvature, check_memory, check_ridge
+from pruneopt.curvature.diagonal import Diagonal
+from pruneopt.structure.leaves import Rest
+
+Tree = Any
+_COLUMNS = 16  # products in one pass over the data
+
+
+class Streamed(Curvature):
+    """A curvature of the mean over all examples of `batches`, whatever their sizes, that gives products alone.
+
+    One product is a pass over the data. `dense`, `block` and the exact `diagonal` take a pass for every 16 columns.
+    A subclass has the fields `chosen`, `rest` and `batches`, and defines the mean product over one batch.
+    """
+
+    chosen: Tree
+    rest: Rest
+    batches: _data.Batches
+    name: ClassVar[str]
+    instead: ClassVar[str]
+
+    @abc.abstractmethod
+    def on_batch(self, chosen: Tree, rest: Rest, batch: Any, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
+        """The products with k vectors, laid out as `layout`, of the curvature on one batch."""
+
+    @property
+    def layout(self) -> _tree.Layout:
+        """Where the leaves lie in a vector."""
+        return _tree.Layout.of(self.chosen)
+
+    def mv(self, direction: Tree) -> Tree:
+        """H d, in one pass. Raises ValueError for a NaN or an infinity, naming the batch."""
+        row = self.layout.vector(direction, self._dtype)[None]
+        return self.layout.tree(self._products(row)[0], direction)
+
+    def diagonal(self, like: Tree) -> Tree:
+        """The exact diagonal, p products; `hutchinson` estimates it from a few."""
+        p = self.layout.size
+        found = np.empty(p, self._dtype)
+        for at, rows in self._columns(np.arange(p)):
+            found[at] = rows[np.arange(len(at)), at]
+        return self.layout.tree(jnp.asarray(found), like)
+
+    def hutchinson(self, probes: int = 8, key: jax.Array | None = None) -> Diagonal:
+        """The mean over probes of v * (H v), v of random signs: unbiased, and exact where H is diagonal.
+
+        The variance of an entry is the sum of its row's squared off-diagonal entries over `probes`. The same probes
+        serve every batch. key: defaults to seed 0. Source: Bekas, Kokiopoulou, Saad 2007, section 2.
+        """
+        if probes < 1:
+            raise ValueError(f"probes={probes!r} is below 1; pass the number of random sign vectors")
+        keys = jax.random.split(jax.random.key(0) if key is None else key, probes)
+        total = jnp.zeros(self.layout.size, self._dtype)
+        for start in range(0, probes, _COLUMNS):
+            signs = _signs(keys[start : start + _COLUMNS], total)
+            total = total + jnp.sum(signs * self._products(signs), axis=0)
+        return Diagonal(self.layout.tree(total / jnp.asarray(probes, total.dtype), self.chosen))
+
+    def form(self, w: Tree, center: Tree, ridge: float) -> float:
+        """<d, (H + ridge I) d>, d = w - center, with the function, its data and d in float64."""
+        with jax.enable_x64(True):
+            flat = [
+                np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(t)]) for t in (w, center)
+            ]
+            d = flat[0] - flat[1]
+            return float(d @ np.asarray(self._products(jnp.asarray(d)[None]))[0] + ridge * d @ d)
+
+    def block(self, which: str | slice | Sequence[int], memory: int = 1 << 31) -> Float[np.ndarray, "k k"]:
+        """The square of H on some entries of the vector: a leaf by its path, a slice, or indices. k products.
+
+        Raises ValueError where it would take more than `memory` bytes.
+        """
+        at = np.arange(self.layout.size)[self.layout.place(which)]
+        check_memory("block", (len(at), len(at)), self._dtype, memory, "ask for fewer entries, or use mv")
+        found = np.empty((len(at), len(at)), self._dtype)
+        where = {int(index): i for i, index in enumerate(at)}
+        for columns, rows in self._columns(at):
+            found[[where[int(c)] for c in columns]] = rows[:, at]
+        return found
+
+    def dense(self, memory: int = 1 << 31) -> Float[np.ndarray, "p p"]:
+        """H. Raises ValueError where it would take more than `memory` bytes."""
+        p = self.layout.size
+        check_memory("dense()", (p, p), self._dtype, memory, f"use mv, block or hutchinson, or {self.instead}")
+        return self.block(slice(0, p), memory)
+
+    def solve(self, b: Tree, ridge: float = 0.0, memory: int = 1 << 31) -> Tree:
+        """(H + ridge I)^-1 b from the dense matrix, factored in float64.
+
+        Raises ValueError for an indefinite or singular matrix, with its least eigenvalue, or above `memory` bytes.
+        """
+        check_ridge(ridge)
+        h = np.asarray(self.dense(memory), np.float64)
+        h = (h + h.T) / 2 + ridge * np.eye(len(h))
+        flat = np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(b)])
+        try:
+            found = scipy.linalg.cho_solve(scipy.linalg.cho_factor(h), flat)
+        except np.linalg.LinAlgError:
+            least = float(np.linalg.eigvalsh(h)[0])
+            raise ValueError(
+                f"ridge={ridge!r}: the {self.name} + ridge I is not positive definite, its least eigenvalue is "
+                f"{least:.3g}; pass ridge > {ridge - least:.3g}, or {self.instead}"
+            ) from None
+        return jax.tree.map(jnp.asarray, self.layout.tree(found, b))
+
+    @property
+    def _dtype(self) -> Any:
+        return max((_tree.wide(x.dtype) for x in jax.tree.leaves(self.chosen)), key=lambda d: d.itemsize)
+
+    def _columns(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(indices, the columns of H there as rows), a few at a time; the last ones again where they do not divide."""
+        size = min(_COLUMNS, len(indices))
+        for start in range(0, len(indices), size):
+            at = indices[max(0, min(start, len(indices) - size)) :][:size]
+            rows = np.zeros((size, self.layout.size), self._dtype)
+            rows[np.arange(size), at] = 1
+            yield at, np.asarray(self._products(jnp.asarray(rows)))
+
+    def _products(self, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
+        """Mean over the examples, in the dtype of `rows`; in float64 all that is floating becomes float64."""
+        wider = rows.dtype == jnp.float64
+        chosen, rest = (_widened(t) if wider else t for t in (self.chosen, self.rest))
+        total, n = None, 0
+        for index, batch in enumerate(self.batches):
+            size = _data.examples(batch)
+            part = self.on_batch(chosen, rest, _widened(batch) if wider else batch, rows)
+            if not bool(jnp.all(jnp.isfinite(part))):
+                raise ValueError(
+                    f"batches: batch {index}: the {self.name} of fn holds a NaN or an infinity; repair that batch, or "
+                    "the loss there"
+                )
+            total = part * size if total is None else total + part * size
+            n += size
+        assert total is not None
+        return total / n
+
+
+def over_rows(product: Any, layout: _tree.Layout, like: Tree, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
+    """product(tree) -> tree for each row, one after another: the memory of one. Traceable."""
+    one = lambda row: layout.vector(product(layout.tree(row, like)), row.dtype)  # noqa: E731
+    return jax.lax.map(one, rows)
+
+
+@jax.jit
+def _signs(keys: Array, like: Float[Array, " p"]) -> Float[Array, "k p"]:
+    """Random signs, a row a key; one draw for the whole tree: compiling the generator for each leaf takes seconds."""
+    draw = jax.lax.map(lambda key: jax.random.bits(key, like.shape, jnp.uint8), keys) < 128
+    return jnp.where(draw, jnp.ones((), like.dtype), -jnp.ones((), like.dtype))
+
+
+def _widened(tree: Tree) -> Tree:
+    """Floating arrays in float64."""
+    is_narrow = lambda x: _tree.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float64) if is_narrow(x) else x, tree)

@@ -1,0 +1,209 @@
+"""Hessian, Gauss-Newton and true Fisher against the dense matrix by plain autodiff in float64, and their refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import tiny_batches, tiny_loss, tree
+from jax.flatten_util import ravel_pytree
+
+from pruneopt.curvature import GaussNewton, Hessian, empirical_fisher, sampled_fisher, softmax_fisher
+
+BOTH = ["a", "b"]
+CUTS = [(10,), (4, 4, 2)]
+SHAPES = {"a": (2, 4), "b": (4, 3)}
+
+
+def logits(params, batch):
+    return jnp.tanh(batch[0] @ params["a"]) @ params["b"]
+
+
+def entropy(z, batch):
+    labels = (batch[1][:, 0] > 0).astype(int)
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(z), labels[:, None], axis=1))
+
+
+def squares(z, batch):
+    return jnp.mean(jnp.sum((z - batch[1]) ** 2, axis=1))
+
+
+def flat(params):
+    return ravel_pytree(params)
+
+
+def dense_hessian(loss, params):
+    w, unravel = flat(params)
+    return np.asarray(jax.jit(jax.hessian(lambda v: loss(unravel(v), tiny_batches()[0])))(w))
+
+
+def dense_gauss_newton(loss, params):
+    """J^T H_L J with both Jacobians whole."""
+    w, unravel = flat(params)
+    batch = tiny_batches()[0]
+    z = logits(params, batch)
+    j = jax.jit(jax.jacobian(lambda v: logits(unravel(v), batch).reshape(-1)))(w)
+    h = jax.hessian(lambda v: loss(v.reshape(z.shape), batch))(z.reshape(-1))
+    return np.asarray(j.T @ h @ j)
+
+
+def made(name, sizes=(10,)):
+    """(curvature, its dense matrix)."""
+    params = tree(1, SHAPES)
+    if name == "Hessian":
+        return Hessian.of(tiny_loss, tree(1), tiny_batches(sizes), BOTH), dense_hessian(tiny_loss, tree(1))
+    loss = {"squares": squares, "softmax": entropy}[name]
+    return GaussNewton.of(logits, loss, params, tiny_batches(sizes), BOTH), dense_gauss_newton(loss, params)
+
+
+@pytest.mark.parametrize("sizes", CUTS[1:])
+@pytest.mark.parametrize("name", ["Hessian", "squares", "softmax"])
+def test_products_diagonal_blocks_and_form_are_those_of_the_dense_matrix(name, sizes):
+    h, expected = made(name, sizes)
+    p, close = len(expected), {"rtol": 1e-11, "atol": 1e-12}
+    np.testing.assert_allclose(h.dense(), expected, **close)
+    d = tree(5, SHAPES if p == 20 else {"a": (2, 4), "b": (4, 1)})
+    np.testing.assert_allclose(flat(h.mv(d))[0], expected @ flat(d)[0], **close)
+    np.testing.assert_allclose(flat(h.diagonal(d))[0], np.diag(expected), **close)
+    np.testing.assert_allclose(h.block("b"), expected[8:, 8:], **close)
+    np.testing.assert_allclose(h.block([7, 2]), expected[np.ix_([7, 2], [7, 2])], **close)
+    w = np.asarray(flat(d)[0])
+    assert h.form(d, jax.tree.map(jnp.zeros_like, d), 0.5) == pytest.approx(w @ expected @ w + 0.5 * w @ w)
+    assert h.semidefinite == (np.linalg.eigvalsh(expected)[0] > -1e-12)
+
+
+def test_solve_is_that_of_the_dense_matrix_where_it_is_positive():
+    h, expected = made("squares")
+    b = tree(6, SHAPES)
+    exact = np.linalg.solve(expected + 0.1 * np.eye(20), flat(b)[0])
+    np.testing.assert_allclose(flat(h.solve(b, ridge=0.1))[0], exact, rtol=1e-9)
+
+
+def test_hutchinson_is_unbiased_and_the_same_however_the_data_is_cut():
+    h, expected = made("squares")
+    probes = 3000
+    got = flat(h.hutchinson(probes).values)[0]
+    off = expected - np.diag(np.diag(expected))
+    assert np.all(np.abs(got - np.diag(expected)) < 4.5 * np.sqrt((off**2).sum(1) / probes) + 1e-12)
+    key = jax.random.key(3)
+    cut = flat(made("squares", (3, 7))[0].hutchinson(20, key).values)[0]
+    np.testing.assert_allclose(flat(h.hutchinson(20, key).values)[0], cut, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.default_flags
+def test_form_is_float64_and_products_are_float32_in_the_default_mode():
+    h = Hessian.of(tiny_loss, tree(1), tiny_batches((4, 6)), BOTH)
+    d = tree(2)
+    assert h.mv(d)["a"].dtype == jnp.float32
+    got = h.form(d, jax.tree.map(jnp.zeros_like, d), 0.0)
+    with jax.enable_x64(True):
+        wide = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), t)  # noqa: E731
+        batches = wide(jax.tree.map(np.asarray, tiny_batches((4, 6))))  # rounded to float32 first, as h's are
+        w, unravel = flat(wide(tree(1, dtype=jnp.float32)))
+        losses = lambda v: sum(n * tiny_loss(unravel(v), b) for n, b in zip((4, 6), batches, strict=True)) / 10  # noqa: E731
+        v = flat(wide(d))[0]
+        expected = float(v @ jax.jit(jax.hessian(losses))(w) @ v)
+    assert got == pytest.approx(expected, rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- true Fisher
+
+
+@pytest.mark.parametrize("sizes", CUTS[1:])
+def test_the_exact_fisher_of_a_softmax_is_the_sum_over_labels_and_the_gauss_newton_matrix(sizes):
+    params = tree(1, SHAPES)
+    w, unravel = flat(params)
+    x, y = tiny_batches()[0]
+    expected = np.zeros((20, 20))
+    jacobian = jax.jit(jax.jacobian(lambda v, x: jax.nn.log_softmax(logits(unravel(v), (x[None], y)))[0]))
+    for i in range(10):
+        p = np.exp(jax.nn.log_softmax(logits(params, (x[i : i + 1], y)))[0])
+        slopes = np.asarray(jacobian(w, x[i]))
+        expected += np.einsum("c,ci,cj->ij", p, slopes, slopes) / 10
+    np.testing.assert_allclose(dense_gauss_newton(entropy, params), expected, rtol=1e-10, atol=1e-13)
+    found = softmax_fisher(logits, params, tiny_batches(sizes), BOTH, ridge=0.5)
+    assert found.gradients.shape == (30, 20)
+    np.testing.assert_allclose(found.dense(), expected + 0.5 * np.eye(20), rtol=1e-10, atol=1e-13)
+
+
+def test_the_sampled_fisher_is_unbiased_and_the_same_however_the_data_is_cut():
+    params, copies = tree(1, SHAPES), 400
+    many = tiny_batches() * copies
+    found = sampled_fisher(logits, params, many, BOTH)
+    outer = np.einsum("ni,nj->nij", found.gradients, found.gradients).reshape(copies, 10, 20, 20)
+    standard_error = np.sqrt(outer.var(0).sum(0) / copies) / 10
+    apart = np.abs(np.asarray(found.dense()) - dense_gauss_newton(entropy, params))
+    assert np.all(apart < 5 * standard_error + 1e-12)
+    one = sampled_fisher(logits, params, tiny_batches(), BOTH, key=jax.random.key(4))
+    cut = sampled_fisher(logits, params, tiny_batches((3, 7)), BOTH, key=jax.random.key(4))
+    np.testing.assert_array_equal(one.gradients, cut.gradients)
+    assert not np.array_equal(one.gradients, found.gradients[:10])
+
+
+def test_the_sampled_fisher_of_another_likelihood():
+    """Normal with variance 1/2, whose -log p is the sum of squares: its Fisher is their Gauss-Newton matrix."""
+    params, copies = tree(1, SHAPES), 400
+    found = sampled_fisher(
+        logits,
+        params,
+        tiny_batches() * copies,
+        BOTH,
+        sample=lambda key, z: z + jnp.sqrt(0.5) * jax.random.normal(key, z.shape, z.dtype),
+        loss=lambda z, y: jnp.sum((z - y) ** 2),
+    )
+    outer = np.einsum("ni,nj->nij", found.gradients, found.gradients).reshape(copies, 10, 20, 20)
+    standard_error = np.sqrt(outer.var(0).sum(0) / copies) / 10
+    apart = np.abs(np.asarray(found.dense()) - dense_gauss_newton(squares, params))
+    assert np.all(apart < 5 * standard_error + 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def bad_loss(params, batch):
+    return tiny_loss(params, batch) * jnp.where(jnp.max(batch[0]) > 90, jnp.nan, 1.0)
+
+
+def poisoned():
+    batches = tiny_batches((4, 4, 2))
+    x, y = batches[1]
+    batches[1] = (x.at[2].set(99.0), y)
+    return batches
+
+
+REFUSED = {
+    "indefinite": (
+        lambda: made("Hessian")[0].solve(tree(1)),
+        ("not positive definite", "least eigenvalue is -", "ridge >", "GaussNewton"),
+    ),
+    "singular": (lambda: made("softmax")[0].solve(tree(1, SHAPES)), ("not positive definite", "ridge >")),
+    "dense too large": (lambda: made("Hessian")[0].dense(memory=100), ("1,152 bytes", "12 x 12", "GaussNewton")),
+    "block too large": (lambda: made("squares")[0].block("b", memory=100), ("1,152 bytes", "fewer entries")),
+    "NaN on one batch": (
+        lambda: Hessian.of(bad_loss, tree(1), poisoned(), BOTH).mv(tree(1)),
+        ("batch 1", "Hessian of fn", "NaN"),
+    ),
+    "no probe": (lambda: made("Hessian")[0].hutchinson(0), ("probes=0",)),
+    "no scalar": (lambda: Hessian.of(logits, tree(1, SHAPES), tiny_batches(), BOTH), ("not one floating",)),
+    "no model": (lambda: GaussNewton.of(None, squares, tree(1), tiny_batches(), BOTH), ("model(params, batch)",)),
+    "no examples": (lambda: Hessian.of(tiny_loss, tree(1), [], BOTH), ("empty",)),
+    "one example": (lambda: sampled_fisher(logits, tree(1, SHAPES), tiny_batches((1,)), BOTH), ("1 example",)),
+    "no logits": (
+        lambda: softmax_fisher(lambda p, b: logits(p, b)[0, 0], tree(1, SHAPES), tiny_batches(), BOTH),
+        ("logits (n, classes)", "sampled_fisher"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_gets_one_sentence(name):
+    call, words = REFUSED[name]
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_one_example_has_a_hessian():
+    h = Hessian.of(tiny_loss, tree(1), tiny_batches((1,)), BOTH)
+    assert np.isfinite(flat(h.mv(tree(2)))[0]).all()
+    assert empirical_fisher(tiny_loss, tree(1), tiny_batches((1, 1)), BOTH).n == 2
