@@ -51,8 +51,8 @@ def sampled_fisher(
 
     Unbiased for the true Fisher, which with softmax or squares is the Gauss-Newton matrix; n examples in all.
     model: (params, batch) -> outputs. sample: (key, outputs) -> labels; loss: (outputs, labels) -> -log p of one
-        example; by default those of a softmax, summed over an example's positions. key: defaults to seed 0; example i has
-        the key `fold_in(key, i)`, so the result is the same however the data is batched.
+        example; by default those of a softmax, summed over an example's positions.
+    key: defaults to seed 0; example i has the key `fold_in(key, i)`, whatever its batch.
     dtype, memory, errors: as `empirical_fisher`. Source: Martens 2020, section 5; Kunstner, Balles, Hennig 2019.
     """
     start = jax.random.key(0) if key is None else key
@@ -81,9 +81,9 @@ def softmax_fisher(
 ) -> LowRank:
     """The true Fisher of a softmax over C classes, exactly: 1/n sum_i sum_c p_ic g_ic g_ic^T + ridge I.
 
-    g_ic is the gradient of -log p_ic. It is the Gauss-Newton matrix of the cross-entropy, as n C rows sqrt(C p_ic) g_ic.
-
-    model: (params, batch) -> logits (n, C). dtype, memory, errors: as `empirical_fisher`; ValueError for other outputs.
+    g_ic is the gradient of -log p_ic. It is the Gauss-Newton matrix of the cross-entropy, as n C rows
+    sqrt(C p_ic) g_ic.
+    model: (params, batch) -> logits (n, C). dtype, memory, errors: as `empirical_fisher`, and for other outputs.
     C gradients an example, whatever the labels. Source: Martens 2020, section 5.
     """
     stream = _data.Batches(batches)
