@@ -236,6 +236,14 @@ CURVATURES = {
     ),
 }
 
+
+def _shrunk():
+    fisher, like = CURVATURES["empirical Fisher"]()
+    return h.Shrunk.checked(fisher, fisher.diagonal(like), 0.2), like
+
+
+CURVATURES["shrunk empirical Fisher"] = _shrunk
+
 # name: () -> objective.
 OBJECTIVES = {
     "identity": lambda: o.Quadratic(tree(1), h.Identity()),

@@ -50,6 +50,7 @@ INSIDE = {
         "diagonal",
         "gram",
         "low_rank",
+        "shrunk",
         "fisher",
         "streamed",
         "hessian",

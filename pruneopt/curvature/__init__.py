@@ -7,6 +7,7 @@ from pruneopt.curvature.gauss_newton import GaussNewton
 from pruneopt.curvature.gram import Gram
 from pruneopt.curvature.hessian import Hessian, hessian_vector_product, hutchinson_diagonal
 from pruneopt.curvature.low_rank import LowRank
+from pruneopt.curvature.shrunk import Shrunk
 from pruneopt.curvature.true_fisher import sampled_fisher, softmax_fisher
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Hessian",
     "Identity",
     "LowRank",
+    "Shrunk",
     "empirical_fisher",
     "empirical_fisher_diagonal",
     "hessian_vector_product",
