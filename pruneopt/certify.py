@@ -15,9 +15,10 @@ from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.support import Support
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.gram import Gram
+from pruneopt.curvature.low_rank import LowRank
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
-from pruneopt.solution import Evidence, Separable, Solution, Status, StrongConvexity
+from pruneopt.solution import Duality, Evidence, Separable, Solution, Status, StrongConvexity
 from pruneopt.structure.leaves import check_like
 
 Tree = Any
@@ -69,11 +70,12 @@ def verify(problem: Problem, value: Tree, support: Tree, evidence: Evidence) -> 
 def lower_bound(problem: Problem, value: Tree, support: Tree, evidence: Evidence) -> float:
     """A lower bound on the objective of every feasible point, or -inf where the evidence proves none."""
     f = problem.objective
-    if (
-        not isinstance(evidence, (Separable, StrongConvexity))
-        or problem.penalty is not None
-        or not isinstance(f, QuadraticObjective)
-    ):
+    if evidence is None or not isinstance(f, QuadraticObjective):
+        return -math.inf
+    if isinstance(evidence, Duality):
+        check_like(evidence.point, f.center, "evidence")
+        return problem.dual_value(evidence.point) if _is_convex(f) else -math.inf
+    if problem.penalty is not None or not isinstance(evidence, Separable | StrongConvexity):
         return -math.inf
     if isinstance(evidence, Separable):
         return _separable_bound(problem, f, support)
@@ -140,11 +142,8 @@ def _convexity_bound(problem: Problem, f: QuadraticObjective, value: Tree) -> fl
     if modulus <= 0:
         return -math.inf
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (f.curvature, value, f.center))
-        curvature, w, center = wide
-        difference = jax.tree.map(jnp.subtract, w, center)
-        residual = jax.tree.map(lambda hd, d: hd + ridge * d, curvature.mv(difference), difference)
-        residual = _tree.masked(residual, problem.subject_to.select(jax.tree.map(jnp.zeros_like, w)))
+        residual = f.slope(value)
+        residual = _tree.masked(residual, problem.subject_to.select(jax.tree.map(np.zeros_like, residual)))
         square = sum(float(np.sum(np.square(r))) for r in jax.tree.leaves(residual))
     return f.value(value) - square / (2 * modulus)
 
@@ -163,6 +162,25 @@ def _modulus(f: QuadraticObjective, ridge: float) -> float:
             return 0.0
         return 0.5 * ridge
     return 0.0
+
+
+def _is_convex(f: QuadraticObjective) -> bool:
+    """Whether H + lambda I is semidefinite, checked and not assumed; a singular Gram needs damping to show it."""
+    ridge = float(f.ridge())
+    if isinstance(f.curvature, Identity):
+        return True
+    if isinstance(f.curvature, LowRank):
+        return f.curvature.ridge + ridge >= 0
+    if isinstance(f.curvature, Diagonal):
+        return min(float(jnp.min(h)) for h in jax.tree.leaves(f.curvature.values)) + ridge >= 0
+    if isinstance(f.curvature, Gram):
+        h = np.asarray(f.curvature.matrix, np.float64)
+        try:
+            np.linalg.cholesky(h + ridge * np.eye(len(h)))
+        except np.linalg.LinAlgError:
+            return False
+        return True
+    return False
 
 
 def _gap(objective: float, bound: float) -> float:

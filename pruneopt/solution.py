@@ -44,7 +44,17 @@ class StrongConvexity:
     """
 
 
-Evidence = Separable | StrongConvexity | None
+@dataclass(frozen=True, eq=False)
+class Duality:
+    """Evidence for a convex penalty P and a convex quadratic f without a gradient at w0: a point, in float64.
+
+    Its gradient, scaled to where P's conjugate is finite, is feasible for Fenchel's dual (`Problem.dual_value`).
+    """
+
+    point: Tree
+
+
+Evidence = Separable | StrongConvexity | Duality | None
 
 
 class _Supported:

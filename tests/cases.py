@@ -274,6 +274,17 @@ MATRIX_CONSTRAINTS = {
     "a fixed support": (c.Support(_W_MASK), lambda w: ~(w & ~_W_MASK).any((1, 2))),
 }
 
+# Penalties for a reconstruction's matrix (6, 2).
+_INPUTS = p.Partition.slices(np.zeros((6, 2), np.float32), axis=0)
+MATRIX_PENALTIES = {
+    "l1": p.L1(0.1),
+    "weighted l1": p.L1(0.05, np.asarray([[0.5, 3.0]])),
+    "elastic net": p.ElasticNet(0.1, 0.7),
+    "group lasso": p.GroupLasso(0.05, _INPUTS),
+    "owl": p.OWL(0.05, _OWL),
+    "mcp": p.MCP(0.1, 2.0),
+}
+
 SOLVERS = {
     "saliency": s.Score(),
     "absolute": s.Score("absolute"),
@@ -296,6 +307,8 @@ SOLVERS = {
     "OBS": s.OBS(),
     "CHITA": s.CHITA(),
     "summed OBS": s.SummedOBS(),
+    "active set": s.ActiveSet(first=1),
+    "proximal gradient": s.ProximalGradient(iterations=4000),
     "global ADMM": s.GlobalADMM(levels=2, iterations=3, inner=3, refit=12),
 }
 
@@ -359,4 +372,22 @@ TAKES = {
     "reconstruction": {"saliency", "absolute", "random", "saliency, then polish", "polish s"} | LAYER,
     "singular reconstruction, damped": {"saliency", "absolute", "random", "saliency, then polish", "polish s"} | LAYER,
     "loss": {"random", "descent s"},
+}
+
+# (solver, objective): the penalties that it takes, without a constraint.
+_EVERY_MATRIX = set(MATRIX_PENALTIES)
+PENALISED = {
+    "active set": {
+        "reconstruction": {"l1", "weighted l1", "elastic net"},
+        "singular reconstruction, damped": {"l1", "weighted l1", "elastic net"},
+    },
+    "proximal gradient": {
+        "reconstruction": _EVERY_MATRIX,
+        "singular reconstruction, damped": _EVERY_MATRIX,
+        "identity": {"elastic net", "group lasso of filters", "mcp", "l1/2"},
+        "diagonal, damped": {"l1", "sparse group lasso", "owl", "scad"},
+        "diagonal with a gradient": {"l1", "group lasso of coupled units", "l0"},
+        "empirical Fisher, damped": {"weighted l1", "group lasso of filters", "log-sum"},
+        "loss": {"l1", "group lasso of filters", "mcp"},
+    },
 }

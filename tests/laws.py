@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CONSTRAINTS, CURVATURES, MATRIX_CONSTRAINTS, OBJECTIVES, PENALTIES, REFUSED, SOLVERS, TAKES
+from cases import (
+    CONSTRAINTS,
+    CURVATURES,
+    MATRIX_CONSTRAINTS,
+    MATRIX_PENALTIES,
+    OBJECTIVES,
+    PENALISED,
+    PENALTIES,
+    REFUSED,
+    SOLVERS,
+    TAKES,
+)
 
 import pruneopt as po
 from pruneopt import constraints, curvature, objectives, penalties, solvers
@@ -366,6 +377,57 @@ def test_bound_is_below_brute_force_is_below_objective(f_name, tolerance):
         assert (score.status is po.Status.OPTIMAL) == (not matrix), "separable problems are proven"
         polished = po.solve(problem, SOLVERS["saliency, then polish"])
         assert polished.objective <= score.objective * (1 + tolerance)
+
+
+def penalties_of(f_name):
+    """The penalties for an objective's variable."""
+    return MATRIX_PENALTIES if "reconstruction" in f_name else {name: row[0] for name, row in PENALTIES.items()}
+
+
+def plain_descent(problem, iterations=20_000):
+    """The value of f + P after plain proximal gradient steps in NumPy and float64, the penalty's prox alone from us."""
+    f, penalty = problem.objective, problem.penalty
+    w0 = flat(f.center).astype(np.float64)
+    n = len(w0)
+    h = np.stack([flat(f.curvature.mv(unflat(e, f.center))) for e in np.eye(n)], axis=1).astype(np.float64)
+    h += f.damping * np.trace(h) / n * np.eye(n)
+    step, w = 1 / np.linalg.eigvalsh(h)[-1], w0
+    prox = jax.jit(penalty.prox)
+    for _ in range(iterations):
+        new = flat(prox(unflat(w - step * h @ (w - w0), f.center), step)).astype(np.float64)
+        moved, w = np.abs(new - w).max(), new
+        if moved <= 1e-9 * np.abs(w).max():
+            break
+    return f.constant + 0.5 * (w - w0) @ h @ (w - w0) + penalty.value(unflat(w, f.center))
+
+
+@pytest.mark.parametrize("solver_name", SOLVERS)
+@pytest.mark.parametrize("f_name", OBJECTIVES)
+def test_penalised_problems_are_solved_or_refused_as_the_table_says(f_name, solver_name, tolerance):
+    """Of a solver that takes any penalty with an objective, the table holds all or a sample."""
+    solver, taken = SOLVERS[solver_name], PENALISED.get(solver_name, {}).get(f_name, set())
+    table = penalties_of(f_name)
+    assert taken <= set(table)
+    for name in taken or table:
+        problem = po.Problem(OBJECTIVES[f_name](), penalty=table[name])
+        if not taken:
+            with pytest.raises(ValueError, match=r"\w"):
+                po.solve(problem, solver)
+            continue
+        solution = po.solve(problem, solver)
+        assert solution.status.is_usable
+        check = po.certify(problem, solution)
+        assert (check.outside, check.objective, check.bound) == (0, solution.objective, solution.bound)
+        assert solution.objective <= problem.value(problem.objective.center) * (1 + tolerance)
+        assert solution.kept == sum(int(np.count_nonzero(x)) for x in jax.tree.leaves(solution.value))
+        proven = table[name].is_convex and getattr(problem.objective, "gradient", None) is None and f_name != "loss"
+        assert (solution.status is po.Status.OPTIMAL) == proven, (name, solution)
+        if name == "l1":
+            np.testing.assert_array_equal(flat(po.solve(problem, solver).value), flat(solution.value))
+        if proven and "reconstruction" in f_name:
+            best = plain_descent(problem)
+            assert solution.bound <= best + 1e2 * tolerance * best
+            assert solution.objective <= best * (1 + 1e-6 + 1e2 * tolerance)
 
 
 @pytest.mark.parametrize("f_name", [n for n in OBJECTIVES if n != "loss"])

@@ -62,6 +62,7 @@ INSIDE = {
     "solvers": [
         "base",
         "threshold",
+        "active_set",
         "factors",
         "admm",
         "auto",
@@ -74,6 +75,7 @@ INSIDE = {
         "global_admm",
         "hard_threshold",
         "polish",
+        "proximal_gradient",
         "greedy_obs",
         "obs",
         "score",

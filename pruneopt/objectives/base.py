@@ -60,6 +60,18 @@ class QuadraticObjective(Objective):
                 total += float(np.vdot(np.asarray(g, np.float64), difference))
         return total
 
+    def slope(self, w: Tree) -> Tree:
+        """The gradient of f at w, g + (H + lambda I) (w - w0), in float64 NumPy arrays whatever JAX's mode."""
+        ridge = float(self.ridge())
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (self.curvature, w, self.center, self.gradient))
+            curvature, w, center, gradient = wide
+            slope = jax.tree.map(jnp.zeros_like, center) if gradient is None else gradient
+            if curvature is not None:
+                d = jax.tree.map(jnp.subtract, w, center)
+                slope = jax.tree.map(lambda s, hd, d: s + hd + ridge * d, slope, curvature.mv(d), d)
+            return jax.tree.map(lambda x: np.asarray(x, np.float64), slope)
+
     def ridge(self) -> jax.Array:
         """lambda = damping * mean(diag H), a scalar of the curvature's dtype."""
         leaves = jax.tree.leaves(self.center)

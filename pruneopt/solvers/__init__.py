@@ -1,5 +1,6 @@
 """How problems are solved."""
 
+from pruneopt.solvers.active_set import ActiveSet
 from pruneopt.solvers.admm import ADMM
 from pruneopt.solvers.alps import ALPS
 from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
@@ -14,6 +15,7 @@ from pruneopt.solvers.greedy_obs import GreedyOBS
 from pruneopt.solvers.hard_threshold import HardThresholding
 from pruneopt.solvers.obs import OBS
 from pruneopt.solvers.polish import Polish
+from pruneopt.solvers.proximal_gradient import ProximalGradient
 from pruneopt.solvers.score import Score
 from pruneopt.solvers.sparse_swaps import SparseSwaps
 from pruneopt.solvers.summed_obs import SummedOBS
@@ -28,6 +30,7 @@ __all__ = [
     "CHITA",
     "FAST",
     "OBS",
+    "ActiveSet",
     "Auto",
     "BlockOBS",
     "ConjugateGradients",
@@ -37,6 +40,7 @@ __all__ = [
     "GreedyOBS",
     "HardThresholding",
     "Polish",
+    "ProximalGradient",
     "Score",
     "Solver",
     "SparseSwaps",
