@@ -106,6 +106,7 @@ INSIDE = {
         "methods",
         "gradual",
         "prune",
+        "staged",
         "retrain",
         "recalibrate",
         "sensitivity",

@@ -8,6 +8,7 @@ from pruneopt.plans.prune import prune
 from pruneopt.plans.recalibrate import recalibrate
 from pruneopt.plans.retrain import retrain
 from pruneopt.plans.sensitivity import Sensitivity, sensitivity
+from pruneopt.plans.staged import staged
 
 __all__ = [
     "LAYER_METHODS",
@@ -27,4 +28,5 @@ __all__ = [
     "recalibrate",
     "retrain",
     "sensitivity",
+    "staged",
 ]

@@ -12,6 +12,7 @@ from pruneopt.plans.models import (
     channel_traces,
     diagonal_fisher,
     diagonal_hessian,
+    fisher_step,
     gradient_flow,
     linear,
     low_rank_fisher,
@@ -60,6 +61,8 @@ METHODS: dict[str, Method] = {
     "m_fac": Method(low_rank_fisher, SummedOBS(), "Frantar, Kurtic and Alistarh 2021"),
     "chita": Method(low_rank_fisher, Then(CHITA(), Polish()), "Benbaki et al. 2023, then the refit on the support"),
     "global": Method(low_rank_fisher, Then(GlobalADMM(), Polish()), "ADMM in the metric of diag(F), then the refit"),
+    "chita_steps": Method(fisher_step, Then(CHITA(), Polish()), "Benbaki et al. 2023, with the gradient: for stages"),
+    "global_steps": Method(fisher_step, Then(GlobalADMM(), Polish()), "the same by ADMM"),
     "hap": Method(
         channel_traces, Score("absolute"), "Yu et al. 2021; under Slices(-1, ...): the trace of each channel"
     ),

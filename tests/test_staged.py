@@ -1,0 +1,93 @@
+"""Stages: the model is built anew at each, a stage that raises the held-out loss too far is shortened and says so."""
+
+from itertools import pairwise
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import tiny_batches, tiny_loss, tree
+
+import pruneopt as po
+from pruneopt.constraints import Cardinality
+from pruneopt.curvature import Identity
+from pruneopt.objectives import Quadratic
+from pruneopt.plans import Iterative, Method
+from pruneopt.solvers import Score
+from pruneopt.structure.leaves import partition
+
+SHAPES = {"a": (2, 8), "b": (8, 1)}
+GOAL = Cardinality(sparsity=0.75, floor=1)
+
+
+def test_models_are_built_at_the_stage_s_weights_on_the_stage_s_examples():
+    seen = []
+
+    def model(fn, params, batches, leaves, key):
+        seen.append((params, len(batches)))
+        return Quadratic(partition(params, leaves)[0], Identity())
+
+    data = tiny_batches((4, 6))
+    got = po.plans.staged(
+        tiny_loss, tree(1, SHAPES), lambda stage: data[: 1 + stage % 2], GOAL, data,
+        method=Method(model, Score(), "magnitude"), schedule=Iterative(4), rise=1e9, progress=False,
+    )  # fmt: skip
+    assert [n for _, n in seen] == [1, 2, 1, 2]
+    assert [h["kept"] for h in got.history] == [int(np.count_nonzero(np.concatenate([np.ravel(x) for x in p.values()])))
+                                                for p, _ in seen[1:]] + [got.kept]  # fmt: skip
+    assert got.kept == 6
+    loss = float(tiny_loss(tree(1, SHAPES), tiny_batches()[0]))
+    for stage in got.history:
+        assert stage["measured"] == pytest.approx(stage["loss"] - loss)
+        assert (stage["shortened"], stage["over"]) == (0, False)
+        loss = stage["loss"]
+    assert loss == pytest.approx(float(tiny_loss(got.params, tiny_batches()[0])))
+    assert got.solutions["*"].stats["measured"] == got.history[-1]["measured"]
+
+
+@pytest.mark.parametrize("method", ["chita_steps", "global_steps"])
+def test_a_stage_that_raises_the_loss_too_far_is_shortened_and_the_goal_is_met(method):
+    data = tiny_batches((5, 5))
+    free, careful = (
+        po.plans.staged(tiny_loss, tree(1, SHAPES), lambda stage: data, GOAL, data, method=method,
+                        schedule=Iterative(2), rise=rise, progress=False)
+        for rise in (1e9, 1.0)
+    )  # fmt: skip
+    assert len(free.history) == 2
+    assert len(careful.history) > 2
+    assert any(stage["shortened"] for stage in careful.history)
+    for stage in careful.history:
+        assert stage["over"] == (stage["measured"] > 0)
+        assert not stage["over"] or stage["shortened"] == 3
+    assert careful.kept == free.kept == 6
+    assert [h["cut"] for h in careful.history] == sorted(h["cut"] for h in careful.history)
+    assert all(a["kept"] >= b["kept"] for a, b in pairwise(careful.history))
+
+
+def test_a_first_step_is_the_gradient_step_of_the_model():
+    data = tiny_batches((5, 5))
+    got = po.plans.staged(tiny_loss, tree(1, SHAPES), lambda stage: data, Cardinality(sparsity=0.0), data,
+                          method="chita_steps", schedule=Iterative(1), rise=1e9, progress=False)  # fmt: skip
+    w, unflat = jax.flatten_util.ravel_pytree(tree(1, SHAPES))
+    x, y = tiny_batches()[0]
+    g = np.stack([jax.grad(lambda v, i=i: tiny_loss(unflat(v), (x[i : i + 1], y[i : i + 1])))(w) for i in range(10)])
+    h = g.T @ g / 10
+    h += 0.1 * np.trace(h) / len(h) * np.eye(len(h))
+    step = -np.linalg.solve(h, g.mean(0))
+    np.testing.assert_allclose(jax.flatten_util.ravel_pytree(got.params)[0], w + step, rtol=1e-6, atol=1e-8)
+    assert got.history[0]["predicted"] == pytest.approx(g.mean(0) @ step + 0.5 * step @ (g.T @ g / 10) @ step, rel=1e-6)
+
+
+def test_bad_input_is_refused():
+    data = tiny_batches((5, 5))
+    for change, error, message in (
+        ({"rise": 0.5}, ValueError, "rise="),
+        ({"batches": data}, TypeError, "stage -> batches"),
+        ({"constraint": 3}, TypeError, "constraint is 3"),
+        ({"method": "wanda"}, ValueError, "unknown here"),
+        ({"held_out": [(jnp.full((2, 2), jnp.inf), jnp.zeros((2, 1)))]}, ValueError, "NaN or an infinity"),
+    ):
+        given = {"batches": lambda stage: data, "constraint": GOAL, "held_out": data, "progress": False} | change
+        with pytest.raises(error, match=message):
+            po.plans.staged(tiny_loss, tree(1, SHAPES), **given)
