@@ -109,6 +109,7 @@ INSIDE = {
         "staged",
         "retrain",
         "recalibrate",
+        "path",
         "sensitivity",
         "lossless",
     ],

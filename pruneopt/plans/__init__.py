@@ -4,6 +4,7 @@ from pruneopt.plans.gradual import CoarseThenFine, Cubic, Iterative, OneShot, Sc
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.lossless import lossless
 from pruneopt.plans.methods import LAYER_METHODS, METHODS, LayerMethod, Method
+from pruneopt.plans.path import Path, at_sparsity, path
 from pruneopt.plans.prune import prune
 from pruneopt.plans.recalibrate import recalibrate
 from pruneopt.plans.retrain import retrain
@@ -19,11 +20,14 @@ __all__ = [
     "LayerMethod",
     "Method",
     "OneShot",
+    "Path",
     "Schedule",
     "Sensitivity",
     "Stage",
+    "at_sparsity",
     "layerwise",
     "lossless",
+    "path",
     "prune",
     "recalibrate",
     "retrain",
