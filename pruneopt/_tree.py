@@ -28,6 +28,11 @@ def wide(dtype: Any) -> Any:
     return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
 
 
+def widest(tree: Tree) -> Any:
+    """The dtype to compute a tree in: float64 if any leaf is, else float32."""
+    return max((wide(x.dtype) for x in jax.tree.leaves(tree)), key=lambda dtype: dtype.itemsize)
+
+
 def name(key_path: tuple) -> str:
     """The path of a leaf as text: `conv1/kernel`."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
@@ -87,6 +92,10 @@ class Layout:
     def vector(self, tree: Tree, dtype: Any) -> jax.Array:
         """The entries of a tree of this layout."""
         return jnp.concatenate([jnp.asarray(x).reshape(-1).astype(dtype) for x in jax.tree.leaves(tree)])
+
+    def host(self, tree: Tree) -> np.ndarray:
+        """The entries of a tree of this layout as a float64 NumPy vector, whatever JAX's mode."""
+        return np.concatenate([np.asarray(x).astype(np.float64).reshape(-1) for x in jax.tree.leaves(tree)])
 
     def tree(self, vector: Any, like: Tree = None) -> Tree:
         """The tree of a vector, its leaves in the dtypes of `like`, or in the vector's own."""

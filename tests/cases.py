@@ -229,6 +229,15 @@ CURVATURES = {
         h.empirical_fisher(tiny_loss, tree(1), tiny_batches(), ["a", "b"], ridge=0.01),
         tree(1),
     ),
+    "low rank plus diagonal": lambda: (
+        h.LowRankPlusDiagonal.checked(CURVATURES["empirical Fisher"]()[0], jax.tree.map(jnp.square, tree(2))),
+        tree(1),
+    ),
+    "blocks of 5": lambda: (h.BlockDiagonal.of(CURVATURES["empirical Fisher"]()[0], by=5), tree(1)),
+    "Kronecker": lambda: (
+        h.Kronecker.of(tiny_loss, tree(1), tiny_batches((4, 6)), ["a", "b"], ridge=0.01),
+        tree(1),
+    ),
     "Hessian": lambda: (h.Hessian.of(tiny_loss, tree(1), tiny_batches((4, 6)), ["a", "b"]), tree(1)),
     "Gauss-Newton": lambda: (
         h.GaussNewton.of(tiny_outputs, tiny_squares, tree(1), tiny_batches((4, 6)), ["a", "b"]),

@@ -1,12 +1,12 @@
-"""Per-example gradients and inverse Fisher diagonals, beside PyTorch's loop and M-FAC's own code.
+"""Per-example gradients and inverse Fisher diagonals, beside PyTorch's loop and the own code of M-FAC and WoodFisher.
 
     python paper_reproductions/head_to_head/fisher.py [--examples 1000] [--rounds 3] [--network resnet20 | mlpnet]
 
 Everything runs on one thread (the process is bound to one CPU), in turn. Gradients: empirical_fisher's n x p matrix
 beside batch-1 backward passes in PyTorch written row by row into one array, the same network and weights; both warm.
 Memory: the most that each adds to its process, over the bytes of the matrix. Inverse diagonals: those of
-(1/n) G^T G + ridge I with the same G. Data: PRUNEOPT_DATA; M-FAC in PEERS/IST-DASLab+M-FAC. What needs torch or PEERS
-is left out without it.
+(1/n) G^T G + ridge I with the same G, whole and in blocks; errors against NumPy in float64. Data: PRUNEOPT_DATA;
+IST-DASLab+M-FAC and IST-DASLab+WoodFisher in PEERS. What needs torch or PEERS is left out without it.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -28,13 +29,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from paper_reproductions.networks import mlpnet, resnet20
-from pruneopt.curvature import LowRank, empirical_fisher
+from pruneopt.curvature import BlockDiagonal, LowRank, empirical_fisher
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--examples", type=int, default=1000)
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--network", choices=("resnet20", "mlpnet"), default="resnet20")
 parser.add_argument("--ridge", type=float, default=1e-5)
+parser.add_argument("--block", type=int, default=1000)
 parser.add_argument("--memory-of", choices=("pruneopt", "torch"), help="run one of them once and print what it added")
 args = parser.parse_args()
 folder = os.environ["PRUNEOPT_DATA"]
@@ -169,27 +171,72 @@ if has_torch:
 
 gradients = np.asarray(found["pruneopt"][0])
 layout = empirical_fisher(loss, params, [(images[:2], labels[:2])], leaves).layout
-wide = LowRank(gradients.astype(np.float64), layout)  # NumPy alone: float64 whatever JAX's mode
-exact = np.concatenate([x.reshape(-1) for x in jax.tree.leaves(wide.inverse_diagonal(args.ridge))])
-del wide
-jobs = {
-    "pruneopt": lambda: np.concatenate(
-        [x.reshape(-1) for x in jax.tree.leaves(LowRank(found["pruneopt"][0], layout).inverse_diagonal(args.ridge))]
-    )
-}
-if has_torch and os.environ.get("PEERS"):
+peers = Path(os.environ["PEERS"]) if has_torch and os.environ.get("PEERS") else None
+
+
+def flat(tree):
+    return np.concatenate([x.reshape(-1) for x in jax.tree.leaves(tree)])
+
+
+def peer(folder, module):
+    """A module of a peer's own code, run by itself; what it imports and does not use here is left empty."""
+    unused = {"flatten_tensor_list", "get_summary_stats", "get_total_sparsity"}
+    sys.modules["utils.utils"] = SimpleNamespace(**dict.fromkeys(unused))
+    sys.modules["policies.pruners"] = SimpleNamespace(GradualPruner=object)
+    spec = importlib.util.spec_from_file_location(folder, peers / folder / f"{module}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def compare(title, jobs, exact):
+    print(f"{title}, ridge {args.ridge:g}")
+    timed = medians(jobs)
+    for name, (diagonal, wall, cpu) in timed.items():
+        error = np.max(np.abs(diagonal - exact) / exact)
+        print(f"  {name:<10} wall {wall:7.2f} s   CPU {cpu:7.2f} s   largest relative error {error:.1e}")
+    if len(timed) == 2:
+        (_, wall, cpu), (_, theirs, their_cpu) = timed.values()
+        print(f"  ratio      wall {theirs / wall:7.2f}     CPU {their_cpu / cpu:7.2f}")
+
+
+def ours_blocks(g):
+    return flat(BlockDiagonal.of(LowRank(g, layout), args.block).inverse_diagonal(args.ridge))
+
+
+def woodfisher():
+    """The recursion of WoodFisher's split blocks, called as its pruner calls it."""
     import torch
 
-    sys.path.insert(0, str(Path(os.environ["PEERS"]) / "IST-DASLab+M-FAC"))
-    import prun
+    settings = SimpleNamespace(
+        aux_gpu_id=-1, fisher_cpu=True, fisher_damp=args.ridge, fisher_optimized=False, offload_inv=False
+    )
+    of = peer("IST-DASLab+WoodFisher", "pruners/woodfisherblock").BlockwiseWoodburryFisherPruner
+    parts = []
+    for place in layout.places.values():
+        pruner = SimpleNamespace(args=settings, _num_grads=len(gradients), _goal=len(gradients))
+        pruner._all_grads_dic = {0: torch.tensor(gradients[:, place])}
+        for start in range(0, place.stop - place.start, args.block):
+            end = min(start + args.block, place.stop - place.start)
+            inverse = of._compute_split_block_woodburry_fisher_inverse(pruner, 0, start, end, "cpu")
+            parts.append(inverse.diagonal().numpy().copy())
+    return np.concatenate(parts)
 
+
+jobs = {"pruneopt": lambda: flat(LowRank(found["pruneopt"][0], layout).inverse_diagonal(args.ridge))}
+if peers:
+    import torch
+
+    swap = peer("IST-DASLab+M-FAC", "prun").HInvFastSwap
     cpu = torch.device("cpu")
-    jobs["M-FAC"] = lambda: prun.HInvFastSwap(torch.tensor(gradients), damp=args.ridge, gpu=cpu).diag().numpy()
-timed = medians(jobs)
-print(f"diagonal of the inverse, ridge {args.ridge:g}")
-for name, (diagonal, wall, cpu) in timed.items():
-    error = np.max(np.abs(diagonal - exact) / exact)
-    print(f"  {name:<10} wall {wall:7.2f} s   CPU {cpu:7.2f} s   largest relative error {error:.1e}")
-if "M-FAC" in timed:
-    wall, cpu = (timed["M-FAC"][i] / timed["pruneopt"][i] for i in (1, 2))
-    print(f"  ratio      wall {wall:7.2f}     CPU {cpu:7.2f}")
+    jobs["M-FAC"] = lambda: swap(torch.tensor(gradients), damp=args.ridge, gpu=cpu).diag().numpy()
+compare(
+    "diagonal of the inverse", jobs, flat(LowRank(gradients.astype(np.float64), layout).inverse_diagonal(args.ridge))
+)
+jobs = {"pruneopt": lambda: ours_blocks(found["pruneopt"][0])} | ({"WoodFisher": woodfisher} if peers else {})
+exact = []
+for place in layout.places.values():
+    for start in range(place.start, place.stop, args.block):
+        part = gradients[:, start : min(start + args.block, place.stop)].astype(np.float64)
+        exact.append(np.diagonal(np.linalg.inv(part.T @ part / len(part) + args.ridge * np.eye(part.shape[1]))))
+compare(f"diagonal of the inverse in blocks of {args.block}", jobs, np.concatenate(exact))

@@ -99,7 +99,7 @@ def empirical_fisher_diagonal(
 
 def _dtype(chosen: Tree, asked: Any) -> Any:
     """The dtype of the gradients."""
-    widest = max((_tree.wide(x.dtype) for x in jax.tree.leaves(chosen)), key=lambda d: d.itemsize)
+    widest = _tree.widest(chosen)
     if asked is not None and np.dtype(asked) not in (np.float32, jnp.bfloat16, widest):
         raise ValueError(f"dtype={asked!r} cannot hold gradients; pass jnp.float32 or jnp.bfloat16")
     return np.dtype(widest if asked is None else asked)

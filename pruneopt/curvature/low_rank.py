@@ -105,7 +105,7 @@ class LowRank(Curvature):
         Raises ValueError for r = 0, with which H is singular.
         """
         r = self._positive(ridge)
-        flat = np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(b)])
+        flat = self.layout.host(b)
         found = scipy.linalg.solve(self._square(r), flat, assume_a="pos") if self._is_tall else self._woodbury(flat, r)
         return jax.tree.map(jnp.asarray, self.layout.tree(found, b))
 

@@ -52,7 +52,7 @@ class Streamed(Curvature):
         """The exact diagonal, p products; `hutchinson` estimates it from a few."""
         p = self.layout.size
         found = np.empty(p, self._dtype)
-        for at, rows in self._columns(np.arange(p)):
+        for at, rows in self.columns(np.arange(p)):
             found[at] = rows[np.arange(len(at)), at]
         return self.layout.tree(jnp.asarray(found), like)
 
@@ -74,11 +74,17 @@ class Streamed(Curvature):
     def form(self, w: Tree, center: Tree, ridge: float) -> float:
         """<d, (H + ridge I) d>, d = w - center, with the function, its data and d in float64."""
         with jax.enable_x64(True):
-            flat = [
-                np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(t)]) for t in (w, center)
-            ]
-            d = flat[0] - flat[1]
+            d = self.layout.host(w) - self.layout.host(center)
             return float(d @ np.asarray(self._products(jnp.asarray(d)[None]))[0] + ridge * d @ d)
+
+    def columns(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(indices, the columns of H there as rows), a few at a time; the last ones again where they do not divide."""
+        size = min(_COLUMNS, len(indices))
+        for start in range(0, len(indices), size):
+            at = indices[max(0, min(start, len(indices) - size)) :][:size]
+            rows = np.zeros((size, self.layout.size), self._dtype)
+            rows[np.arange(size), at] = 1
+            yield at, np.asarray(self._products(jnp.asarray(rows)))
 
     def block(self, which: str | slice | Sequence[int], memory: int = 1 << 31) -> Float[np.ndarray, "k k"]:
         """The square of H on some entries of the vector: a leaf by its path, a slice, or indices. k products.
@@ -89,7 +95,7 @@ class Streamed(Curvature):
         check_memory("block", (len(at), len(at)), self._dtype, memory, "ask for fewer entries, or use mv")
         found = np.empty((len(at), len(at)), self._dtype)
         where = {int(index): i for i, index in enumerate(at)}
-        for columns, rows in self._columns(at):
+        for columns, rows in self.columns(at):
             found[[where[int(c)] for c in columns]] = rows[:, at]
         return found
 
@@ -107,9 +113,8 @@ class Streamed(Curvature):
         check_ridge(ridge)
         h = np.asarray(self.dense(memory), np.float64)
         h = (h + h.T) / 2 + ridge * np.eye(len(h))
-        flat = np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(b)])
         try:
-            found = scipy.linalg.cho_solve(scipy.linalg.cho_factor(h), flat)
+            found = scipy.linalg.cho_solve(scipy.linalg.cho_factor(h), self.layout.host(b))
         except np.linalg.LinAlgError:
             least = float(np.linalg.eigvalsh(h)[0])
             raise ValueError(
@@ -120,16 +125,7 @@ class Streamed(Curvature):
 
     @property
     def _dtype(self) -> Any:
-        return max((_tree.wide(x.dtype) for x in jax.tree.leaves(self.chosen)), key=lambda d: d.itemsize)
-
-    def _columns(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(indices, the columns of H there as rows), a few at a time; the last ones again where they do not divide."""
-        size = min(_COLUMNS, len(indices))
-        for start in range(0, len(indices), size):
-            at = indices[max(0, min(start, len(indices) - size)) :][:size]
-            rows = np.zeros((size, self.layout.size), self._dtype)
-            rows[np.arange(size), at] = 1
-            yield at, np.asarray(self._products(jnp.asarray(rows)))
+        return _tree.widest(self.chosen)
 
     def _products(self, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
         """Mean over the examples, in the dtype of `rows`; in float64 all that is floating becomes float64."""
