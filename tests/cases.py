@@ -314,7 +314,7 @@ SOLVERS = {
     "greedy OBS": s.GreedyOBS(),
     "saliency, then swap": s.Then(s.Score(), s.Swap()),
     "OBS": s.OBS(),
-    "CHITA": s.CHITA(3),
+    "CHITA": s.CHITA(1),
     "summed OBS": s.SummedOBS(),
     "active set": s.ActiveSet(first=1),
     "proximal gradient": s.ProximalGradient(iterations=4000),

@@ -87,6 +87,7 @@ CONSTRAINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_every_constraint_is_met_and_beats_the_score_with_its_exact_refit(name):
     task = problem(CONSTRAINTS[name])

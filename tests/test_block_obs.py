@@ -153,6 +153,7 @@ CONSTRAINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [BlockOBS(block=4), Thanos(block=4)], ids=["sweep", "thanos"])
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_any_constraint_is_met_and_its_budget_used(name, solver):

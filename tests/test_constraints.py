@@ -200,6 +200,7 @@ def test_negative_scores_are_kept_whatever_their_scale(n, m):
         assert select(jnp.full((m, m), equal)).sum() == n * m
 
 
+@pytest.mark.slow
 @pytest.mark.default_flags
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])

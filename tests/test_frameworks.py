@@ -499,7 +499,14 @@ def pruned_by(network: Network, method: str, per: str) -> po.Pruned:
     return po.prune(network.loss, network.params, BATCHES, constraint, method=method, progress=False)
 
 
-@pytest.fixture(scope="module", params=itertools.product(METHODS, SCOPES), ids="-".join)
+QUICK = {("magnitude", "tree"), ("fisher", "leaf")}
+CASES = [
+    pytest.param(pair, id="-".join(pair), marks=[] if pair in QUICK else pytest.mark.slow)
+    for pair in itertools.product(METHODS, SCOPES)
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(network, request) -> tuple[str, po.Pruned]:
     method, per = request.param
     return per, pruned_by(network, method, per)
@@ -633,6 +640,7 @@ def test_taylor_and_fisher_keep_the_largest_scores(network):
         assert kept == pytest.approx(best, rel=1e-5), (method, per)
 
 
+@pytest.mark.slow
 def test_two_of_four_along_the_inputs(network):
     axis = "in" if network.in_axis == -2 else network.in_axis
     constraint = po.constraints.NM(2, 4, axis)
@@ -670,6 +678,7 @@ def test_whole_filters_and_neurons(network):
 # ----------------------------------------------------------------------------------------------- retraining
 
 
+@pytest.mark.slow
 def test_retraining_keeps_the_zeros(network):
     constraint = po.constraints.Cardinality(sparsity=0.8, per="leaf")
     pruned = po.prune(None, network.params, None, constraint, progress=False)
@@ -810,6 +819,7 @@ def test_lossless_meets_its_tolerance(network):
     assert_untouched(network)
 
 
+@pytest.mark.slow
 def test_layer_by_layer_beats_magnitude_at_its_own_sparsity(network):
     """Of any framework, without an adapter: each layer on the inputs that the pruned ones before it give."""
     half = po.constraints.Cardinality(sparsity=SPARSITY)

@@ -864,6 +864,7 @@ def scanned_transformer():
     return fn, params, np.arange(6).reshape(2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.default_flags
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_what_is_read_in_frameworks(name):

@@ -173,6 +173,7 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("solver", ROWS, ids=lambda s: type(s).__name__)
+@pytest.mark.slow
 @pytest.mark.default_flags
 def test_degenerate_layers(solver):
     for name, (h, w, constraint) in DEGENERATE.items():

@@ -35,7 +35,7 @@ def test_mlpnet_has_its_dense_score(folder):
     ("load", "preprocessing", "accuracy", "loss", "count"),
     [
         (resnet20.load_chita, resnet20.CHITA, 90.7, 0.3895, 272474),
-        (resnet20.load_akamaster, resnet20.AKAMASTER, 91.5, 0.3842, 269722),
+        pytest.param(resnet20.load_akamaster, resnet20.AKAMASTER, 91.5, 0.3842, 269722, marks=pytest.mark.slow),
     ],
 )
 def test_resnet20_has_its_dense_score(folder, load, preprocessing, accuracy, loss, count):

@@ -38,7 +38,9 @@ def tiny_outputs(params, batch):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [m if m in ("magnitude", "fisher") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_every_schedule_ends_at_the_count_with_nested_supports(method, schedule):
     supports = []
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.default_flags
 SCRIPTS = Path(frantar.__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [test_checkpoints.LLAMA, test_checkpoints.OPT], ids=["llama-7b", "opt-125m"])
 def test_a_checkpoint_in_a_folder_is_pruned_and_its_claims_are_printed(tmp_path, capsys, config):
     """A tiny network of random weights under a known name."""

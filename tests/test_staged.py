@@ -46,7 +46,7 @@ def test_models_are_built_at_the_stage_s_weights_on_the_stage_s_examples():
     assert got.solutions["*"].stats["measured"] == got.history[-1]["measured"]
 
 
-@pytest.mark.parametrize("method", ["chita_steps", "global_steps"])
+@pytest.mark.parametrize("method", ["chita_steps", pytest.param("global_steps", marks=pytest.mark.slow)])
 def test_a_stage_that_raises_the_loss_too_far_is_shortened_and_the_goal_is_met(method):
     data = tiny_batches((5, 5))
     free, careful = (

@@ -144,6 +144,7 @@ class TestNetwork:
     def test_free_groups_are_those_written_by_hand(self, name):
         assert free(read(*case(name))) == EXPECTED[name]
 
+    @pytest.mark.slow
     def test_zeroing_a_unit_is_deleting_it(self, name):
         fn, params, batch = case(name)
         found = read(fn, params, batch)
