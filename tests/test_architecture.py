@@ -115,6 +115,9 @@ INSIDE = {
         "path",
         "sensitivity",
         "lossless",
+        "lottery",
+        "penalised",
+        "distil",
     ],
 }
 OUTSIDE = {"threadpoolctl", "jax", "numpy", "scipy", "jaxtyping", "optax", "tqdm", "safetensors", "matplotlib"}

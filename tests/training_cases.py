@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from pruneopt import training as t
-from pruneopt.constraints import Cardinality
+from pruneopt.constraints import NM, Cardinality
 from pruneopt.penalties import L1
 
 HALF = Cardinality(sparsity=0.5)  # 20 of 40 weights; the biases are not pruned
@@ -42,8 +42,18 @@ OPTIMIZERS = {
     "freeze": (lambda o: t.freeze(o, {"a/kernel": jnp.arange(20).reshape(4, 5) % 2 == 0}), 10),
     "gradual": (lambda o: t.gradual(o, HALF, begin=1, end=7, every=2), KEPT),
     "proximal": (lambda o: t.proximal(o, L1(0.05), 0.02, metric=t.adam_metric()), None),
+    "rigl": (lambda o: t.rigl(o, HALF, end=9, every=3), KEPT),
+    "sparse_evolution": (lambda o: t.sparse_evolution(o, NM(2, 4, axis="out"), end=9, every=3, leaves="b/*"), 10),
+    "hard_threshold": (lambda o: t.hard_threshold(o, HALF, begin=1, end=7, every=3, hold=2), KEPT),
+    "straight_through": (lambda o: t.straight_through(o, NM(2, 4, axis="out"), leaves="b/*"), 10),
+    "admm": (lambda o: t.admm(o, HALF, begin=1, end=8, every=2, pull=0.2, metric=t.adam_metric()), KEPT),
+    "l0": (lambda o: t.l0(o, 1e-3, per="in"), None),
+    "lagrangian": (lambda o: t.lagrangian(o, HALF, end=8, ascent=0.1), KEPT),
 }
 ADAM = partial(optax.adam, 0.02)
+
+
+GRADIENT = jax.jit(jax.grad(loss))
 
 
 @cache

@@ -1,10 +1,13 @@
 """More than one solve: whole networks, schedules, sensitivity, recalibration."""
 
+from pruneopt.plans.distil import distil
 from pruneopt.plans.gradual import CoarseThenFine, Cubic, Iterative, OneShot, Schedule, Stage
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.lossless import lossless
+from pruneopt.plans.lottery import lottery
 from pruneopt.plans.methods import LAYER_METHODS, METHODS, LayerMethod, Method
 from pruneopt.plans.path import Path, at_sparsity, path
+from pruneopt.plans.penalised import penalised
 from pruneopt.plans.prune import prune
 from pruneopt.plans.recalibrate import recalibrate
 from pruneopt.plans.retrain import retrain
@@ -25,9 +28,12 @@ __all__ = [
     "Sensitivity",
     "Stage",
     "at_sparsity",
+    "distil",
     "layerwise",
     "lossless",
+    "lottery",
     "path",
+    "penalised",
     "prune",
     "recalibrate",
     "retrain",

@@ -54,6 +54,8 @@ def proximal(
     learning_rate: that of `optimizer`, a number or its schedule. metric: for adaptive optimisers the function from
         their state to d: `adam_metric()`, `rms_metric()`, or your own. With one, the penalty's prox must be entrywise.
     leaves: which leaves are penalised, as in `prune`.
+    Heavy-ball momentum m sums gradients up to 1 / (1 - m) of themselves, so against it a penalty acts with (1 - m) of
+    its weight; Adam's averages do not.
 
     Source: Yun, Lozano and Yang 2021 (ProxGen), algorithm 1. Raises ValueError at `init` for an adaptive optimiser
     without a metric, and where the first step is not learning_rate * d * gradient (to a factor of 2, for Nesterov).

@@ -1,0 +1,39 @@
+"""Train with a penalty, prune what it made small, retrain without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pruneopt.constraints.base import Constraint
+from pruneopt.plans.prune import FineTune, prune
+from pruneopt.solution import Pruned
+from pruneopt.structure.leaves import Choice
+
+Tree = Any
+
+
+def penalised(
+    params: Tree,
+    shrink: FineTune,
+    constraint: Constraint,
+    fine_tune: FineTune,
+    *,
+    evaluate: Callable[[Tree], Any] | None = None,
+    leaves: Choice = None,
+    progress: bool = True,
+) -> Pruned:
+    """w <- argmin f + penalty by `shrink`; the support of `constraint` with the largest |w|; w <- argmin f on it.
+
+    The penalty moves the loss to few weights, the cut meets the count to the unit, and retraining without the penalty
+    takes its bias away (debiasing).
+
+    shrink: (params, None) -> params, such as
+        retrain(loss, batches, training.proximal(optax.adam(a), L1(1e-4), a, metric=training.adam_metric())).
+    fine_tune: (params, support) -> params, such as retrain(loss, batches, optax.adam(a)). The rest as in `prune`.
+    Source: Liu et al. 2015 and 2017 (train with the penalty, prune, retrain). Raises as `prune`.
+    """
+    small = shrink(params, None)
+    return prune(
+        None, small, None, constraint, fine_tune=fine_tune, evaluate=evaluate, leaves=leaves, progress=progress
+    )

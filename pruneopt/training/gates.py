@@ -1,0 +1,217 @@
+"""Hard-concrete gates: each weight, or slice of a leaf, is multiplied by a random gate that can be exactly zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from pruneopt import _tree
+from pruneopt.constraints.base import Constraint
+from pruneopt.solution import Pruned
+from pruneopt.structure.leaves import Choice
+from pruneopt.training.base import SparseOptimizer, as_optimizer, chosen, filled, is_hole, needed, own_state, towards
+
+Tree = Any
+Scope = Literal["weight", "in", "out"]
+
+# Temperature and stretch. Source: Louizos et al. 2018, section 4.
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+
+
+class GatedState(NamedTuple):
+    """The gated weights and what moves them.
+
+    step: updates made. weights: theta. log_alpha: one number a gate. gates: z of the current params, spread over the
+    weights. price: what one expected living weight costs. inner, gate_inner: the optimisers' states.
+    """
+
+    step: jax.Array
+    weights: Tree
+    log_alpha: Tree
+    gates: Tree
+    price: jax.Array
+    inner: Any
+    gate_inner: Any
+
+
+def l0(
+    optimizer: optax.GradientTransformation,
+    weight: float,
+    *,
+    gate_optimizer: optax.GradientTransformation | None = None,
+    per: Scope = "weight",
+    open_: float = 0.5,
+    end: int | None = None,
+    leaves: Choice = None,
+    key: jax.Array | int = 0,
+) -> SparseOptimizer:
+    """minimise E_z f(theta z) + weight E |z|_0 over weights theta and the gates' distribution; |z|_0 counts weights.
+
+    z = clip(s (ZETA - GAMMA) + GAMMA, 0, 1), s = sigmoid((log u - log(1 - u) + log_alpha) / BETA), u uniform, so that
+    P(z != 0) = sigmoid(log_alpha - BETA log(-GAMMA / ZETA)). The params in the user's loop are theta z with gates drawn
+    for the next batch; their gradient gives those of theta and log_alpha by the chain rule, so the loss stays as it is.
+    `finish` gives theta times the gates' noiseless estimate, exactly zero where that is.
+
+    weight: of one living weight, such as 0.1 / (training examples). per: a gate for each "weight", each "in" (an index
+        of all axes but the last: an input, with all its weights) or each "out" (of the last: a neuron, a filter).
+    open_: first P(s > 1/2) of a gate, in (0, 1). end: from that step on the gates are fixed at that estimate, what it
+        left is trained on. gate_optimizer: of log_alpha; None: as `optimizer`. key: of the draws.
+    Source: Louizos, Welling and Kingma 2018, equations 10 to 13. Raises ValueError for a negative or NaN weight.
+    """
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"weight={weight!r} is not a finite number >= 0; pass the price of a living weight")
+
+    def price(_: jax.Array, living: jax.Array, theta: Tree) -> jax.Array:
+        return jnp.asarray(weight, living.dtype)
+
+    make = Gating(optimizer, gate_optimizer, per, open_, end, leaves, key)
+    return make.optimizer("l0", None, weight, price, lambda estimate: jax.tree.map(lambda w: w != 0, estimate))
+
+
+class Gating(NamedTuple):
+    """What methods with gates share: `l0` has a fixed price, `lagrangian` a constraint that sets it."""
+
+    inner: optax.GradientTransformation
+    gate_inner: optax.GradientTransformation | None
+    per: Scope
+    open_: float
+    end: int | None
+    leaves: Choice
+    key: jax.Array | int
+
+    def optimizer(
+        self,
+        name: str,
+        constraint: Constraint | None,
+        first_price: float,
+        priced: Callable[[jax.Array, jax.Array, Tree], jax.Array],
+        select: Callable[[Tree], Tree],
+    ) -> SparseOptimizer:
+        """priced(price, E|z|_0, theta) is the next price; select(theta z) the support at the end."""
+        inner = as_optimizer(self.inner, name)
+        gate_inner = inner if self.gate_inner is None else as_optimizer(self.gate_inner, name)
+        if self.per not in ("weight", "in", "out"):
+            raise ValueError(f"per={self.per!r} is unknown; pass 'weight', 'in' or 'out'")
+        if not 0 < self.open_ < 1:
+            raise ValueError(f"open_={self.open_!r} is outside (0, 1); pass the first probability of an open gate")
+
+        def draw(step: Any, log_alpha: Tree) -> Tree:
+            key = jax.random.fold_in(jax.random.key(self.key) if isinstance(self.key, int) else self.key, step)
+            leaves, structure = jax.tree.flatten(log_alpha)
+            keys = jax.random.split(key, len(leaves))
+            return jax.tree.unflatten(structure, [sample(k, a) for k, a in zip(keys, leaves, strict=True)])
+
+        def init(params: Tree) -> GatedState:
+            theta = jax.tree.map(jnp.array, chosen(params, self.leaves, constraint))
+            first = math.log(self.open_ / (1 - self.open_))
+            log_alpha = jax.tree.map(
+                lambda w: jnp.full(gate_shape(w.shape, self.per), first, _tree.wide(w.dtype)), theta
+            )
+            dtype = _tree.wide(jax.tree.leaves(theta)[0].dtype)
+            return GatedState(
+                jnp.zeros((), jnp.int32), theta, log_alpha, jax.tree.map(jnp.ones_like, theta),
+                jnp.asarray(first_price, dtype), inner.init(params), gate_inner.init(log_alpha),
+            )  # fmt: skip
+
+        def update(
+            gradient: Tree, state: GatedState, params: Tree | None = None, **extra: Any
+        ) -> tuple[Tree, GatedState]:
+            params, theta, log_alpha, gates = needed(params), state.weights, state.log_alpha, state.gates
+
+            # Gates: the chain rule through z, and the price of being open.
+            def gate_gradient(a: jax.Array, g: jax.Array, w: jax.Array, z: jax.Array) -> jax.Array:
+                each = (g * w * slope(z)).astype(a.dtype)
+                axes = tuple(i for i, (n, m) in enumerate(zip(a.shape, w.shape, strict=True)) if n < m)
+                p = open_probability(a)
+                return jnp.sum(each, axis=axes, keepdims=True) + price * (w.size // a.size) * p * (1 - p)
+
+            living = sum(
+                jnp.sum(open_probability(a)) * (w.size // a.size)
+                for a, w in zip(jax.tree.leaves(log_alpha), jax.tree.leaves(theta), strict=True)
+            )
+            price = priced(state.price, jnp.asarray(living, state.price.dtype), theta)
+            picked = jax.tree.map(lambda w, g: None if w is None else g, theta, gradient, is_leaf=is_hole)
+            gate_step, gate_new = gate_inner.update(
+                jax.tree.map(gate_gradient, log_alpha, picked, theta, gates), state.gate_inner, log_alpha
+            )
+            log_alpha = optax.apply_updates(log_alpha, gate_step)
+
+            # Weights: the same rule.
+            through = jax.tree.map(lambda z, g: g if z is None else g * z, gates, gradient, is_leaf=is_hole)
+            updates, new = inner.update(through, state.inner, filled(theta, params), **extra)
+            theta = jax.tree.map(
+                lambda w, u: None if w is None else w + u.astype(w.dtype), theta, updates, is_leaf=is_hole
+            )
+
+            drawn = lambda w, z: (w, jax.tree.map(spread, draw(state.step, log_alpha), w))  # noqa: E731
+            if self.end is None:
+                theta, gates = drawn(theta, gates)
+            else:
+
+                def fixed(w: Tree, z: Tree) -> tuple[Tree, Tree]:
+                    w = jax.tree.map(estimated, log_alpha, w)
+                    return w, jax.tree.map(lambda m, x: m.astype(x.dtype), select(w), w)
+
+                phase = jnp.sign(state.step - self.end) + 1
+                theta, gates = lax.switch(phase, [drawn, fixed, lambda w, z: (w, z)], theta, gates)
+            sparse = jax.tree.map(jnp.multiply, theta, gates)
+            state = GatedState(state.step + 1, theta, log_alpha, gates, price, new, gate_new)
+            return towards(sparse, params, updates), state
+
+        def finish(params: Tree, state: Any) -> Pruned:
+            own = own_state(state, GatedState)
+            if self.end is not None and int(own.step) > self.end:
+                masks = jax.tree.map(lambda z: z != 0, own.gates)
+                return Pruned(filled(_tree.masked(own.weights, masks), params), masks)
+            estimate = jax.tree.map(estimated, own.log_alpha, own.weights)
+            masks = select(estimate)
+            return Pruned(filled(_tree.masked(estimate, masks), params), masks)
+
+        return SparseOptimizer(init, update, finish)
+
+
+def open_probability(log_alpha: jax.Array) -> jax.Array:
+    """P(z != 0). Source: Louizos et al. 2018, equation 12."""
+    return jax.nn.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
+
+
+def sample(key: jax.Array, log_alpha: jax.Array) -> jax.Array:
+    """Gates z. Source: Louizos et al. 2018, equations 10 and 11."""
+    u = jax.random.uniform(key, log_alpha.shape, log_alpha.dtype, minval=float(np.finfo(np.float32).eps), maxval=1.0)
+    s = jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + log_alpha) / BETA)
+    return jnp.clip(s * (ZETA - GAMMA) + GAMMA, 0, 1)
+
+
+def estimate(log_alpha: jax.Array) -> jax.Array:
+    """Gates without noise. Source: Louizos et al. 2018, equation 13."""
+    return jnp.clip(jax.nn.sigmoid(log_alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
+
+
+def slope(z: jax.Array) -> jax.Array:
+    """dz / dlog_alpha, read off z: zero where it is clipped."""
+    s = (z - GAMMA) / (ZETA - GAMMA)
+    return jnp.where((z > 0) & (z < 1), (ZETA - GAMMA) * s * (1 - s) / BETA, jnp.zeros((), z.dtype))
+
+
+def gate_shape(shape: tuple[int, ...], per: Scope) -> tuple[int, ...]:
+    """One entry for each gate of a leaf, broadcastable to it."""
+    if per == "weight":
+        return shape
+    return (*shape[:-1], 1) if per == "in" else (*(1 for _ in shape[:-1]), *shape[-1:])
+
+
+def spread(gates: jax.Array, like: jax.Array) -> jax.Array:
+    """A gate for each weight, in the weights' dtype."""
+    return jnp.broadcast_to(gates, like.shape).astype(like.dtype)
+
+
+def estimated(log_alpha: jax.Array, weights: jax.Array) -> jax.Array:
+    """theta times the noiseless gates."""
+    return weights * spread(estimate(log_alpha), weights)
