@@ -200,6 +200,26 @@ CASES = {
         ValueError,
         ("gradient of fn", "NaN", "'w1'"),
     ),
+    "gradient of zero": (
+        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + 0 * jnp.sum(p["w1"]), method="taylor"),
+        ValueError,
+        ("gradient of fn", "zero everywhere", "method='fisher'"),
+    ),
+    "gradient of zero, GraSP": (
+        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + 0 * jnp.sum(p["w1"]), method="grasp"),
+        ValueError,
+        ("gradient of fn", "zero everywhere"),
+    ),
+    "Fisher of zero": (
+        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + 0 * jnp.sum(p["w1"]), method="fisher"),
+        ValueError,
+        ("Fisher of fn", "zero everywhere", "method='magnitude'"),
+    ),
+    "Hessian of zero": (
+        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + jnp.sum(p["w1"]), method="obd"),
+        ValueError,
+        ("Hessian of fn", "zero everywhere", "method='magnitude'"),
+    ),
     "gradient of another structure": (
         lambda: po.Problem(
             Quadratic({"w": jnp.ones((2, 2))}, None, {"v": jnp.ones((2, 2))}), subject_to=Cardinality(count=1)

@@ -29,12 +29,14 @@ def linear(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) 
     chosen, rest = partition(params, leaves)
     stream = _data.Batches(batches)
     evaluate.check_scalar(fn, chosen, rest, stream)
-    return Quadratic(chosen, None, evaluate.mean_gradient(fn, chosen, rest, stream))
+    gradient = evaluate.mean_gradient(fn, chosen, rest, stream)
+    return Quadratic(chosen, None, _not_zero(gradient, "the gradient of fn", "fisher"))
 
 
 def diagonal_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
     """1/2 <d, diag(F) d>, F the empirical Fisher."""
     curvature = empirical_fisher_diagonal(fn, params, batches, leaves)
+    _not_zero(curvature.values, "the Fisher of fn", "magnitude")
     return Quadratic(partition(params, leaves)[0], curvature)
 
 
@@ -56,6 +58,7 @@ def fisher_step(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Ar
 def diagonal_hessian(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
     """1/2 <d, diag(H) d>, H the Hessian of the mean loss, its diagonal by 8 Hutchinson probes."""
     curvature = hutchinson_diagonal(fn, params, batches, leaves, key=key)
+    _not_zero(curvature.values, "the Hessian of fn", "magnitude")
     return Quadratic(partition(params, leaves)[0], curvature)
 
 
@@ -67,6 +70,7 @@ def channel_traces(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax
     """
     chosen = partition(params, leaves)[0]
     curvature = hutchinson_diagonal(fn, params, batches, leaves, key=key)
+    _not_zero(curvature.values, "the Hessian of fn", "magnitude")
     return Quadratic(chosen, Diagonal(_channel_means(curvature.values)))
 
 
@@ -79,7 +83,7 @@ def gradient_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
     chosen, rest = partition(params, leaves)
     stream = _data.Batches(batches)
     evaluate.check_scalar(fn, chosen, rest, stream)
-    gradient = evaluate.mean_gradient(fn, chosen, rest, stream)
+    gradient = _not_zero(evaluate.mean_gradient(fn, chosen, rest, stream), "the gradient of fn", "obd")
     flow = stream.mean(lambda batch: _negative_product(fn, chosen, rest, batch, gradient))
     return Quadratic(chosen, None, check_finite(flow, "the Hessian of fn"))
 
@@ -100,6 +104,16 @@ def synaptic_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
         raise ValueError(f"fn returns {out}; synaptic flow needs the network's outputs, not a loss: pass fn=forward")
     flow = check_finite(_flow(fn, chosen, rest, batch), "the synaptic flow of fn")
     return Quadratic(chosen, None, flow)
+
+
+def _not_zero(tree: Tree, what: str, instead: str) -> Tree:
+    """`tree`, or ValueError where all of it is zero: then every weight costs the same, nothing."""
+    if not any(bool(jnp.any(x)) for x in jax.tree.leaves(tree)):
+        raise ValueError(
+            f"{what} is zero everywhere, as at a converged network or a loss that does not use these leaves: it ranks "
+            f"no weight; check fn and batches, or pass method={instead!r}"
+        )
+    return tree
 
 
 @partial(jax.jit, static_argnums=0)
