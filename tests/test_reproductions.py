@@ -10,6 +10,7 @@ import test_checkpoints
 
 from paper_reproductions.frantar_2023 import run as frantar
 from paper_reproductions.meng_2024 import run as meng
+from paper_reproductions.networks import decoder
 
 pytestmark = pytest.mark.default_flags
 SCRIPTS = Path(frantar.__file__).parents[1]
@@ -62,6 +63,15 @@ def test_admm_grad_is_no_worse_than_its_mask_with_the_old_weights():
         assert mask.sum() == kept
         assert not np.any(w[~mask])
         assert meng.error(h, w0, w) < meng.error(h, w0, w0 * mask)
+
+
+def test_a_width_that_eight_does_not_divide_is_pruned_to_half_the_pattern():
+    layer = {"w2": np.ones((12, 4), np.float32), "wq": np.ones((16, 4), np.float32)}
+    network = decoder.Decoder({"layers": {"0": layer}}, None, ["layers/*/w*"])
+    layer = frantar.pruned(network, None, "magnitude", "4:8")["layers"]["0"]
+    masks = {name: np.asarray(w) != 0 for name, w in layer.items()}
+    assert (masks["w2"].reshape(3, 4, 4).sum(1) == 2).all()
+    assert (masks["wq"].reshape(2, 8, 4).sum(1) == 4).all()
 
 
 @pytest.mark.slow
