@@ -23,8 +23,8 @@ def datasets(monkeypatch):
     del sys.modules["datasets"]
 
 
-def run(*args, **environment):
-    command = [sys.executable, str(EXAMPLES / "prune_cnn.py"), *map(str, args)]
+def run(*args, example="prune_cnn.py", **environment):
+    command = [sys.executable, str(EXAMPLES / example), *map(str, args)]
     clean = {k: v for k, v in os.environ.items() if k != "PRUNEOPT_DATA"}
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=clean | environment)
 
@@ -115,6 +115,22 @@ def test_prune_cnn_says_what_to_pass(args, words):
     done = run(*args)
     assert done.returncode != 0
     assert words in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [(), ("--groups",)])
+def test_train_with_l1_prints_and_draws(tmp_path, mode):
+    out = tmp_path / "new" / "picture.png"
+    done = run("--toy", "--out", out, *mode, example="train_with_l1.py")
+    assert done.returncode == 0, done.stderr
+    first, second, *outputs, picture = done.stdout.splitlines()
+    assert first.startswith("with the penalty")
+    assert "test accuracy" in second
+    assert ("90.0 % zeros" in second) is (mode == ())
+    assert len(outputs) == (5 if mode else 6)
+    assert picture.startswith("picture: ")
+    assert "train: 100%" in done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG")
 
 
 def test_digits(datasets):

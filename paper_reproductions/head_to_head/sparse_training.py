@@ -49,7 +49,7 @@ def adam():
 ROWS = {
     "dense": lambda p: t.freeze(adam()),
     "gradual magnitude": lambda p: t.gradual(adam(), goal, begin=S // 8, end=END),
-    "L1 prox, then cut": lambda p: t.proximal(adam(), L1(3e-5), schedule, metric=t.adam_metric()),
+    "L1 prox and a cut": lambda p: t.proximal(adam(), L1(3e-5), schedule, metric=t.adam_metric()),
     "Lagrangian gates": lambda p: t.lagrangian(
         adam(),
         goal,
@@ -115,7 +115,7 @@ def run(name, data, seed):
     params = init(seed)
     optimizer = ROWS[name](params)
     if (
-        name == "L1 prox, then cut"
+        name == "L1 prox and a cut"
     ):  # the prox reaches no sparsity by itself: cut to it and retrain, equally long in all
         params, state, first = train(optimizer, params, x, y, END, seed)
         masks = goal.select({k: {"kernel": jnp.abs(v["kernel"])} for k, v in params.items()})
