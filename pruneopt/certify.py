@@ -60,7 +60,7 @@ def verify(problem: Problem, value: Tree, support: Tree, evidence: Evidence) -> 
     gap = _gap(objective - constant, bound - constant)
     if not math.isfinite(objective):
         status = Status.NONFINITE
-    elif violation or outside:
+    elif violation or outside or problem.value_violation(value) > 0:
         status = Status.INFEASIBLE
     else:
         status = Status.OPTIMAL if gap <= _OPTIMAL_GAP else Status.FEASIBLE

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _tree
+from pruneopt.constraints.ball import Ball
 from pruneopt.constraints.base import Constraint
 from pruneopt.objectives.base import Objective, QuadraticObjective
 from pruneopt.penalties.base import Penalty
@@ -56,19 +57,25 @@ class Problem:
             f + P  >=  constant - t <G, w0> - t^2 / 2 <d, G> - P*(-t G),
 
         tight at the optimum with t = 1. The best of t = 1, of the largest t at which P* is finite for a norm P, and of
-        the best t up to that. -inf where f or P is not of that kind; that H is semidefinite is not checked.
+        the best t up to that. Without a penalty, a ball as constraint takes its
+        place, with t = 1. -inf where f or P is not of that kind; that H is semidefinite is not checked.
         Source: Fenchel's duality, with the scaling of El Ghaoui, Viallon and Rabbani 2012.
         """
-        f, penalty = self.objective, self.penalty
+        f, penalty, ball = self.objective, self.penalty, self.subject_to
         if not isinstance(f, QuadraticObjective) or f.gradient is not None or f.curvature is None:
             return -math.inf
-        if penalty is None or not penalty.is_convex:
+        if penalty is None and not isinstance(ball, Ball):
+            return -math.inf
+        if penalty is not None and not penalty.is_convex:
             return -math.inf
         gradient = f.slope(point)
         along, bend = 0.0, 0.0
         for g, z, c in zip(*map(jax.tree.leaves, (gradient, point, f.center)), strict=True):
             along += float(np.vdot(g, np.asarray(c, np.float64)))
             bend += float(np.vdot(g, np.asarray(z, np.float64) - np.asarray(c, np.float64)))
+        if penalty is None:  # a ball's indicator, whose conjugate is radius times the dual norm
+            assert isinstance(ball, Ball)
+            return f.constant - along - bend / 2 - ball.radius * ball.dual_norm(gradient)
         dual_norm = penalty.weight_max(gradient)
         most = float(penalty.weight) / dual_norm if dual_norm > 0 else 1.0
         best = min(max(-along / bend, -most), most) if bend > 0 else 0.0
@@ -79,6 +86,10 @@ class Problem:
             )
 
         return max(bound(t) for t in (1.0, most, best))
+
+    def value_violation(self, w: Tree) -> float:
+        """By how much the values of w break the constraint; 0 where it is on supports alone."""
+        return 0.0 if self.subject_to is None else self.subject_to.value_violation(w)
 
     def violation(self, support: Tree) -> int:
         """By how many units `support` breaks the constraint."""

@@ -14,7 +14,7 @@ from pruneopt.certify import verify
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solution import Solution, Status
-from pruneopt.solvers.base import Solver, Start
+from pruneopt.solvers.base import Solver, Start, ignored_values
 from pruneopt.solvers.swap import sampled_gain
 from pruneopt.structure.leaves import check_finite, check_like
 
@@ -48,7 +48,7 @@ def solve(
     for name, part, kind in (("problem", problem, Problem), ("solver", solver, Solver)):
         if not isinstance(part, kind):
             raise TypeError(f"{name} is {part!r}; pass a pruneopt {kind.__name__}")
-    refusal = solver.refuses(problem)
+    refusal = solver.refuses(problem) or ignored_values(problem, solver)
     if refusal:
         raise ValueError(refusal)
     start = None if init is None else _start(problem, init)

@@ -118,6 +118,8 @@ CONSTRAINTS = {
             & (b.sum((1, 2)) >= 2)
         ),
     ),
+    "an L1 ball, on values alone": (c.L1Ball(2.0), lambda a, b: _total(a, b) >= 0),
+    "a group ball, on values alone": (c.GroupBall(2.0), lambda a, b: _total(a, b) >= 0),
     "by path": (
         c.ByPath({"a": c.Cardinality(count=3), "*": c.Cardinality(sparsity=0.25)}),
         lambda a, b: (a.sum((1, 2)) <= 3) & (b.sum((1, 2)) <= 3),

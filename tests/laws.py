@@ -331,6 +331,8 @@ class TestSolver:
             fixed = c_name == "a fixed support"
             takes = solver_name in TAKES[f_name] or (fixed and f"{solver_name} s" in TAKES[f_name])
             takes |= f"{solver_name} *" in TAKES[f_name] and c_name not in REFUSED[solver_name]
+            if problem.subject_to.bounds_values:
+                takes = solver.projects and f_name in PENALISED[solver_name]
             if not takes:
                 with pytest.raises(ValueError, match=r"\w"):
                     po.solve(problem, solver)

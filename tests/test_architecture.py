@@ -60,7 +60,7 @@ INSIDE = {
         "kronecker",
         "low_rank_plus_diagonal",
     ],
-    "constraints": ["base", "cardinality", "support", "nm", "transposable", "block", "intersection", "by_path"],
+    "constraints": ["base", "ball", "cardinality", "support", "nm", "transposable", "block", "intersection", "by_path"],
     "penalties": ["base", "l1", "partition", "group", "nonconvex", "ordered"],
     "solvers": [
         "base",

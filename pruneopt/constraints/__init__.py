@@ -1,5 +1,6 @@
 """What is allowed: sets of supports."""
 
+from pruneopt.constraints.ball import GroupBall, L1Ball
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.block import Blocks, Slices, Units
 from pruneopt.constraints.by_path import ByPath
@@ -15,7 +16,9 @@ __all__ = [
     "ByPath",
     "Cardinality",
     "Constraint",
+    "GroupBall",
     "Intersection",
+    "L1Ball",
     "Slices",
     "Support",
     "TransposableNM",

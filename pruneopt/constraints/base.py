@@ -29,6 +29,19 @@ class Constraint(abc.ABC):
         """Whether a leaf may lose all its weights without an error (layer collapse)."""
         return False
 
+    @property
+    def bounds_values(self) -> bool:
+        """Whether it restricts the values too, and not the support alone; then it has a `project`."""
+        return False
+
+    def project(self, values: Tree) -> Tree:
+        """The nearest allowed values on their support."""
+        return values
+
+    def value_violation(self, values: Tree) -> float:
+        """By how much the values break it; 0 where they do not, to rounding."""
+        return 0.0
+
     @abc.abstractmethod
     def check(self, variable: Tree) -> None:
         """Raise ValueError unless the constraint makes sense for these leaves. Looks at shapes only."""
@@ -70,6 +83,10 @@ def check_constraints(name: str, parts: Any) -> None:
     for part in parts:
         if not isinstance(part, Constraint):
             raise TypeError(f"{name} holds {part!r}; pass constraints such as Cardinality(sparsity=0.9)")
+        if part.bounds_values:
+            raise TypeError(
+                f"{name} holds {part!r}, which bounds values and stands alone; pass it as subject_to= itself"
+            )
 
 
 def check_cut(cut: float) -> None:

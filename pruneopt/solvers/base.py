@@ -44,6 +44,11 @@ class Outcome:
 class Solver(abc.ABC):
     """An algorithm. Subclasses are final frozen dataclasses whose fields define it; `solve` runs it."""
 
+    @property
+    def projects(self) -> bool:
+        """Whether it obeys constraints on values, by their `project`."""
+        return False
+
     @abc.abstractmethod
     def refuses(self, problem: Problem) -> str | None:
         """Why this solver cannot solve `problem`, with the remedy; None if it can."""
@@ -88,6 +93,14 @@ def check_not_negative(solver: Solver, *fields: str) -> None:
         if not (isinstance(value, int | float | np.floating) and 0 <= value < math.inf):
             usual = getattr(type(solver), name)
             raise ValueError(f"{name}={value!r} is not a finite number >= 0; pass one, such as {usual}")
+
+
+def ignored_values(problem: Problem, solver: Solver) -> str | None:
+    """The refusal of a solver that looks at supports alone, for a constraint on values."""
+    if problem.subject_to is not None and problem.subject_to.bounds_values and not solver.projects:
+        name = type(solver).__name__
+        return f"{name} knows constraints on supports alone, not {problem.subject_to!r}; use ProximalGradient"
+    return None
 
 
 def without_penalty(problem: Problem, solver: Solver) -> str | None:

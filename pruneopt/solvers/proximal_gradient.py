@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from pruneopt.constraints.ball import Ball
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.loss import Loss
 from pruneopt.problem import Problem
@@ -25,10 +26,11 @@ _HALVINGS = 60  # of one step, on the true loss
 
 @dataclass(frozen=True)
 class ProximalGradient(Solver):
-    """minimise f(w) + P(w) by w+ = prox_{t P}(y - t grad f(y)), with Nesterov's momentum in y where P is convex.
+    """minimise f(w) + P(w), or f(w) over w in a ball, by w+ = prox_{t P}(y - t grad f(y)), Nesterov's momentum in y.
 
-    y = w + (k - 1) / (k + 2) (w - w_before), k counted from the last restart: momentum starts again where
-    <y - w+, w+ - w> > 0. A step t that fails f(w+) <= f(y) + <grad f(y), w+ - y> + ||w+ - y||^2 / (2 t) is halved and
+    For a ball the prox is the projection. Where P is not convex y = w, else y = w + (k - 1) / (k + 2) (w - w_before),
+    k counted from the last restart: momentum starts again where <y - w+, w+ - w> > 0. A step t that fails f(w+) <=
+    f(y) + <grad f(y), w+ - y> + ||w+ - y||^2 / (2 t) is halved and
     taken again, which also catches one that diverges; stats["halvings"] says how often.
 
     On a quadratic in float64, one product an iteration, until the duality gap is `tolerance` of the objective (status
@@ -51,13 +53,18 @@ class ProximalGradient(Solver):
         if self.step is not None and not 0 < self.step < math.inf:
             raise ValueError(f"step={self.step!r} is not a finite number > 0; pass a step, or None for 1 / curvature")
 
+    @property
+    def projects(self) -> bool:
+        """True: the projection on a ball takes the place of the prox."""
+        return True
+
     def refuses(self, problem: Problem) -> str | None:
-        """No penalty, a constraint, or an objective that is neither a Loss nor a quadratic with a curvature."""
-        f = problem.objective
-        if problem.penalty is None:
+        """Neither a penalty nor a ball, or both; an objective that is no Loss and no quadratic with a curvature."""
+        f, ball = problem.objective, problem.subject_to
+        if problem.penalty is None and ball is None:
             return "ProximalGradient needs a penalty; pass penalty= such as L1(0.01), or use Descent or Polish"
-        if problem.subject_to is not None:
-            return f"ProximalGradient knows no constraint; drop subject_to={problem.subject_to!r}"
+        if ball is not None and (problem.penalty is not None or not isinstance(ball, Ball)):
+            return f"ProximalGradient takes a penalty or a ball (L1Ball, GroupBall); drop subject_to={ball!r}"
         if isinstance(f, Loss) and f.has_updates:
             return "ProximalGradient needs a loss without running statistics; pass a loss that holds them fixed"
         if not isinstance(f, Loss) and (not isinstance(f, QuadraticObjective) or f.curvature is None):
@@ -75,7 +82,7 @@ class ProximalGradient(Solver):
     def _on_quadratic(self, problem: Problem, start: Tree, key: jax.Array) -> Outcome:
         f: Any = problem.objective
         model = _Model(_float64(f.curvature), _float64(f.center), _float64(f.gradient), jnp.float64(f.ridge()))
-        penalty, w = _float64(problem.penalty), _float64(start)
+        penalty, w = _float64(_proximal(problem)), _float64(start)
         step = self.step or 1 / float(_curvature(model, key))
         slope, zero = _slope(model, w), jnp.zeros((), jnp.float64)
         state = _State(w, w, slope, slope, zero + step, zero, jnp.zeros((), jnp.int32), zero + 1)
@@ -105,8 +112,7 @@ class ProximalGradient(Solver):
         )
 
     def _on_loss(self, problem: Problem, f: Loss, start: Tree) -> Outcome:
-        penalty = problem.penalty
-        assert penalty is not None
+        penalty = _proximal(problem)
         w = before = jax.tree.map(jnp.asarray, start)
         f.finite_value(w)
         step, halvings, count, settled, done = self.step or 1.0, 0, 0, False, 0
@@ -131,6 +137,27 @@ class ProximalGradient(Solver):
             settled = change <= self.tolerance * size
         stats = {"iterations": done, "halvings": halvings, "step": step}
         return Outcome(w, _nonzero(w), hit_limit=not settled, stats=stats)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Indicator:
+    """A ball as a penalty: zero inside, infinite outside."""
+
+    ball: Ball = field(metadata={"static": True})
+
+    is_convex = True
+
+    def prox(self, w: Tree, step: Any) -> Tree:
+        return self.ball.project(w)
+
+
+def _proximal(problem: Problem) -> Any:
+    """What has the prox: the penalty, or the ball."""
+    if problem.penalty is not None:
+        return problem.penalty
+    assert isinstance(problem.subject_to, Ball)
+    return _Indicator(problem.subject_to)
 
 
 class _Model(NamedTuple):
