@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from pruneopt import _linalg, _tree
 from pruneopt.constraints.by_path import ByPath
+from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solution import Evidence
@@ -121,6 +122,18 @@ def layer_only(problem: Problem, solver: Solver) -> str | None:
         return (
             f"{name} solves one layer, and ByPath is for many; pass the layer's own constraint, or use plans.layerwise"
         )
+    return without_penalty(problem, solver)
+
+
+def network_only(problem: Problem, solver: Solver, twin: str) -> str | None:
+    """The refusal of a solver for a quadratic model of a whole network under a constraint; `twin` solves one layer."""
+    name, f = type(solver).__name__, problem.objective
+    if isinstance(f, Reconstruction):
+        return f"{name} is for models of a whole network; {twin} solves one layer's Reconstruction"
+    if not isinstance(f, QuadraticObjective) or f.curvature is None:
+        return f"{name} needs a Quadratic with a curvature, not {f!r:.40}; pass one, or use Score"
+    if problem.subject_to is None:
+        return f"{name} needs a constraint; pass subject_to="
     return without_penalty(problem, solver)
 
 

@@ -12,9 +12,8 @@ from jaxtyping import Array
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.objectives.base import QuadraticObjective
-from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, without_penalty
+from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, network_only
 
 Tree = Any
 
@@ -42,14 +41,7 @@ class CHITA(Solver):
 
     def refuses(self, problem: Problem) -> str | None:
         """An objective that is not a quadratic with a curvature of the whole network, no constraint, a penalty."""
-        f = problem.objective
-        if isinstance(f, Reconstruction):
-            return "CHITA is for models of a whole network; HardThresholding is its twin for one layer's Reconstruction"
-        if not isinstance(f, QuadraticObjective) or f.curvature is None:
-            return f"CHITA needs a Quadratic with a curvature, not {f!r:.40}; pass one, or use Score"
-        if problem.subject_to is None:
-            return "CHITA needs a constraint; pass subject_to="
-        return without_penalty(problem, self)
+        return network_only(problem, self, twin="HardThresholding")
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Step while the model falls."""

@@ -13,9 +13,8 @@ from jaxtyping import Array, Float
 
 from pruneopt import _tree
 from pruneopt.objectives.base import QuadraticObjective
-from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, without_penalty
+from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, network_only
 
 Tree = Any
 Product = Callable[[Tree], Tree]
@@ -59,14 +58,7 @@ class GlobalADMM(Solver):
 
     def refuses(self, problem: Problem) -> str | None:
         """An objective that is not a quadratic with a curvature of the whole network, no constraint, a penalty."""
-        f = problem.objective
-        if isinstance(f, Reconstruction):
-            return "GlobalADMM is for models of a whole network; ADMM solves one layer's Reconstruction"
-        if not isinstance(f, QuadraticObjective) or f.curvature is None:
-            return f"GlobalADMM needs a Quadratic with a curvature, not {f!r:.40}; pass one, or use Score"
-        if problem.subject_to is None:
-            return "GlobalADMM needs a constraint; pass subject_to="
-        return without_penalty(problem, self)
+        return network_only(problem, self, twin="ADMM")
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Scale, iterate, select, refit."""
