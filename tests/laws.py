@@ -321,7 +321,10 @@ def brute_force(problem, feasible):
     return best
 
 
-@pytest.mark.parametrize("solver_name", SOLVERS)
+@pytest.mark.parametrize(
+    "solver_name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("CHITA", "global ADMM") else name for name in SOLVERS],
+)
 @pytest.mark.parametrize("f_name", OBJECTIVES)
 class TestSolver:
     def test_solves_or_refuses_as_the_table_says(self, f_name, solver_name, tolerance):

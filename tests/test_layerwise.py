@@ -305,6 +305,7 @@ def test_convolutions_by_hand():
     assert_same(pruned.params, {"k": wanted})
 
 
+@pytest.mark.slow
 def test_half_precision_weights_are_solved_in_float32():
     params = {name: jnp.asarray(w, jnp.bfloat16) for name, w in WEIGHTS.items()}
     pruned = run(lambda p, x: mlp(p, x.astype(jnp.bfloat16)), params, solver=Score())

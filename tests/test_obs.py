@@ -52,6 +52,7 @@ def test_each_removal_is_the_best_one_and_the_rest_is_refitted(gradient):
     assert got.objective == pytest.approx(value, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_it_is_near_the_best_of_all_supports():
     f, ratios = model(rank=30), []
     for count in (3, 6, 9, 11):

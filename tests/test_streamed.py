@@ -78,6 +78,7 @@ def test_solve_is_that_of_the_dense_matrix_where_it_is_positive():
     np.testing.assert_allclose(flat(h.solve(b, ridge=0.1))[0], exact, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_hutchinson_is_unbiased_and_the_same_however_the_data_is_cut():
     h, expected = made("squares")
     probes = 3000

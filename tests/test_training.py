@@ -70,6 +70,7 @@ class TestTransformation:
                 np.testing.assert_array_equal(named(done.params)[path], leaf)
                 assert np.any(np.asarray(leaf) != np.asarray(named(params())[path])), "the bias was not trained"
 
+    @pytest.mark.slow
     def test_goes_on_from_a_checkpoint(self, name):
         optimizer = of(name)
         whole = trained(optimizer)
@@ -87,6 +88,7 @@ class TestTransformation:
         start = optimizer.finish(*trained(optimizer, STEPS, data=lambda i: batch(0))[:2]).params
         assert loss(final, batch(0)) < loss(start, batch(0))
 
+    @pytest.mark.slow
     def test_keeps_dtypes_and_is_pure(self, name):
         optimizer = of(name)
         p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
@@ -217,6 +219,7 @@ def test_nothing_is_left_off_the_support(inner):
     assert np.all(np.asarray(p["a"]["kernel"])[~off] != 0)
 
 
+@pytest.mark.slow
 def test_on_the_support_it_is_the_optimiser_itself():
     """Against the same problem written with the kept weights alone."""
     mask = np.arange(20).reshape(4, 5) % 3 > 0
