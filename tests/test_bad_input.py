@@ -567,7 +567,7 @@ class Liar(po.solvers.Solver):
     ("lie", "status"), [("infeasible", "infeasible"), ("nonfinite", "nonfinite"), ("outside", "infeasible")]
 )
 def test_a_wrong_solver_is_caught_by_solve(lie, status):
-    problem = po.Problem(Quadratic(params(), Identity()), subject_to=Cardinality(sparsity=0.5))
+    problem = po.Problem(Quadratic(params(), Identity()), subject_to=Cardinality(sparsity=0.5, floor=1))
     with pytest.raises(po.SolveError, match=status):
         po.solve(problem, Liar(lie))
     assert po.solve(problem, Liar(lie), throw=False).status.name.lower() == status
