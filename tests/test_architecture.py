@@ -79,6 +79,7 @@ INSIDE = {
         "hard_threshold",
         "polish",
         "proximal_gradient",
+        "pursuit",
         "greedy_obs",
         "obs",
         "score",

@@ -27,7 +27,7 @@ from paper_reproductions.networks import mlpnet
 from pruneopt.constraints import Cardinality, Support
 from pruneopt.curvature import Diagonal, GaussNewton, Identity, Shrunk, empirical_fisher, softmax_fisher
 from pruneopt.objectives import Quadratic
-from pruneopt.solvers import CHITA, GlobalADMM, Polish, Score, SummedOBS, Then
+from pruneopt.solvers import CHITA, GlobalADMM, Polish, Pursuit, Score, SummedOBS, Then
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 N = 1000
@@ -102,7 +102,8 @@ METHODS = {  # name: (model that it reads, (setting, sparsity) -> Solution)
     "diagonal Fisher": ("fisher", diagonal),
     "magnitude, refit (CHITA's LS)": ("fisher", refitted_magnitude),
     "M-FAC": ("fisher", solved("fisher", SummedOBS())),
-    "CHITA": ("fisher", solved("fisher", Then(CHITA(50), Polish()))),
+    "CHITA, 50 iterations": ("fisher", solved("fisher", CHITA(50))),
+    "CHITA, each step refitted": ("fisher", solved("fisher", Pursuit())),
     "ADMM, empirical Fisher": ("fisher", solved("fisher", Then(ADMM, Polish()))),
     "ADMM, Gauss-Newton (ours)": ("gauss-newton", solved("gauss-newton", ADMM)),
 }

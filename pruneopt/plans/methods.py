@@ -30,6 +30,7 @@ from pruneopt.solvers.greedy_obs import GreedyOBS
 from pruneopt.solvers.hard_threshold import HardThresholding
 from pruneopt.solvers.obs import OBS
 from pruneopt.solvers.polish import Polish
+from pruneopt.solvers.pursuit import Pursuit
 from pruneopt.solvers.score import Score
 from pruneopt.solvers.sparse_swaps import SparseSwaps
 from pruneopt.solvers.summed_obs import SummedOBS
@@ -59,7 +60,7 @@ METHODS: dict[str, Method] = {
     "obd": Method(diagonal_hessian, Score("absolute"), "LeCun, Denker, Solla 1990"),
     "obs": Method(low_rank_fisher, OBS(), "Hassibi and Stork 1993, H the empirical Fisher; up to 10,000 weights"),
     "m_fac": Method(low_rank_fisher, SummedOBS(), "Frantar, Kurtic and Alistarh 2021"),
-    "chita": Method(low_rank_fisher, Then(CHITA(), Polish()), "Benbaki et al. 2023, then the refit on the support"),
+    "chita": Method(low_rank_fisher, Pursuit(), "Benbaki et al. 2023, each step from the refit of its support"),
     "global": Method(low_rank_fisher, Then(GlobalADMM(), Polish()), "ADMM in the metric of diag(F), then the refit"),
     "chita_steps": Method(fisher_step, Then(CHITA(), Polish()), "Benbaki et al. 2023, with the gradient: for stages"),
     "global_steps": Method(fisher_step, Then(GlobalADMM(), Polish()), "the same by ADMM"),

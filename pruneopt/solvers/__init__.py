@@ -16,6 +16,7 @@ from pruneopt.solvers.hard_threshold import HardThresholding
 from pruneopt.solvers.obs import OBS
 from pruneopt.solvers.polish import Polish
 from pruneopt.solvers.proximal_gradient import ProximalGradient
+from pruneopt.solvers.pursuit import Pursuit
 from pruneopt.solvers.score import Score
 from pruneopt.solvers.sparse_swaps import SparseSwaps
 from pruneopt.solvers.summed_obs import SummedOBS
@@ -41,6 +42,7 @@ __all__ = [
     "HardThresholding",
     "Polish",
     "ProximalGradient",
+    "Pursuit",
     "Score",
     "Solver",
     "SparseSwaps",
