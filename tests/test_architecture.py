@@ -105,6 +105,7 @@ INSIDE = {
     "plans": [
         "calibration",
         "run_folder",
+        "judged",
         "layerwise",
         "models",
         "methods",

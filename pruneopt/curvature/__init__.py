@@ -11,7 +11,7 @@ from pruneopt.curvature.kronecker import Kronecker
 from pruneopt.curvature.low_rank import LowRank
 from pruneopt.curvature.low_rank_plus_diagonal import LowRankPlusDiagonal
 from pruneopt.curvature.shrunk import Shrunk
-from pruneopt.curvature.true_fisher import sampled_fisher, softmax_fisher
+from pruneopt.curvature.true_fisher import sampled_fisher, sampled_fisher_diagonal, softmax_fisher
 
 __all__ = [
     "BlockDiagonal",
@@ -30,5 +30,6 @@ __all__ = [
     "hessian_vector_product",
     "hutchinson_diagonal",
     "sampled_fisher",
+    "sampled_fisher_diagonal",
     "softmax_fisher",
 ]

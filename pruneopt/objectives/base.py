@@ -51,9 +51,16 @@ class QuadraticObjective(Objective):
 
     def value(self, w: Tree) -> float:
         """f(w), in float64."""
-        total = self.constant
+        return self.constant + self._difference(w, float(self.ridge()))
+
+    def change(self, w: Tree) -> float:
+        """<g, d> + 1/2 <d, H d>: what the model says of the loss, without the damping that keeps d small."""
+        return self._difference(w, 0.0)
+
+    def _difference(self, w: Tree, ridge: float) -> float:
+        total = 0.0
         if self.curvature is not None:
-            total += 0.5 * self.curvature.form(w, self.center, float(self.ridge()))
+            total += 0.5 * self.curvature.form(w, self.center, ridge)
         if self.gradient is not None:
             for g, x, c in zip(*map(jax.tree.leaves, (self.gradient, w, self.center)), strict=True):
                 difference = np.asarray(x, np.float64) - np.asarray(c, np.float64)

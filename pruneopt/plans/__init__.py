@@ -5,7 +5,8 @@ from pruneopt.plans.gradual import CoarseThenFine, Cubic, Iterative, OneShot, Sc
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.lossless import lossless
 from pruneopt.plans.lottery import lottery
-from pruneopt.plans.methods import LAYER_METHODS, METHODS, LayerMethod, Method
+from pruneopt.plans.methods import LAYER_METHODS, METHODS, LayerMethod, Method, gauss_newton
+from pruneopt.plans.models import SoftmaxGaussNewton
 from pruneopt.plans.path import Path, at_sparsity, path
 from pruneopt.plans.penalised import penalised
 from pruneopt.plans.prune import prune
@@ -26,9 +27,11 @@ __all__ = [
     "Path",
     "Schedule",
     "Sensitivity",
+    "SoftmaxGaussNewton",
     "Stage",
     "at_sparsity",
     "distil",
+    "gauss_newton",
     "layerwise",
     "lossless",
     "lottery",

@@ -21,6 +21,7 @@ from pruneopt.curvature.gram import Gram
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.plans import calibration
 from pruneopt.plans.calibration import Calibration
+from pruneopt.plans.judged import DAMPINGS
 from pruneopt.plans.run_folder import RunFolder
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution, Status
@@ -32,7 +33,6 @@ from pruneopt.structure.operators import Operator
 from pruneopt.structure.walk import Graphs
 
 Tree = Any
-DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1)  # tried where held-out batches are given
 
 
 def layerwise(
@@ -65,7 +65,7 @@ def layerwise(
         the dense network computes there, ||X0 W0 - X W||^2 with X0 its inputs, by moving the centre
         (`calibration.Inputs.target`).
     damping: lambda / mean(diag H); 0.01 by default. Of a sequence, the one with the least undamped error on `held_out`
-        is kept (default with held_out: DAMPINGS).
+        is kept (default with held_out: 0.001, 0.003, 0.01, 0.03, 0.1).
     weights: batch -> one weight >= 0 a position (B, T) or example (B,), such as an attention mask; in Grams and errors.
         They are laid on an operator's positions by their shapes, in the batch's order: an fn that moves or reverses
         the time axis gets the wrong ones. Where an operator has positions (B,) alone, such as a pooled output or one

@@ -9,6 +9,7 @@ import jax
 
 from pruneopt.objectives.base import Objective
 from pruneopt.plans.models import (
+    SoftmaxGaussNewton,
     channel_traces,
     diagonal_fisher,
     diagonal_hessian,
@@ -42,19 +43,25 @@ Model = Callable[[Any, Tree, Any, Choice, jax.Array], Objective]
 
 
 class Method(NamedTuple):
-    """A row: `model(fn, params, batches, leaves, key)` builds the objective at `params`, `solver` solves it."""
+    """A row: `model(fn, params, batches, leaves, key)` builds the objective at `params`, `solver` solves it.
+
+    predicts: whether the model's change is meant to be that of the loss fn.
+    """
 
     model: Model
     solver: Solver
     source: str
     reads_data: bool = True
+    predicts: bool = True
 
 
 # OBD ranks by |h|: an estimated Hessian diagonal is negative wherever a probe's noise or the network's indefiniteness
 # makes it so, and "removing this lowers the loss" is then noise (MNIST MLP at 90 %: 87 % accuracy by |h|, 47 % by h).
 METHODS: dict[str, Method] = {
-    "random": Method(weights_alone, Score("random"), "the baseline of every comparison", reads_data=False),
-    "magnitude": Method(weights_alone, Score(), "Han et al. 2015", reads_data=False),
+    "random": Method(
+        weights_alone, Score("random"), "the baseline of every comparison", reads_data=False, predicts=False
+    ),
+    "magnitude": Method(weights_alone, Score(), "Han et al. 2015", reads_data=False, predicts=False),
     "taylor": Method(linear, Score("absolute"), "Molchanov et al. 2019, first order"),
     "fisher": Method(diagonal_fisher, Score(), "Theis et al. 2018, diagonal empirical Fisher"),
     "obd": Method(diagonal_hessian, Score("absolute"), "LeCun, Denker, Solla 1990"),
@@ -68,8 +75,10 @@ METHODS: dict[str, Method] = {
         channel_traces, Score("absolute"), "Yu et al. 2021; under Slices(-1, ...): the trace of each channel"
     ),
     "snip": Method(linear, Score("absolute"), "Lee et al. 2019; at initialisation"),
-    "grasp": Method(gradient_flow, Score(), "Wang, Zhang and Grosse 2020; at initialisation"),
-    "synflow": Method(synaptic_flow, Score("absolute"), "Tanaka et al. 2020; fn=outputs, schedule=Iterative(100)"),
+    "grasp": Method(gradient_flow, Score(), "Wang, Zhang and Grosse 2020; at initialisation", predicts=False),
+    "synflow": Method(
+        synaptic_flow, Score("absolute"), "Tanaka et al. 2020; fn=outputs, schedule=Iterative(100)", predicts=False
+    ),
 }
 
 
@@ -100,6 +109,15 @@ LAYER_METHODS: dict[str, LayerMethod] = {
     "best": LayerMethod(BEST, "the same, five levels, more iterations"),
     "auto": LayerMethod(Auto(), "the preset that the layer's size allows"),
 }
+
+
+def gauss_newton(logits: Any, *, temperature: float = 4.0, share: float = 0.15, damping: float = 0.01) -> Method:
+    """A row for classifiers, the best at one stage: the whole network's Gauss-Newton matrix, ADMM, a refit.
+
+    logits: (params, batch) -> (n, ..., classes), of the same batches as the loss. The rest: `SoftmaxGaussNewton`.
+    """
+    model = SoftmaxGaussNewton(logits, temperature, share, damping)
+    return Method(model, GlobalADMM(rho=(0.1, 10.0), levels=8, refit=60), "Gauss-Newton matrix, ADMM in its diagonal")
 
 
 def method(name: str | Method) -> Method:

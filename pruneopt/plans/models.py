@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,10 @@ import jax.numpy as jnp
 from pruneopt import _data, _tree
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.fisher import empirical_fisher, empirical_fisher_diagonal
+from pruneopt.curvature.gauss_newton import GaussNewton
 from pruneopt.curvature.hessian import hessian_vector_product, hutchinson_diagonal
+from pruneopt.curvature.shrunk import Shrunk
+from pruneopt.curvature.true_fisher import sampled_fisher_diagonal
 from pruneopt.objectives.quadratic import Quadratic
 from pruneopt.structure import evaluate
 from pruneopt.structure.leaves import Choice, Rest, check_finite, combine, is_floating, partition
@@ -104,6 +109,52 @@ def synaptic_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
         raise ValueError(f"fn returns {out}; synaptic flow needs the network's outputs, not a loss: pass fn=forward")
     flow = check_finite(_flow(fn, chosen, rest, batch), "the synaptic flow of fn")
     return Quadratic(chosen, None, flow)
+
+
+@dataclass(frozen=True)
+class SoftmaxGaussNewton:
+    """1/2 <d, ((1 - share) H + share D + lambda I) d>, H the Gauss-Newton matrix of T^2 times the cross-entropy of
+    softmax(logits / T), D its diagonal from one sampled label an example, lambda = damping mean(D).
+
+    logits: (params, batch) -> (n, ..., classes); the labels play no part. temperature: T; above 1 it spreads the
+    curvature of a confident network over more of its examples (T = 1 is the cross-entropy's own). Shrinkage takes out
+    what few examples say of pairs of weights.
+    Source: Martens 2020, section 8; Hinton, Vinyals and Dean 2015 (temperature); Schaefer and Strimmer 2005.
+    """
+
+    logits: Any
+    temperature: float = 4.0
+    share: float = 0.15
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not callable(self.logits):
+            raise TypeError(f"logits is {self.logits!r}; pass the network, (params, batch) -> (n, ..., classes)")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature!r} is not a finite number > 0; pass one, such as 4.0")
+
+    def __call__(self, fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+        """The model at `params`; fn is not read."""
+        network: Any = evaluate.outputs(self.logits, params, next(iter(_data.Batches(batches))))
+        if getattr(network, "ndim", 0) < 2 or not jnp.issubdtype(network.dtype, jnp.floating):
+            raise ValueError(f"logits returns {network}; pass the network, (params, batch) -> (n, ..., classes)")
+        curvature = GaussNewton.of(self.logits, self.loss, params, batches, leaves)
+        sampled = sampled_fisher_diagonal(self.cooled, params, batches, leaves, key=key).values
+        diagonal = jax.tree.map(lambda h: h * jnp.asarray(self.temperature**2, h.dtype), sampled)
+        _not_zero(diagonal, "the Fisher of the network's outputs", "magnitude")
+        return Quadratic(
+            partition(params, leaves)[0], Shrunk.checked(curvature, diagonal, self.share), damping=self.damping
+        )
+
+    def cooled(self, params: Tree, batch: Any) -> jax.Array:
+        """logits / T."""
+        logits = self.logits(params, batch)
+        return logits / jnp.asarray(self.temperature, logits.dtype)
+
+    def loss(self, logits: jax.Array, batch: Any) -> jax.Array:
+        """What of the cross-entropy bends: T^2 log sum exp(logits / T), summed over positions, a mean over examples."""
+        t = jnp.asarray(self.temperature, logits.dtype)
+        return t * t * jnp.sum(jax.nn.logsumexp(logits / t, axis=-1)) / jnp.asarray(logits.shape[0], logits.dtype)
 
 
 def _not_zero(tree: Tree, what: str, instead: str) -> Tree:

@@ -14,7 +14,9 @@ from pruneopt import _data, _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
+from pruneopt.objectives.loss import Loss
 from pruneopt.plans.gradual import OneShot, Schedule, Stage
+from pruneopt.plans.judged import DAMPINGS, FACTS, judged
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.methods import LayerMethod, Method, any_method
 from pruneopt.problem import Problem
@@ -36,6 +38,7 @@ def prune(
     schedule: Schedule | None = None,
     fine_tune: FineTune | None = None,
     evaluate: Callable[[Tree], Any] | None = None,
+    held_out: _data.Source | None = None,
     leaves: Choice = None,
     key: jax.Array | int | None = None,
     progress: bool = True,
@@ -51,11 +54,15 @@ def prune(
     schedule: OneShot() (default), Iterative, Cubic, CoarseThenFine. Supports are nested: what is cut stays cut.
     fine_tune: (params, support) -> params after each stage (`plans.retrain` makes one); pruned weights are set back to
         zero. evaluate: params -> anything, kept in `history` after pruning ("pruned") and fine-tuning ("tuned").
+    held_out: examples that the method does not read. On them the damping of a method that has one is chosen, out of
+        `plans.judged.DAMPINGS`, at one solve each.
     leaves: which leaves are pruned: a predicate (path, leaf), glob patterns over paths, or None for floating arrays of
         two or more axes whose path does not say bias, norm, scale or embed. key: defaults to seed 0.
     progress: show a bar with the time left.
 
-    Returns a Pruned; every other leaf is the very object that was given. `params` is never changed.
+    Returns a Pruned; every other leaf is the very object that was given. `params` is never changed. `history` has for
+    each stage cut, sparsity, kept, objective, status, seconds; for a method that models the loss `predicted`, the
+    change of it that the model foresaw, and `measured`, that on `held_out` or else on the first batch.
     Raises ValueError or TypeError, naming the argument, before any work where arguments do not fit.
     """
     row = any_method(method)
@@ -80,34 +87,22 @@ def prune(
     history: list[dict[str, Any]] = []
     for i, stage in enumerate(tqdm(stages, desc="prune", unit="stage", disable=not progress)):
         clock = time.perf_counter()
-        model_key, solver_key = jax.random.split(jax.random.fold_in(key, i))
+        keys = jax.random.split(jax.random.fold_in(key, i))
         allowed, row = constraint if stage.cut == 1 else constraint.relaxed(stage.cut), rows[i]
         record: dict[str, Any] = {"stage": i, "cut": stage.cut}
         if isinstance(row, LayerMethod):
             assert fn is not None
-            given: Any = batches
-            done = layerwise(
-                fn,
-                params,
-                given,
-                allowed,
-                row.solver,
-                damping=row.damping,
-                within=support,
-                leaves=leaves,
-                key=solver_key,
-                progress=progress,
-            )
+            done = _by_layer(row, fn, params, batches, held_out, allowed, support, leaves, keys[1], progress)
             params, solutions, record["layers"] = done.params, done.solutions, done.history
             chosen, rest = partition(params, leaves)
             support = _everywhere(done.support, chosen, support)
         else:
-            objective = row.model(fn, params, batches, leaves, model_key)
             if support is not None:
                 allowed = Intersection((Support(support), allowed))
-            solution = solve(Problem(objective, subject_to=allowed), row.solver, key=solver_key)
+            solution = _as_a_whole(row, fn, params, batches, held_out, allowed, leaves, keys)
             solutions, support = {"*": solution}, solution.support
             params = combine(solution.value, rest)
+            record |= {name: solution.stats[name] for name in FACTS if name in solution.stats}
         kept = _tree.kept(support)
         record |= {
             "sparsity": 1 - kept / size,
@@ -124,6 +119,54 @@ def prune(
         record["seconds"] = time.perf_counter() - clock
         history.append(record)
     return Pruned(params, support, solutions, history)
+
+
+def _by_layer(
+    row: LayerMethod,
+    fn: Any,
+    params: Tree,
+    batches: Any,
+    held_out: Any,
+    allowed: Constraint,
+    support: Tree,
+    leaves: Choice,
+    key: jax.Array,
+    progress: bool,
+) -> Pruned:
+    """One pass of a method that goes layer by layer; held-out batches choose the damping of those that have one."""
+    return layerwise(
+        fn,
+        params,
+        batches,
+        allowed,
+        row.solver,
+        damping=None if row.damping and held_out is not None else row.damping,
+        held_out=held_out,
+        within=support,
+        leaves=leaves,
+        key=key,
+        progress=progress,
+    )
+
+
+def _as_a_whole(
+    row: Method,
+    fn: Any,
+    params: Tree,
+    batches: Any,
+    held_out: Any,
+    allowed: Constraint,
+    leaves: Choice,
+    keys: jax.Array,
+) -> Solution:
+    """One solve over all chosen leaves; what the model foresaw beside what the loss did, where the model is of it."""
+    objective = row.model(fn, params, batches, leaves, keys[0])
+    if not row.predicts:
+        return solve(Problem(objective, subject_to=allowed), row.solver, key=keys[1])
+    judge = Loss(fn, params, [next(iter(_data.Batches(batches)))] if held_out is None else held_out, leaves)
+    before = judge.finite_value(judge.center)
+    dampings = () if held_out is None else DAMPINGS
+    return judged(objective, allowed, row.solver, judge, before, keys[1], dampings)[0]
 
 
 def _everywhere(support: Tree, chosen: Tree, before: Tree) -> Tree:

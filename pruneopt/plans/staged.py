@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +14,12 @@ from pruneopt import _data, _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
-from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.loss import Loss
 from pruneopt.plans.gradual import Iterative, Schedule
+from pruneopt.plans.judged import FACTS, judged
 from pruneopt.plans.methods import Method
 from pruneopt.plans.methods import method as row_of
-from pruneopt.problem import Problem
-from pruneopt.solution import Pruned, Solution
-from pruneopt.solve import solve
+from pruneopt.solution import Pruned
 from pruneopt.structure.leaves import Choice, check_finite, combine, partition
 
 Tree = Any
@@ -39,6 +36,7 @@ def staged(
     method: str | Method = "chita_steps",
     schedule: Schedule | None = None,
     rise: float = 2.0,
+    dampings: Sequence[float] = (),
     leaves: Choice = None,
     progress: bool = True,
 ) -> Pruned:
@@ -54,10 +52,12 @@ def staged(
     held_out: examples that no stage reads; the trained network's loss on them is the first to compare with.
     method: a row whose model has the gradient ("chita_steps", "global_steps": away from a minimum it is not zero).
     schedule: Iterative(15) by default; its stages' own methods are not used.
+    dampings: relative ridges (lambda / mean diag H) of which each stage keeps the one with the least loss on
+        `held_out`, at one solve each; empty for the row's own.
 
     Returns a Pruned. history: for each step sparsity, kept, predicted and measured (the change of the loss that the
-    model foresaw, and on `held_out`), loss, shortened (how often this step was halved), over (it was taken although it
-    raised the loss too far), seconds. Supports are nested.
+    model foresaw, and on `held_out`), damping, loss, shortened (how often this step was halved), over (it was taken
+    although it raised the loss too far), seconds. Supports are nested.
     Raises ValueError for a rise below 1 or a loss on `held_out` that is not finite, and what `prune` raises.
     Source: the multi-stage CHITA++ of Benbaki et al. 2023, section 3.4, with a safeguard.
     """
@@ -91,22 +91,18 @@ def staged(
         while True:
             allowed = constraint if goal == 1 else constraint.relaxed(goal)
             allowed = allowed if support is None else Intersection((Support(support), allowed))
-            solution = solve(Problem(objective, subject_to=allowed), row.solver, key=key)
-            loss = judge.value(solution.value)
+            solution, loss = judged(objective, allowed, row.solver, judge, before, key, dampings)
             over = not loss <= rise * before
             if not over or halved == _HALVINGS:
                 break
             halved, goal = halved + 1, cut + (goal - cut) / 2
         waiting = waiting[1:] if goal == waiting[0] else waiting
-        predicted = _predicted(objective, solution)
-        solution = dataclasses.replace(
-            solution, stats={**solution.stats, "predicted": predicted, "measured": loss - before}
-        )
         bar.update(goal - cut)
         kept = _tree.kept(solution.support)
         history.append(
             {"stage": index, "cut": goal, "sparsity": 1 - kept / _tree.size(chosen), "kept": kept}
-            | {"predicted": predicted, "measured": loss - before, "loss": loss}
+            | {name: solution.stats[name] for name in FACTS if name in solution.stats}
+            | {"loss": loss}
             | {"shortened": halved, "over": over, "seconds": time.perf_counter() - clock}
         )
         chosen, support = solution.value, solution.support
@@ -114,22 +110,3 @@ def staged(
     bar.close()
     assert solution is not None
     return Pruned(combine(chosen, rest), support, {"*": solution}, history)
-
-
-def _predicted(objective: Any, solution: Solution) -> float:
-    """The change of the loss that the quadratic model foresaw, without its ridge."""
-    change = solution.objective - objective.constant
-    if isinstance(objective, QuadraticObjective) and objective.damping:
-        ridge = float(objective.ridge())
-        squares = [
-            float(((x.astype("float64") - c.astype("float64")) ** 2).sum())
-            for x, c in zip(
-                map(_host, jax.tree.leaves(solution.value)), map(_host, jax.tree.leaves(objective.center)), strict=True
-            )
-        ]
-        change -= 0.5 * ridge * sum(squares)
-    return change
-
-
-def _host(x: Any) -> Any:
-    return jax.device_get(x)
