@@ -319,6 +319,7 @@ SOLVERS = {
     "CHITA": s.CHITA(1),
     "summed OBS": s.SummedOBS(),
     "pursuit": s.Pursuit(),
+    "CBS": s.CBS(),
     "active set": s.ActiveSet(first=1),
     "proximal gradient": s.ProximalGradient(iterations=4000),
     "global ADMM": s.GlobalADMM(levels=2, iterations=3, inner=3, refit=12),
@@ -338,21 +339,23 @@ LAYER = {
     "saliency, then swap *",
     "conjugate gradients s",
 }
+# What OBS and CBS can count by.
+_BUDGETS = {
+    "cardinality over the tree",
+    "cardinality with a floor",
+    "cardinality in each leaf",
+    "all kept",
+    "none kept",
+    "a fixed support",
+    "cardinality within a support",
+}
 # "*" where a solver takes the pair but not every constraint.
 REFUSED = {
     "sparse swaps": ("1:2 both ways", "inputs"),
     "saliency, then swap": ("1:2 both ways", "inputs"),
     "greedy OBS": ("cardinality in runs of 4 inputs", "1:2 both ways", "inputs"),
-    "OBS": set(CONSTRAINTS)
-    - {
-        "cardinality over the tree",
-        "cardinality with a floor",
-        "cardinality in each leaf",
-        "all kept",
-        "none kept",
-        "a fixed support",
-        "cardinality within a support",
-    },
+    "CBS": set(CONSTRAINTS) - _BUDGETS,
+    "OBS": set(CONSTRAINTS) - _BUDGETS,
 }
 
 
@@ -380,6 +383,7 @@ TAKES = {
         "global ADMM",
         "CHITA",
         "pursuit",
+        "CBS *",
         "summed OBS",
     },
     "reconstruction": {"saliency", "absolute", "random", "saliency, then polish", "polish s"} | LAYER,

@@ -82,6 +82,7 @@ INSIDE = {
         "pursuit",
         "greedy_obs",
         "obs",
+        "cbs",
         "score",
         "sparse_swaps",
         "summed_obs",

@@ -5,13 +5,14 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import tree
+from cases import tiny_batches, tiny_loss, tree
 from test_obs import best_on, model, parts
 
 import pruneopt as po
 from pruneopt.constraints import Cardinality, Support
 from pruneopt.curvature import Identity, LowRank
 from pruneopt.objectives import Quadratic
+from pruneopt.plans import METHODS
 from pruneopt.solvers import CHITA, OBS, Polish, Score, SummedOBS, Then
 
 BUDGET = Cardinality(count=5, floor=0)
@@ -68,6 +69,47 @@ def test_m_fac_is_its_formula_and_exact_for_one_removal():
     assert po.solve(po.Problem(f, subject_to=Cardinality(count=11, floor=0)), SummedOBS()).objective == pytest.approx(
         one.objective
     )
+
+
+def factors(params, batches):
+    """(A, S) of each layer of the tiny network, by hand: inputs, and gradients of an example's loss in the outputs."""
+    x, y = (np.concatenate([np.asarray(b[i]) for b in batches]) for i in (0, 1))
+    hidden = np.tanh(x @ np.asarray(params["a"]))
+    slope = 2 * (hidden @ np.asarray(params["b"]) - y.reshape(len(y), -1))
+    early = slope @ np.asarray(params["b"]).T * (1 - hidden**2)
+    return [(i.T @ i / len(x), g.T @ g / len(x)) for i, g in ((x, early), (hidden, slope))]
+
+
+@pytest.mark.parametrize("row", ["woodfisher", "kfac_obs"])
+def test_the_rows_by_blocks_and_by_factors_are_their_formula(row):
+    params, batches = tree(1), tiny_batches()
+    f = METHODS[row].model(tiny_loss, params, batches, None, jax.random.key(0))
+    w0, expected = flat(params), np.zeros((12, 12))
+    if row == "woodfisher":  # a leaf is one block
+        examples = [(x[None], y[None]) for batch in batches for x, y in zip(*batch, strict=True)]
+        g = np.stack([flat(jax.grad(tiny_loss)(params, example)) for example in examples])
+        for at in (slice(0, 8), slice(8, 12)):
+            expected[at, at] = g[:, at].T @ g[:, at] / len(g)
+    else:  # entries (i, j) of a matrix side by side: A (x) S
+        for at, (a, s) in zip((slice(0, 8), slice(8, 12)), factors(params, batches), strict=True):
+            expected[at, at] = np.kron(a, s)
+    h = expected + 0.01 * np.trace(expected) / 12 * np.eye(12)
+    np.testing.assert_allclose(
+        np.stack([flat(f.curvature.mv(jax.flatten_util.ravel_pytree(params)[1](jnp.asarray(e)))) for e in np.eye(12)]),
+        expected,
+        atol=1e-12,
+    )
+    inverse = np.linalg.inv(h)
+    for count in (11, 5):
+        got = po.solve(po.Problem(f, subject_to=Cardinality(count=count, floor=0)), METHODS[row].solver)
+        gone = np.argsort(w0**2 / np.diag(inverse))[: 12 - count]
+        w = w0 - inverse[:, gone] @ (w0[gone] / np.diag(inverse)[gone])
+        w[gone] = 0.0
+        np.testing.assert_allclose(flat(got.value), w, atol=1e-9)
+    alone = np.argsort(w0**2 * np.diag(h))[:7]
+    if row == "kfac_obs":
+        ranked = po.solve(po.Problem(f, subject_to=Cardinality(count=5, floor=0)), METHODS["kfac_obd"].solver)
+        assert set(np.flatnonzero(~flat(ranked.support))) == set(alone)
 
 
 def test_chita_falls_and_is_stationary_on_its_support_after_the_refit():

@@ -25,13 +25,23 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import pruneopt as po
 from paper_reproductions.networks import mlpnet
 from pruneopt.constraints import Cardinality, Support
-from pruneopt.curvature import Diagonal, GaussNewton, Identity, Shrunk, empirical_fisher, softmax_fisher
+from pruneopt.curvature import (
+    BlockDiagonal,
+    Diagonal,
+    GaussNewton,
+    Identity,
+    Kronecker,
+    Shrunk,
+    empirical_fisher,
+    softmax_fisher,
+)
 from pruneopt.objectives import Quadratic
-from pruneopt.solvers import CHITA, GlobalADMM, Polish, Pursuit, Score, SummedOBS, Then
+from pruneopt.solvers import CBS, CHITA, GlobalADMM, Polish, Pursuit, Score, SummedOBS, Then
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 N = 1000
 RIDGE = 1e-4  # of Q
+BLOCK = 1000  # weights of a block of WoodFisher
 TEMPERATURE, SHARE, DAMPING = 4.0, 0.15, 0.01  # of our model: softmax(z / TEMPERATURE), shrinkage, ridge
 ADMM = GlobalADMM(rho=(0.1, 10.0), levels=8, iterations=8, inner=6, refit=60)
 
@@ -74,6 +84,11 @@ class Setting:
             clock = time.process_time()
             if name == "gauss-newton":
                 made = gauss_newton(self.params, self.batch)
+            elif name == "blocks":
+                fisher = empirical_fisher(loss, self.params, [self.batch], ridge=RIDGE)
+                made = Quadratic(self.params, BlockDiagonal.of(fisher, by=BLOCK))
+            elif name == "kronecker":
+                made = Quadratic(self.params, Kronecker.of(loss, self.params, [self.batch], ridge=RIDGE))
             else:
                 made = Quadratic(self.params, empirical_fisher(loss, self.params, [self.batch], ridge=RIDGE))
             self._made[name] = made, time.process_time() - clock
@@ -102,6 +117,11 @@ METHODS = {  # name: (model that it reads, (setting, sparsity) -> Solution)
     "diagonal Fisher": ("fisher", diagonal),
     "magnitude, refit (CHITA's LS)": ("fisher", refitted_magnitude),
     "M-FAC": ("fisher", solved("fisher", SummedOBS())),
+    "WoodFisher, blocks of 1,000": ("blocks", solved("blocks", SummedOBS())),
+    "K-FAC, OBD": ("kronecker", solved("kronecker", Score())),
+    "K-FAC, OBS": ("kronecker", solved("kronecker", SummedOBS())),
+    "CBS, selection": ("fisher", solved("fisher", CBS())),
+    "CBS, selection and update": ("fisher", solved("fisher", Then(CBS(), Polish()))),
     "CHITA, 50 iterations": ("fisher", solved("fisher", CHITA(50))),
     "CHITA, each step refitted": ("fisher", solved("fisher", Pursuit())),
     "ADMM, empirical Fisher": ("fisher", solved("fisher", Then(ADMM, Polish()))),

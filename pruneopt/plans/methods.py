@@ -13,8 +13,10 @@ from pruneopt.plans.models import (
     channel_traces,
     diagonal_fisher,
     diagonal_hessian,
+    fisher_blocks,
     fisher_step,
     gradient_flow,
+    kronecker_fisher,
     linear,
     low_rank_fisher,
     synaptic_flow,
@@ -24,6 +26,7 @@ from pruneopt.solvers.alps import ALPS
 from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
 from pruneopt.solvers.base import Solver, Then
 from pruneopt.solvers.block_obs import BlockOBS
+from pruneopt.solvers.cbs import CBS
 from pruneopt.solvers.chita import CHITA
 from pruneopt.solvers.frank_wolfe import FrankWolfe
 from pruneopt.solvers.global_admm import GlobalADMM
@@ -66,7 +69,11 @@ METHODS: dict[str, Method] = {
     "fisher": Method(diagonal_fisher, Score(), "Theis et al. 2018, diagonal empirical Fisher"),
     "obd": Method(diagonal_hessian, Score("absolute"), "LeCun, Denker, Solla 1990"),
     "obs": Method(low_rank_fisher, OBS(), "Hassibi and Stork 1993, H the empirical Fisher; up to 10,000 weights"),
+    "woodfisher": Method(fisher_blocks, SummedOBS(), "Singh and Alistarh 2020, blocks of 1,000 weights"),
     "m_fac": Method(low_rank_fisher, SummedOBS(), "Frantar, Kurtic and Alistarh 2021"),
+    "kfac_obd": Method(kronecker_fisher, Score(), "LeCun et al. 1990 with the diagonal of K-FAC"),
+    "kfac_obs": Method(kronecker_fisher, SummedOBS(), "Zeng and Urtasun 2018 (MLPrune)"),
+    "cbs": Method(low_rank_fisher, Then(CBS(), Polish()), "Yu et al. 2022, selection by swaps, then the joint update"),
     "chita": Method(low_rank_fisher, Pursuit(), "Benbaki et al. 2023, each step from the refit of its support"),
     "global": Method(low_rank_fisher, Then(GlobalADMM(), Polish()), "ADMM in the metric of diag(F), then the refit"),
     "chita_steps": Method(fisher_step, Then(CHITA(), Polish()), "Benbaki et al. 2023, with the gradient: for stages"),

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from pruneopt import _data, _tree
+from pruneopt.curvature.block_diagonal import BlockDiagonal
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.fisher import empirical_fisher, empirical_fisher_diagonal
 from pruneopt.curvature.gauss_newton import GaussNewton
 from pruneopt.curvature.hessian import hessian_vector_product, hutchinson_diagonal
+from pruneopt.curvature.kronecker import Kronecker
 from pruneopt.curvature.shrunk import Shrunk
 from pruneopt.curvature.true_fisher import sampled_fisher_diagonal
 from pruneopt.objectives.quadratic import Quadratic
@@ -48,6 +50,25 @@ def diagonal_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: ja
 def low_rank_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
     """1/2 <d, (F + lambda I) d>, F the empirical Fisher of all examples, lambda a hundredth of its mean diagonal."""
     return Quadratic(partition(params, leaves)[0], empirical_fisher(fn, params, batches, leaves), damping=0.01)
+
+
+def fisher_blocks(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """1/2 <d, (B + lambda I) d>, B the blocks of 1,000 consecutive weights of a leaf on the diagonal of the empirical
+    Fisher; lambda a hundredth of its mean diagonal.
+
+    Source: Singh and Alistarh 2020 (WoodFisher), section 4.
+    """
+    fisher = empirical_fisher(fn, params, batches, leaves)
+    return Quadratic(partition(params, leaves)[0], BlockDiagonal.of(fisher, by=1000), damping=0.01)
+
+
+def kronecker_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """1/2 <d, (A (x) S + lambda I) d> for each operator, A and S its Kronecker factors by the labels of the data;
+    lambda a hundredth of the mean diagonal.
+
+    Source: Zeng and Urtasun 2018 (MLPrune), with the factors of Martens and Grosse 2015.
+    """
+    return Quadratic(partition(params, leaves)[0], Kronecker.of(fn, params, batches, leaves), damping=0.01)
 
 
 def fisher_step(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:

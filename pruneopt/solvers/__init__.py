@@ -6,6 +6,7 @@ from pruneopt.solvers.alps import ALPS
 from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
 from pruneopt.solvers.base import Solver, Then
 from pruneopt.solvers.block_obs import BlockOBS
+from pruneopt.solvers.cbs import CBS
 from pruneopt.solvers.chita import CHITA
 from pruneopt.solvers.conjugate_gradients import ConjugateGradients
 from pruneopt.solvers.descent import Descent
@@ -28,6 +29,7 @@ __all__ = [
     "ALPS",
     "BALANCED",
     "BEST",
+    "CBS",
     "CHITA",
     "FAST",
     "OBS",

@@ -60,7 +60,7 @@ class OBS(Solver):
                 f"OBS needs {16 * p * p:,} bytes for H and its inverse, above memory={self.memory:,}; pass leaves= to "
                 f"decide fewer than {p:,} weights, memory= to allow it, or a solver that needs no dense matrix"
             )
-        if problem.subject_to is None or _budget(problem.subject_to, f.center) is None:
+        if problem.subject_to is None or budget_of(problem.subject_to, f.center) is None:
             return (
                 f"OBS cannot prune under {problem.subject_to!r}; pass Cardinality per 'tree' or 'leaf', a Support, or "
                 "an Intersection of Supports with one of them"
@@ -73,7 +73,7 @@ class OBS(Solver):
         assert isinstance(f, QuadraticObjective)
         assert problem.subject_to is not None
         layout = _tree.Layout.of(f.center)
-        budget = _budget(problem.subject_to, f.center)
+        budget = budget_of(problem.subject_to, f.center)
         assert budget is not None
         w = _flat(f.center)
         inverse = _inverse(np.asarray(f.curvature.dense(), np.float64), float(f.ridge()))  # type: ignore[union-attr]
@@ -143,7 +143,7 @@ def _flat(tree: Any) -> Float[np.ndarray, " p"]:
     return np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(tree)])
 
 
-def _budget(constraint: Constraint, center: Any) -> Budget | None:
+def budget_of(constraint: Constraint, center: Any) -> Budget | None:
     """The constraint as a budget, None where it is none."""
     parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
     sizes = [x.size for x in jax.tree.leaves(center)]
