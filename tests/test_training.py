@@ -219,6 +219,14 @@ def test_nothing_is_left_off_the_support(inner):
     assert np.all(np.asarray(p["a"]["kernel"])[~off] != 0)
 
 
+def test_states_are_masked_after_a_step_only_where_they_must_be():
+    from pruneopt.training.base import keeps_zeros
+
+    kept = {name: keeps_zeros(inner, params()) for name, inner in INNER.items()}
+    assert kept == {name: name != "adabelief" for name in INNER}
+    assert not keeps_zeros(optax.chain(optax.add_noise(0.1, 0.5, 0), optax.trace(0.9)), params())
+
+
 @pytest.mark.slow
 def test_on_the_support_it_is_the_optimiser_itself():
     """Against the same problem written with the kept weights alone."""

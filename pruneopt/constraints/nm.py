@@ -64,7 +64,8 @@ class NM(Constraint):
         """Weights above n, summed over all groups."""
         over = 0
         for leaf in jax.tree.leaves(support):
-            kept = np.asarray(jnp.sum(self._groups(leaf), axis=-1, dtype=jnp.int32))
+            groups, axis = self._groups(leaf)
+            kept = np.asarray(jnp.sum(groups, axis=axis, dtype=jnp.int32))
             over += int(np.maximum(kept.astype(np.int64) - self.n, 0).sum())
         return over
 
@@ -84,21 +85,20 @@ class NM(Constraint):
             raise ValueError(f"axis={self.axis!r} does not exist in leaf '{path}' of {ndim} axes; pass another axis")
         return axis % ndim
 
-    def _groups(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "... m"]:
-        moved = jnp.moveaxis(leaf, self.positive_axis(leaf.ndim), -1)
-        return moved.reshape(*moved.shape[:-1], -1, self.m)
+    def _groups(self, leaf: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], int]:
+        """The leaf with its axis split into (groups, m), memory as it lies, and the axis of the m."""
+        axis = self.positive_axis(leaf.ndim)
+        return leaf.reshape(*leaf.shape[:axis], -1, self.m, *leaf.shape[axis + 1 :]), axis + 1
 
     def _select_leaf(self, scores: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        groups = self._groups(jnp.asarray(scores))
-        index = lax.broadcasted_iota(jnp.int32, groups.shape, groups.ndim - 1)
+        groups, axis = self._groups(jnp.asarray(scores))
+        index = lax.broadcasted_iota(jnp.int32, groups.shape, axis)
 
         def counted(i, ahead):
-            other = lax.dynamic_index_in_dim(groups, i, axis=-1)
+            other = lax.dynamic_index_in_dim(groups, i, axis=axis)
             before = jnp.asarray(i, jnp.int32) < index
-            return ahead + ((other > groups) | ((other == groups) & before)).astype(jnp.int32)
+            return ahead + jnp.where(before, other >= groups, other > groups).astype(jnp.int32)
 
         # Unrolled the comparisons fuse into one pass; past 16 they only cost compile time.
         ahead = lax.fori_loop(0, self.m, counted, jnp.zeros(groups.shape, jnp.int32), unroll=min(self.m, 16))
-        axis = self.positive_axis(scores.ndim)
-        moved_shape = jnp.moveaxis(scores, axis, -1).shape
-        return jnp.moveaxis(((ahead < self.n) & (groups > -jnp.inf)).reshape(moved_shape), -1, axis)
+        return ((ahead < self.n) & (groups > -jnp.inf)).reshape(scores.shape)

@@ -19,13 +19,12 @@ from pruneopt.training.base import (
     check_constraint,
     chosen,
     everywhere,
-    forgotten,
     is_hole,
     needed,
     on_masks,
     on_support,
     own_state,
-    settled,
+    step_on,
 )
 from pruneopt.training.metric import Metric
 from pruneopt.training.schedule import Interval
@@ -34,11 +33,13 @@ Tree = Any
 
 
 class ADMMState(NamedTuple):
-    """step: updates made. target: z in C. dual: u, scaled. masks: the support of z. inner: the optimiser's state."""
+    """step: updates made. pulled_to: z - u. masks: the support of z. inner: the optimiser's state.
+
+    z is zero off its support and the scaled dual u, what the projection took away, is zero on it: z - u is both.
+    """
 
     step: jax.Array
-    target: Tree
-    dual: Tree
+    pulled_to: Tree
     masks: Tree
     inner: Any
 
@@ -76,37 +77,36 @@ def admm(
 
     def init(params: Tree) -> ADMMState:
         picked = chosen(params, leaves, constraint)
-        copies, zeros = jax.tree.map(jnp.array, picked), jax.tree.map(jnp.zeros_like, picked)
-        return ADMMState(jnp.zeros((), jnp.int32), copies, zeros, everywhere(picked), inner.init(params))
+        return ADMMState(
+            jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, picked), everywhere(picked), inner.init(params)
+        )
 
     def update(gradient: Tree, state: ADMMState, params: Tree | None = None, **extra: Any) -> tuple[Tree, ADMMState]:
         params, step = needed(params), state.step
         stage = when.stage(step)
 
-        def projected(target: Tree, dual: Tree, masks: Tree) -> tuple[Tree, Tree, Tree]:
+        def projected(goal: Tree, masks: Tree) -> tuple[Tree, Tree]:
             shrink = jnp.maximum(stage, 1) / (stage + 1)  # rho of the stage before over that of this one
-            v = on_masks(lambda m, w, u: w + u, masks, params, dual)
+            v = on_masks(lambda m, w, x: jnp.where(m, w, w - x), masks, params, goal)  # w + u
             scores = jax.tree.map(jnp.square, v)
             if metric is not None:
                 scores = on_masks(lambda m, s, d: s.astype(d.dtype) / d, masks, scores, metric(state.inner))
             masks = constraint.select(scores)
-            target = jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), masks, v)
-            return target, jax.tree.map(lambda x, z: (x - z) * shrink.astype(x.dtype), v, target), masks
+            return jax.tree.map(lambda m, x: jnp.where(m, x, -x * shrink.astype(x.dtype)), masks, v), masks
 
-        kept = (state.target, state.dual, state.masks)
-        target, dual, masks = lax.cond(when.is_due(step), projected, lambda *same: same, *kept)
+        goal, masks = lax.cond(when.is_due(step), projected, lambda *same: same, state.pulled_to, state.masks)
         p = jnp.where(step < begin, 0.0, pull * (stage + 1) / when.stages)
-
-        def pulled(z: Any, update: Any, w: Any, u: Any) -> Any:
-            return update if z is None else update - p.astype(update.dtype) * (w - z + u).astype(update.dtype)
 
         held = step >= end
         support = on_masks(lambda m: m | ~held, masks)
-        updates, new = inner.update(_tree.masked(gradient, support), state.inner, params, **extra)
-        free = jax.tree.map(pulled, target, updates, params, dual, is_leaf=is_hole)
-        updates = jax.tree.map(lambda f, u: jnp.where(held, u, f), free, updates)
-        new = forgotten(new, support)
-        return settled(support, params, updates), ADMMState(step + 1, target, dual, masks, new)
+        updates, new = step_on(inner, gradient, state.inner, params, support, extra)
+
+        def pulled(x: Any, update: Any, w: Any) -> Any:
+            if x is None:
+                return update
+            return jnp.where(held, update, update - p.astype(update.dtype) * (w - x).astype(update.dtype))
+
+        return jax.tree.map(pulled, goal, updates, params, is_leaf=is_hole), ADMMState(step + 1, goal, masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
         own = own_state(state, ADMMState)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -113,9 +114,35 @@ def step_on(
     masks: Tree,
     extra: dict[str, Any],
 ) -> tuple[Tree, Any]:
-    """One step of the optimiser that sees, moves and remembers nothing off the support."""
-    updates, inner = optimizer.update(_tree.masked(gradient, masks), inner, params, **extra)
-    return settled(masks, params, updates), forgotten(inner, masks)
+    """One step of the optimiser that sees, moves and remembers nothing off the support.
+
+    Masks on what an optimiser reads cost nothing, they fuse with its arithmetic; on what it writes they cost a copy of
+    its state. So the state is masked after the step only where zeros do not lead to zeros (AdaBelief's eps).
+    """
+    updates, new = optimizer.update(_tree.masked(gradient, masks), forgotten(inner, masks), params, **extra)
+    if extra or not keeps_zeros(optimizer, params):
+        new = forgotten(new, masks)
+    return settled(masks, params, updates), new
+
+
+def keeps_zeros(optimizer: optax.GradientTransformation, params: Tree) -> bool:
+    """Whether a state that is zero stays zero where weight and gradient are; a step on one weight a leaf tells."""
+    leaves, structure = jax.tree.flatten(params)
+    return _keeps_zeros(optimizer, structure, tuple((jnp.ndim(x), jnp.result_type(x)) for x in leaves))
+
+
+@lru_cache(maxsize=64)
+def _keeps_zeros(optimizer: optax.GradientTransformation, structure: Any, leaves: tuple[tuple[int, Any], ...]) -> bool:
+    @jax.jit
+    def moved() -> list[jax.Array]:
+        tiny = jax.tree.unflatten(structure, [jnp.zeros((1,) * ndim, dtype) for ndim, dtype in leaves])
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), tiny)
+        _, state = optimizer.update(tiny, forgotten(optimizer.init(tiny), nothing), tiny)
+        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(forgotten(state, nothing)), strict=True)
+        return [jnp.any(x != zero) for x, zero in pairs]
+
+    with jax.ensure_compile_time_eval():
+        return not any(map(bool, moved()))
 
 
 def magnitudes(masks: Tree, params: Tree) -> Tree:

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -16,7 +15,17 @@ from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.solution import Pruned
 from pruneopt.structure.leaves import Choice
-from pruneopt.training.base import SparseOptimizer, as_optimizer, chosen, filled, is_hole, needed, own_state, towards
+from pruneopt.training.base import (
+    SparseOptimizer,
+    as_optimizer,
+    chosen,
+    everywhere,
+    filled,
+    is_hole,
+    needed,
+    own_state,
+    towards,
+)
 
 Tree = Any
 Scope = Literal["weight", "in", "out"]
@@ -28,14 +37,16 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 class GatedState(NamedTuple):
     """The gated weights and what moves them.
 
-    step: updates made. weights: theta. log_alpha: one number a gate. gates: z of the current params, spread over the
-    weights. price: what one expected living weight costs. inner, gate_inner: the optimisers' states.
+    step: updates made. weights: theta. log_alpha: one number a gate. gates: z of the current params, one a gate.
+    masks: what lives once the gates are fixed, everything before. price: what one expected living weight costs.
+    inner, gate_inner: the optimisers' states.
     """
 
     step: jax.Array
     weights: Tree
     log_alpha: Tree
     gates: Tree
+    masks: Tree
     price: jax.Array
     inner: Any
     gate_inner: Any
@@ -116,21 +127,22 @@ class Gating(NamedTuple):
             )
             dtype = _tree.wide(jax.tree.leaves(theta)[0].dtype)
             return GatedState(
-                jnp.zeros((), jnp.int32), theta, log_alpha, jax.tree.map(jnp.ones_like, theta),
+                jnp.zeros((), jnp.int32), theta, log_alpha, jax.tree.map(jnp.ones_like, log_alpha), everywhere(theta),
                 jnp.asarray(first_price, dtype), inner.init(params), gate_inner.init(log_alpha),
             )  # fmt: skip
 
         def update(
             gradient: Tree, state: GatedState, params: Tree | None = None, **extra: Any
         ) -> tuple[Tree, GatedState]:
-            params, theta, log_alpha, gates = needed(params), state.weights, state.log_alpha, state.gates
+            params, theta, log_alpha = needed(params), state.weights, state.log_alpha
+            gates, masks = state.gates, state.masks
 
             # Gates: the chain rule through z, and the price of being open.
             def gate_gradient(a: jax.Array, g: jax.Array, w: jax.Array, z: jax.Array) -> jax.Array:
-                each = (g * w * slope(z)).astype(a.dtype)
                 axes = tuple(i for i, (n, m) in enumerate(zip(a.shape, w.shape, strict=True)) if n < m)
                 p = open_probability(a)
-                return jnp.sum(each, axis=axes, keepdims=True) + price * (w.size // a.size) * p * (1 - p)
+                along = jnp.sum((g * w).astype(a.dtype), axis=axes, keepdims=True)
+                return along * slope(z) + price * (w.size // a.size) * p * (1 - p)
 
             living = sum(
                 jnp.sum(open_probability(a)) * (w.size // a.size)
@@ -144,32 +156,33 @@ class Gating(NamedTuple):
             log_alpha = optax.apply_updates(log_alpha, gate_step)
 
             # Weights: the same rule.
-            through = jax.tree.map(lambda z, g: g if z is None else g * z, gates, gradient, is_leaf=is_hole)
+            through = jax.tree.map(
+                lambda z, m, g: g if z is None else gated(g, z, m), gates, masks, gradient, is_leaf=is_hole
+            )
             updates, new = inner.update(through, state.inner, filled(theta, params), **extra)
             theta = jax.tree.map(
                 lambda w, u: None if w is None else w + u.astype(w.dtype), theta, updates, is_leaf=is_hole
             )
 
-            drawn = lambda w, z: (w, jax.tree.map(spread, draw(state.step, log_alpha), w))  # noqa: E731
             if self.end is None:
-                theta, gates = drawn(theta, gates)
+                gates = draw(state.step, log_alpha)
             else:
 
-                def fixed(w: Tree, z: Tree) -> tuple[Tree, Tree]:
+                def fixed(w: Tree, z: Tree, m: Tree) -> tuple[Tree, Tree, Tree]:
                     w = jax.tree.map(estimated, log_alpha, w)
-                    return w, jax.tree.map(lambda m, x: m.astype(x.dtype), select(w), w)
+                    return w, jax.tree.map(jnp.ones_like, z), select(w)
 
+                phases = [lambda w, z, m: (w, draw(state.step, log_alpha), m), fixed, lambda w, z, m: (w, z, m)]
                 phase = jnp.sign(state.step - self.end) + 1
-                theta, gates = lax.switch(phase, [drawn, fixed, lambda w, z: (w, z)], theta, gates)
-            sparse = jax.tree.map(jnp.multiply, theta, gates)
-            state = GatedState(state.step + 1, theta, log_alpha, gates, price, new, gate_new)
+                theta, gates, masks = lax.switch(phase, phases, theta, gates, masks)
+            sparse = jax.tree.map(gated, theta, gates, masks)
+            state = GatedState(state.step + 1, theta, log_alpha, gates, masks, price, new, gate_new)
             return towards(sparse, params, updates), state
 
         def finish(params: Tree, state: Any) -> Pruned:
             own = own_state(state, GatedState)
             if self.end is not None and int(own.step) > self.end:
-                masks = jax.tree.map(lambda z: z != 0, own.gates)
-                return Pruned(filled(_tree.masked(own.weights, masks), params), masks)
+                return Pruned(filled(_tree.masked(own.weights, own.masks), params), own.masks)
             estimate = jax.tree.map(estimated, own.log_alpha, own.weights)
             masks = select(estimate)
             return Pruned(filled(_tree.masked(estimate, masks), params), masks)
@@ -183,9 +196,15 @@ def open_probability(log_alpha: jax.Array) -> jax.Array:
 
 
 def sample(key: jax.Array, log_alpha: jax.Array) -> jax.Array:
-    """Gates z. Source: Louizos et al. 2018, equations 10 and 11."""
-    u = jax.random.uniform(key, log_alpha.shape, log_alpha.dtype, minval=float(np.finfo(np.float32).eps), maxval=1.0)
-    s = jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + log_alpha) / BETA)
+    """Gates z, from 16 random bits each. Source: Louizos et al. 2018, equations 10 and 11.
+
+    s is written as 1 / (1 + x^(1 / BETA)), x = (1 - u) / u / alpha: drawing and this are most of what a gate costs.
+    """
+    words = jax.random.bits(key, (-(-log_alpha.size // 2),), jnp.uint32)
+    halves = jnp.concatenate([words & 0xFFFF, words >> 16])[: log_alpha.size].reshape(log_alpha.shape)
+    u = (halves.astype(log_alpha.dtype) + 0.5) / 2**16
+    x = (1 - u) / u * jnp.exp(-log_alpha)
+    s = 1 / (1 + x * jnp.sqrt(x))
     return jnp.clip(s * (ZETA - GAMMA) + GAMMA, 0, 1)
 
 
@@ -207,11 +226,11 @@ def gate_shape(shape: tuple[int, ...], per: Scope) -> tuple[int, ...]:
     return (*shape[:-1], 1) if per == "in" else (*(1 for _ in shape[:-1]), *shape[-1:])
 
 
-def spread(gates: jax.Array, like: jax.Array) -> jax.Array:
-    """A gate for each weight, in the weights' dtype."""
-    return jnp.broadcast_to(gates, like.shape).astype(like.dtype)
+def gated(weights: jax.Array, gates: jax.Array, mask: jax.Array) -> jax.Array:
+    """Each weight times its gate, zero off the mask."""
+    return jnp.where(mask, weights * gates.astype(weights.dtype), jnp.zeros((), weights.dtype))
 
 
 def estimated(log_alpha: jax.Array, weights: jax.Array) -> jax.Array:
     """theta times the noiseless gates."""
-    return weights * spread(estimate(log_alpha), weights)
+    return weights * estimate(log_alpha).astype(weights.dtype)
