@@ -32,49 +32,51 @@ class Batches:
     The first pass checks that batches have one structure and finite floats; later passes that none is missing.
 
     Raises: TypeError for a one-shot iterator, an array or None; ValueError for an empty source, a batch of
-    another structure, a NaN or an infinity (naming the batch), a pass that ends before the first one did.
+    another structure, a NaN or an infinity (naming the batch), a pass that ends before the first one did. They speak of
+    the argument `name`.
     """
 
-    def __init__(self, source: Source | Batches | None):
+    def __init__(self, source: Source | Batches | None, name: str = "batches"):
         self._known: int | None = None
+        self._name = name
         self._last: Any = None
         self._source: Any = source
         if isinstance(source, Batches):
-            self._known, self._source = source._known, source._source
+            self._known, self._source, self._name = source._known, source._source, source._name
             return
         if source is None:
-            raise TypeError("batches is None, but this method reads data; pass a list of batches")
+            raise TypeError(f"{name} is None, but this method reads data; pass a list of batches")
         if isinstance(source, Iterator):
             raise TypeError(
-                f"batches is a one-shot iterator ({type(source).__name__}), which a second pass would find empty; "
-                "pass a list, or a function that returns a new iterator: batches=lambda: iter(...)"
+                f"{name} is a one-shot iterator ({type(source).__name__}), which a second pass would find empty; "
+                f"pass a list, or a function that returns a new iterator: {name}=lambda: iter(...)"
             )
         if isinstance(source, (jax.Array, np.ndarray, dict, str)) or not (
             callable(source) or isinstance(source, Iterable)
         ):
             raise TypeError(
-                f"batches is one {type(source).__name__}, not a sequence of batches; pass [batch] for a single one"
+                f"{name} is one {type(source).__name__}, not a sequence of batches; pass [batch] for a single one"
             )
 
     def __iter__(self) -> Iterator[Batch]:
         stream: Any = self._source() if callable(self._source) else self._source
         if not isinstance(stream, Iterable):
-            raise TypeError(f"batches() returned {type(stream).__name__}; return a new iterator over batches")
+            raise TypeError(f"{self._name}() returned {type(stream).__name__}; return a new iterator over batches")
         if isinstance(stream, Iterator) and stream is self._last:
-            raise TypeError("batches() returned the same one-shot iterator twice; return a new one each time")
+            raise TypeError(f"{self._name}() returned the same one-shot iterator twice; return a new one each time")
         self._last = stream if isinstance(stream, Iterator) else None
         first, structure, seen = self._known is None, None, 0
         for batch in stream:
             if first:
                 structure = structure or jax.tree.structure(batch)
-                _check(batch, seen, structure)
+                _check(batch, seen, structure, self._name)
             seen += 1
             yield batch
         if seen == 0 and first:
-            raise ValueError("batches is empty; pass at least one batch")
+            raise ValueError(f"{self._name} is empty; pass at least one batch")
         if not first and seen < (self._known or 0):
             raise ValueError(
-                f"batches ended after {seen} of {self._known} batches on a later pass; pass a list, or a function "
+                f"{self._name} ended after {seen} of {self._known} batches on a later pass; pass a list, or a function "
                 "that returns a new full iterator each time"
             )
         self._known = seen
@@ -89,16 +91,16 @@ class Batches:
         return _scaled(total, 1.0 / n)
 
 
-def _check(batch: Batch, index: int, structure: Any) -> None:
+def _check(batch: Batch, index: int, structure: Any, name: str) -> None:
     if jax.tree.structure(batch) != structure:
         raise ValueError(
-            f"batches: batch {index} has structure {jax.tree.structure(batch)}, batch 0 has {structure}; "
+            f"{name}: batch {index} has structure {jax.tree.structure(batch)}, batch 0 has {structure}; "
             "give all batches the same structure"
         )
     path = _tree.first_nonfinite(batch)
     if path is not None:
         where = f" (leaf '{path}')" if path else ""
-        raise ValueError(f"batches: batch {index}{where} holds a NaN or an infinity; remove or repair it")
+        raise ValueError(f"{name}: batch {index}{where} holds a NaN or an infinity; remove or repair it")
 
 
 @jax.jit

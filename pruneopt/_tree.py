@@ -23,6 +23,11 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray) and leaf.dtype != object
 
 
+def like(new: Any, old: Any) -> Any:
+    """`new` as a NumPy array where `old` is one."""
+    return np.asarray(new) if isinstance(old, np.ndarray) else new
+
+
 def wide(dtype: Any) -> Any:
     """The dtype to compute in: float64 for float64, else float32."""
     return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)

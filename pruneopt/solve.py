@@ -39,9 +39,10 @@ def solve(
         masks (the trained weights on it). key: for randomised solvers; a key or a seed.
     throw: raise SolveError for a result that is not finite or not feasible; otherwise it only says so in `status`.
 
-    Feasibility, objective and bound are recomputed here, whatever the solver says. `stats` has what the solver had to
-    say and, for a Reconstruction, relative_error (undamped) and how far the support is from 1-swap optimal:
-    largest_gain over gain_outputs of its outputs (`solvers.largest_gain`), where weights may change places.
+    NumPy weights come back as NumPy. Feasibility, objective and bound are recomputed here, whatever the solver says.
+    `stats` has what the solver had to say and, for a Reconstruction, relative_error (undamped) and how far the support
+    is from 1-swap optimal: largest_gain over gain_outputs of its outputs (`solvers.largest_gain`), where weights may
+    change places.
     Raises ValueError where the solver refuses the problem, `init` does not fit, or the support empties a leaf that the
     constraint does not allow to be empty (layer collapse).
     """
@@ -62,6 +63,7 @@ def _solved(problem: Problem, solver: Solver, start: Start | None, key: jax.Arra
     clock = time.perf_counter()
     outcome = solver.run(problem, start, key)
     jax.block_until_ready((outcome.value, outcome.support))
+    value = jax.tree.map(_tree.like, outcome.value, problem.objective.center)
     seconds = time.perf_counter() - clock
     path = problem.emptied(outcome.support)
     if path is not None:
@@ -69,17 +71,15 @@ def _solved(problem: Problem, solver: Solver, start: Start | None, key: jax.Arra
             f"subject_to={problem.subject_to!r} keeps no weight of leaf '{path}': the layer would collapse; lower the "
             "sparsity, pass floor=1 (or more) to keep some, or floor=0 to allow it"
         )
-    check = verify(problem, outcome.value, outcome.support, outcome.evidence)
+    check = verify(problem, value, outcome.support, outcome.evidence)
     status = Status.LIMIT if outcome.hit_limit and check.status is Status.FEASIBLE else check.status
     if throw and not status.is_usable:
         raise SolveError(f"{status.value} ({solver!r}, {check.violation} units over, {check.outside} outside)")
     stats = {"solver": solver, "seconds": seconds, **outcome.stats}
     if isinstance(problem.objective, Reconstruction) and status.is_usable:
-        stats["relative_error"] = problem.objective.relative_error(outcome.value, check.objective)
+        stats["relative_error"] = problem.objective.relative_error(value, check.objective)
         stats = {**sampled_gain(problem, outcome.support), **stats}
-    return Solution(
-        outcome.value, outcome.support, status, check.objective, check.bound, check.gap, outcome.evidence, stats
-    )
+    return Solution(value, outcome.support, status, check.objective, check.bound, check.gap, outcome.evidence, stats)
 
 
 def _start(problem: Problem, init: Any) -> Start:

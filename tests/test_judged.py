@@ -112,6 +112,13 @@ def test_held_out_examples_choose_the_damping_layer_by_layer():
     assert pruned("wanda", [other()], **given).history[0]["layers"][0]["damping"] == 0  # Wanda has none to choose
 
 
+@pytest.mark.parametrize("method", ["fisher", "m_fac", "global"])
+def test_numpy_weights_come_back_as_numpy(method):
+    params = jax.tree.map(np.asarray, tree(1, SHAPES))
+    got = po.prune(tiny_loss, params, tiny_batches(), GOAL, method=method, progress=False).params
+    assert all(type(leaf) is np.ndarray for leaf in got.values())
+
+
 def test_the_softmax_gauss_newton_is_the_dense_one():
     params = {"a": tree(1)["a"][:2], "b": tree(2, {"b": (tree(1)["a"].shape[1], 3)})["b"]}
     w, back = jax.flatten_util.ravel_pytree(params)
@@ -162,8 +169,10 @@ def test_the_gauss_newton_row_prunes_a_sequence_classifier():
             ValueError,
             "outputs is zero everywhere",
         ),
-        (lambda: pruned("fisher", [(jnp.full((2, 2), jnp.nan), jnp.zeros((2, 1)))]), ValueError, "NaN"),
-        (lambda: pruned("fisher", iter([other()])), TypeError, "iterator"),
+        (lambda: pruned("fisher", [(jnp.full((2, 2), jnp.nan), jnp.zeros((2, 1)))]), ValueError, "held_out: batch 0"),
+        (lambda: pruned("fisher", iter([other()])), TypeError, "held_out is a one-shot iterator"),
+        (lambda: pruned("fisher", []), ValueError, "held_out is empty"),
+        (lambda: pruned("fast", []), ValueError, "held_out is empty"),
     ],
 )
 def test_bad_input_is_refused(make, error, message):

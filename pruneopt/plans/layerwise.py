@@ -94,7 +94,9 @@ def layerwise(
         return selected(graph, params, leaves)
 
     stream = Calibration(graphs, batches, weights, choose, before if target == "network" else None)
-    aside = None if held_out is None else Calibration(graphs, held_out, weights, choose, None)
+    aside = (
+        None if held_out is None else Calibration(graphs, _data.Batches(held_out, "held_out"), weights, choose, None)
+    )
     operators = choose(graphs.first)
     task = _Task(operators, before, masks, constraint, solver, dampings)
     task.check()
@@ -147,7 +149,7 @@ def layerwise(
         if unseen := graphs.first.unread(operators_by_name[entry["layer"]].paths):
             entry.setdefault("notes", []).append(f"a use that cannot be read has no part in its inputs: {unseen}")
     support = _tree.map_named(lambda path, _: supports.get(path), params)
-    return Pruned(_tree.map_named(lambda p, x: _like(now[p], x), params), support, solutions, history)
+    return Pruned(_tree.map_named(lambda p, x: _tree.like(now[p], x), params), support, solutions, history)
 
 
 def _dampings(damping: Any, held_out: Any) -> tuple[float, ...]:
@@ -161,11 +163,6 @@ def _dampings(damping: Any, held_out: Any) -> tuple[float, ...]:
 
 def _name(op: Operator, e: int) -> str:
     return op.name if op.problems == 1 else f"{op.name}{{{e}}}"
-
-
-def _like(new: Any, old: Any) -> Any:
-    """NumPy leaves stay NumPy leaves."""
-    return np.asarray(new) if isinstance(old, np.ndarray) else new
 
 
 def _check_inputs(gram: Any, argument: str, name: str) -> None:

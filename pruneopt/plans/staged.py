@@ -75,7 +75,7 @@ def staged(
     chosen, rest = partition(params, leaves)
     check_finite(chosen, "params")
     constraint.check(chosen)
-    judge = Loss(fn, params, held_out, leaves)
+    judge = Loss(fn, params, _data.Batches(held_out, "held_out"), leaves)
     before = judge.finite_value(chosen)
     waiting = [stage.cut for stage in (schedule or Iterative(15)).stages(constraint.density(chosen))]
     if abs(waiting[-1] - 1) > 1e-9:
