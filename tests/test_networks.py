@@ -48,6 +48,43 @@ def test_resnet20_has_its_dense_score(folder, load, preprocessing, accuracy, los
     assert measured[1] == pytest.approx(loss, abs=1e-4)
 
 
+def test_resnet20_in_training_is_the_network_with_its_batch_s_statistics(folder):
+    """The statistics that a step leaves, brought back to the batch's own, put into the network as it is tested."""
+    params = resnet20.load_chita(folder)
+    images = resnet20.cifar10(folder, "test1k", *resnet20.CHITA)[0][:16]
+    logits, updates = resnet20.train_forward(params, images)
+    places = {"0": 32 * 32, "stage1": 32 * 32, "stage2": 16 * 16, "stage3": 8 * 8}
+
+    def own(path, new, old):
+        if new is None:
+            return old
+        n = 16 * places.get(path[0].key, places["0"])
+        seen = (np.asarray(new, np.float64) - 0.9 * np.asarray(old, np.float64)) / 0.1
+        return jnp.asarray(seen * ((n - 1) / n if path[-1].key == "var" else 1), jnp.float32)
+
+    moved = jax.tree_util.tree_map_with_path(own, updates, params, is_leaf=lambda x: x is None)
+    assert sum(leaf is not None for leaf in jax.tree.leaves(updates)) == 2 * 21
+    np.testing.assert_allclose(resnet20.forward(moved, images), logits, atol=2e-3)
+    assert float(np.max(np.abs(resnet20.forward(params, images) - logits))) > 0.5
+
+
+def test_cropped_images_are_windows_of_padded_ones_some_of_them_mirrored():
+    mean, std = resnet20.PUBLISHED
+    images = np.random.default_rng(0).standard_normal((40, 32, 32, 3)).astype(np.float32)
+    moved = resnet20.cropped(images, mean, std, np.random.default_rng(1))
+    assert (moved.shape, moved.dtype) == (images.shape, images.dtype)
+    black = (np.zeros(3) - mean) / np.asarray(std)
+    mirrored = 0
+    for one, new in zip(images, moved, strict=True):
+        wide = np.tile(black, (40, 40, 1)).astype(np.float32)
+        wide[4:36, 4:36] = one
+        windows = [wide[i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+        plain = any(np.array_equal(w, new) for w in windows)
+        mirrored += not plain
+        assert plain or any(np.array_equal(w[:, ::-1], new) for w in windows)
+    assert 10 < mirrored < 30
+
+
 @pytest.fixture(scope="module")
 def story_params(folder):
     return stories.load(folder)[0]

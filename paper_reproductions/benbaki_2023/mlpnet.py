@@ -11,10 +11,8 @@ gradients of the first seed's examples, in float64.
 Data: PRUNEOPT_DATA.
 """
 
-import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -22,110 +20,49 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import pruneopt as po
+from paper_reproductions.benbaki_2023 import one_stage
 from paper_reproductions.networks import mlpnet
-from pruneopt.constraints import Cardinality, Support
-from pruneopt.curvature import (
-    BlockDiagonal,
-    Diagonal,
-    GaussNewton,
-    Identity,
-    Kronecker,
-    Shrunk,
-    empirical_fisher,
-    softmax_fisher,
-)
+from pruneopt.curvature import BlockDiagonal, GaussNewton, Kronecker, Shrunk, softmax_fisher
 from pruneopt.objectives import Quadratic
-from pruneopt.solvers import CBS, CHITA, GlobalADMM, Polish, Pursuit, Score, SummedOBS, Then
+from pruneopt.solvers import CBS, GlobalADMM, Polish, Score, SummedOBS, Then
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-N = 1000
-RIDGE = 1e-4  # of Q
 BLOCK = 1000  # weights of a block of WoodFisher
 TEMPERATURE, SHARE, DAMPING = 4.0, 0.15, 0.01  # of our model: softmax(z / TEMPERATURE), shrinkage, ridge
 ADMM = GlobalADMM(rho=(0.1, 10.0), levels=8, iterations=8, inner=6, refit=60)
+tempered = one_stage.Tempered(mlpnet.forward, TEMPERATURE)
 
 
-def loss(params, batch):
-    return cross_entropy(mlpnet.forward(params, batch[0]), batch)
-
-
-def cross_entropy(logits, batch):
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, batch[1][:, None], axis=-1)[:, 0])
-
-
-def tempered(params, batch):
-    return mlpnet.forward(params, batch[0]) / TEMPERATURE
-
-
-def gauss_newton(params, batch):
+def gauss_newton(setting):
     """The Gauss-Newton matrix of the cross-entropy at a temperature, shrunk, and its exact diagonal."""
-    model = GaussNewton.of(tempered, cross_entropy, params, [batch])
-    parts = [(batch[0][i : i + 100], batch[1][i : i + 100]) for i in range(0, len(batch[1]), 100)]
+    params, ((images, labels),) = setting.network.params, setting.batches
+    model = GaussNewton.of(tempered, one_stage.cross_entropy, params, setting.batches)
+    parts = [(images[i : i + 100], labels[i : i + 100]) for i in range(0, len(labels), 100)]
     diagonals = [softmax_fisher(tempered, params, [part]).diagonal(params) for part in parts]
     mean = jax.tree.map(lambda *d: sum(d) / len(d), *diagonals)
     return Quadratic(params, Shrunk.checked(model, mean, SHARE), damping=DAMPING)
 
 
-def magnitude(params, sparsity):
-    problem = po.Problem(Quadratic(params, Identity()), subject_to=Cardinality(sparsity=sparsity))
-    return po.solve(problem, Score())
+def blocks(setting):
+    """WoodFisher's blocks of the empirical Fisher."""
+    return Quadratic(setting.center, BlockDiagonal.of(one_stage.fisher(setting).curvature, by=BLOCK))
 
 
-class Setting:
-    """One seed: its examples and the models at the trained weights, each made once and timed."""
-
-    def __init__(self, params, batch):
-        self.params, self.batch, self._made = params, batch, {}
-
-    def model(self, name):
-        """(objective, seconds that it took the first time)."""
-        if name not in self._made:
-            clock = time.process_time()
-            if name == "gauss-newton":
-                made = gauss_newton(self.params, self.batch)
-            elif name == "blocks":
-                fisher = empirical_fisher(loss, self.params, [self.batch], ridge=RIDGE)
-                made = Quadratic(self.params, BlockDiagonal.of(fisher, by=BLOCK))
-            elif name == "kronecker":
-                made = Quadratic(self.params, Kronecker.of(loss, self.params, [self.batch], ridge=RIDGE))
-            else:
-                made = Quadratic(self.params, empirical_fisher(loss, self.params, [self.batch], ridge=RIDGE))
-            self._made[name] = made, time.process_time() - clock
-        return self._made[name]
+def kronecker(setting):
+    network = setting.network
+    factors = Kronecker.of(network.loss, network.params, setting.batches, ridge=one_stage.RIDGE)
+    return Quadratic(setting.center, factors)
 
 
-def solved(model, solver):
-    return lambda setting, sparsity: po.solve(
-        po.Problem(setting.model(model)[0], subject_to=Cardinality(sparsity=sparsity)), solver
-    )
-
-
-def refitted_magnitude(setting, sparsity):
-    mask = magnitude(setting.params, sparsity).support
-    return po.solve(po.Problem(setting.model("fisher")[0], subject_to=Support(mask)), Polish())
-
-
-def diagonal(setting, sparsity):
-    curvature = setting.model("fisher")[0].curvature
-    f = Quadratic(setting.params, Diagonal(curvature.diagonal(setting.params)))
-    return po.solve(po.Problem(f, subject_to=Cardinality(sparsity=sparsity)), Score())
-
-
-METHODS = {  # name: (model that it reads, (setting, sparsity) -> Solution)
-    "magnitude": (None, lambda setting, sparsity: magnitude(setting.params, sparsity)),
-    "diagonal Fisher": ("fisher", diagonal),
-    "magnitude, refit (CHITA's LS)": ("fisher", refitted_magnitude),
-    "M-FAC": ("fisher", solved("fisher", SummedOBS())),
-    "WoodFisher, blocks of 1,000": ("blocks", solved("blocks", SummedOBS())),
-    "K-FAC, OBD": ("kronecker", solved("kronecker", Score())),
-    "K-FAC, OBS": ("kronecker", solved("kronecker", SummedOBS())),
-    "CBS, selection": ("fisher", solved("fisher", CBS())),
-    "CBS, selection and update": ("fisher", solved("fisher", Then(CBS(), Polish()))),
-    "CHITA, 50 iterations": ("fisher", solved("fisher", CHITA(50))),
-    "CHITA, each step refitted": ("fisher", solved("fisher", Pursuit())),
-    "ADMM, empirical Fisher": ("fisher", solved("fisher", Then(ADMM, Polish()))),
-    "ADMM, Gauss-Newton (ours)": ("gauss-newton", solved("gauss-newton", ADMM)),
+MODELS = {"fisher": one_stage.fisher, "gauss-newton": gauss_newton, "blocks": blocks, "kronecker": kronecker}
+METHODS = one_stage.published("fisher") | {
+    "WoodFisher, blocks of 1,000": one_stage.solved("blocks", SummedOBS()),
+    "K-FAC, OBD": one_stage.solved("kronecker", Score()),
+    "K-FAC, OBS": one_stage.solved("kronecker", SummedOBS()),
+    "CBS, selection": one_stage.solved("fisher", CBS()),
+    "CBS, selection and update": one_stage.solved("fisher", Then(CBS(), Polish())),
+    "ADMM, empirical Fisher": one_stage.solved("fisher", Then(ADMM, Polish())),
+    "ADMM, Gauss-Newton (ours)": one_stage.solved("gauss-newton", ADMM),
 }
 
 
@@ -135,46 +72,18 @@ def accuracy(params, images, labels):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--sparsities", nargs="*", type=float, default=list(SPARSITIES))
-    parser.add_argument(
-        "--validate", action="store_true", help="score on 40,000 training images instead of the test set"
-    )
-    given = parser.parse_args()
+    given = one_stage.arguments(METHODS, SPARSITIES).parse_args()
     folder = os.environ["PRUNEOPT_DATA"]
-    params, (images, labels) = mlpnet.load(folder), mlpnet.mnist(folder, "train")
+    network = one_stage.Network(mlpnet.forward, mlpnet.load(folder))
+    images, labels = mlpnet.mnist(folder, "train")
     order = np.random.default_rng(0).permutation(len(labels))
     pool, kept = order[:20000], order[20000:]
     test = (images[kept], labels[kept]) if given.validate else mlpnet.mnist(folder, "test")
-    settings = []
-    for seed in range(given.seeds):
-        drawn = np.random.default_rng(seed + 1).choice(pool, N, replace=False)
-        settings.append(Setting(params, (jnp.asarray(images[drawn]), jnp.asarray(labels[drawn]))))
-    print(f"{'accuracy %':<32}" + "".join(f"{s:>14}" for s in given.sparsities) + "   CPU s")
-    found = {}
-    for name in given.methods:
-        reads, method = METHODS[name]
-        rows, seconds = [], []
-        for i, setting in enumerate(settings):
-            prepared = setting.model(reads)[1] if reads else 0.0
-            clock = time.process_time()
-            solutions = [method(setting, s) for s in given.sparsities]
-            seconds.append(prepared + time.process_time() - clock)
-            rows.append([float(accuracy(s.value, *test)) for s in solutions])
-            if i == 0:
-                found[name] = solutions
-        mean, error = (
-            np.mean(rows, 0),
-            np.std(rows, 0, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.zeros(len(rows[0])),
-        )
-        print(f"{name:<32}" + "".join(f"{m:>8.2f} ±{e:4.2f}" for m, e in zip(mean, error, strict=True))
-              + f"{np.median(seconds):>9.1f}", flush=True)  # fmt: skip
-    q = settings[0].model("fisher")[0]
-    print(f"\n{'Q, the first seed':<32}" + "".join(f"{s:>12}" for s in given.sparsities))
-    for name, solutions in found.items():
-        print(f"{name:<32}" + "".join(f"{q.value(s.value):>12.2e}" for s in solutions), flush=True)
+    settings = [
+        one_stage.Setting(network, [(jnp.asarray(images[drawn]), jnp.asarray(labels[drawn]))], MODELS)
+        for drawn in one_stage.draws(pool, given.seeds)
+    ]
+    one_stage.table(settings, METHODS, given, lambda setting, params: float(accuracy(params, *test)))
 
 
 if __name__ == "__main__":
