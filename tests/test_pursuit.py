@@ -9,7 +9,7 @@ from cases import every_support, tree
 from test_obs import best_on, model, parts
 
 import pruneopt as po
-from pruneopt.constraints import Cardinality, Support
+from pruneopt.constraints import Cardinality, Intersection, Support
 from pruneopt.curvature import Identity, LowRank
 from pruneopt.objectives import Quadratic, Reconstruction
 from pruneopt.solvers import CHITA, Polish, Pursuit, Score, Then
@@ -69,6 +69,24 @@ def test_it_lowers_the_refit_of_magnitude_where_thresholded_gradient_steps_do_no
     assert from_there.objective < of_magnitude.objective
     assert po.solve(problem, Pursuit(1), init=got).objective <= got.objective * (1 + 1e-12)
     assert po.solve(problem, Pursuit(1)).status is po.Status.LIMIT
+
+
+def test_what_is_zero_and_barred_takes_no_part():
+    f = correlated()
+    live = np.random.default_rng(3).random(200) < 0.5
+    center = {"w": jnp.where(live.reshape(20, 10), f.center["w"], 0.0)}
+    slope = np.random.default_rng(4).standard_normal(200)
+    whole = Quadratic(center, f.curvature, {"w": jnp.asarray(slope.reshape(20, 10))})
+    small = {"w": jnp.asarray(flat(center)[live])}
+    part = Quadratic(
+        small, LowRank.checked(f.curvature.gradients[:, live], small, ridge=1e-3), {"w": jnp.asarray(slope[live])}
+    )
+    within = Intersection((Support({"w": jnp.asarray(live.reshape(20, 10))}), Cardinality(count=30)))
+    got = po.solve(po.Problem(whole, subject_to=within), Pursuit())
+    alone = po.solve(po.Problem(part, subject_to=Cardinality(count=30)), Pursuit())
+    np.testing.assert_allclose(flat(got.value)[live], flat(alone.value), atol=1e-9)
+    assert not flat(got.value)[~live].any()
+    assert got.objective == pytest.approx(alone.objective, rel=1e-10)
 
 
 def test_it_is_near_the_best_of_all_supports():

@@ -76,7 +76,7 @@ METHODS: dict[str, Method] = {
     "cbs": Method(low_rank_fisher, Then(CBS(), Polish()), "Yu et al. 2022, selection by swaps, then the joint update"),
     "chita": Method(low_rank_fisher, Pursuit(), "Benbaki et al. 2023, each step from the refit of its support"),
     "global": Method(low_rank_fisher, Then(GlobalADMM(), Polish()), "ADMM in the metric of diag(F), then the refit"),
-    "chita_steps": Method(fisher_step, Then(CHITA(), Polish()), "Benbaki et al. 2023, with the gradient: for stages"),
+    "chita_steps": Method(fisher_step, Pursuit(8, 1e-3), "Benbaki et al. 2023, with the gradient: for stages"),
     "global_steps": Method(fisher_step, Then(GlobalADMM(), Polish()), "the same by ADMM"),
     "hap": Method(
         channel_traces, Score("absolute"), "Yu et al. 2021; under Slices(-1, ...): the trace of each channel"

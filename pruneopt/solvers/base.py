@@ -14,7 +14,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pruneopt import _linalg, _tree
+from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.by_path import ByPath
+from pruneopt.constraints.intersection import Intersection
+from pruneopt.constraints.support import Support
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
@@ -135,6 +138,17 @@ def network_only(problem: Problem, solver: Solver, twin: str) -> str | None:
     if problem.subject_to is None:
         return f"{name} needs a constraint; pass subject_to="
     return without_penalty(problem, solver)
+
+
+def allowed(constraint: Constraint, center: Tree) -> Bool[np.ndarray, " p"]:
+    """Which weights, the leaves laid end to end, every `Support` in a constraint lets live."""
+    parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
+    found = np.ones(sum(x.size for x in jax.tree.leaves(center)), bool)
+    for part in parts:
+        if isinstance(part, Support):
+            mask = part.select(jax.tree.map(lambda x: jnp.zeros(x.shape), center))
+            found &= np.concatenate([np.asarray(m, bool).reshape(-1) for m in jax.tree.leaves(mask)])
+    return found
 
 
 class Layer(NamedTuple):

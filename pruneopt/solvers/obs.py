@@ -18,7 +18,7 @@ from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, without_penalty
+from pruneopt.solvers.base import Outcome, Solver, Start, allowed, check_whole, without_penalty
 
 
 @dataclass(frozen=True)
@@ -147,21 +147,16 @@ def budget_of(constraint: Constraint, center: Any) -> Budget | None:
     """The constraint as a budget, None where it is none."""
     parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
     sizes = [x.size for x in jax.tree.leaves(center)]
-    leaf, allowed = np.repeat(np.arange(len(sizes)), sizes), np.ones(sum(sizes), bool)
-    choosing = []
-    for part in parts:
-        if isinstance(part, Support):
-            allowed &= _flat(part.select(jax.tree.map(lambda x: jnp.zeros(x.shape), center))).astype(bool)
-        else:
-            choosing.append(part)
-    live = np.bincount(leaf[allowed], minlength=len(sizes))
+    leaf, free = np.repeat(np.arange(len(sizes)), sizes), allowed(constraint, center)
+    choosing = [part for part in parts if not isinstance(part, Support)]
+    live = np.bincount(leaf[free], minlength=len(sizes))
     if not choosing:
-        return Budget(allowed, leaf, live, int(live.sum()))
+        return Budget(free, leaf, live, int(live.sum()))
     (one,) = choosing if len(choosing) == 1 else (None,)
     if not (isinstance(one, Cardinality) and one.per in ("tree", "leaf")):
         return None
     floors = np.asarray([min(one.floor or 0, size) for size in sizes])
     if one.per == "tree":
-        return Budget(allowed, leaf, np.minimum(floors, live), one.kept_of(sum(sizes)))
+        return Budget(free, leaf, np.minimum(floors, live), one.kept_of(sum(sizes)))
     least = np.minimum(np.maximum([one.kept_of(size) for size in sizes], floors), live)
-    return Budget(allowed, leaf, least, int(least.sum()))
+    return Budget(free, leaf, least, int(least.sum()))

@@ -16,7 +16,7 @@ from pruneopt import _tree
 from pruneopt.curvature.low_rank import LowRank
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, network_only
+from pruneopt.solvers.base import Outcome, Solver, Start, allowed, check_not_negative, check_whole, network_only
 
 Tree = Any
 Flat = Float[np.ndarray, " p"]
@@ -41,9 +41,9 @@ class Pursuit(Solver):
     would pay for its place takes it; plain hard thresholding (`CHITA`), whose steps the largest eigenvalue bounds, is
     then orders of magnitude too short for any weight to enter.
 
-    Cost: n^2 |S| multiply-adds at first; a trial that exchanges m weights 2 n^2 m, n^3 / 3 and n p. Memory: G, two
-    n x n. Products in G's precision (float32 at least), systems in float64. stats: iterations, trials, entered (weights
-    of the support that the first one did not have).
+    Cost: n^2 |S| multiply-adds at first; a trial that exchanges m weights 2 n^2 m, n^3 / 3 and n p. Weights that are
+    zero and that a `Support` cuts take no part. Memory: G, two n x n. Products in G's precision (float32 at least),
+    systems in float64. stats: iterations, trials, entered (weights of the support that the first one did not have).
     Source: Foucart 2011 (hard thresholding pursuit), with the line search past the support and the refit of Benbaki et
     al. 2023 (CHITA), sections 3.2 and 3.3.
     """
@@ -77,10 +77,16 @@ class Pursuit(Solver):
         assert isinstance(f.curvature, LowRank)
         assert constraint is not None
         layout, dtype = f.curvature.layout, _tree.widest(f.center)
-        model = _Model.of(f, f.curvature)
-        selected = lambda z: layout.host(constraint.select(layout.tree(jnp.asarray(z * z, dtype)))) > 0  # noqa: E731
+        free = allowed(constraint, f.center) | (layout.host(f.center) != 0)  # what may move, or falls to zero
+        model = _Model.of(f, f.curvature, free)
+
+        def selected(z: Flat) -> Bool[np.ndarray, " p"]:
+            whole = np.zeros(free.size)
+            whole[free] = z * z
+            return (layout.host(constraint.select(layout.tree(jnp.asarray(whole, dtype)))) > 0)[free]
+
         feasible = init is not None and problem.violation(init.support) == 0
-        start = layout.host(init.support) > 0 if init and feasible else selected(model.target)
+        start = layout.host(init.support)[free] > 0 if init and feasible else selected(model.target)
         point, t, trials, done = model.at(start, None), 1.0, 0, 0
         settled = False
         while not settled and done < self.iterations:
@@ -89,11 +95,10 @@ class Pursuit(Solver):
             trials += tried
             settled = point.value - found.value <= self.tolerance * abs(point.value)
             point = found
-        value = layout.tree(np.where(point.support, point.reached, 0.0), f.center)
-        plain = layout.tree(np.where(start, layout.host(f.center), 0.0), f.center)
-        w, support = (value, point.support) if f.value(value) <= f.value(plain) else (plain, start)
-        stats = {"iterations": done, "trials": trials, "entered": int(np.sum(support & ~start))}
-        arrays = jax.tree.map(jnp.asarray, (w, layout.tree(support)))
+        value, support = np.zeros(free.size), np.zeros(free.size, bool)
+        value[free], support[free] = np.where(point.support, point.reached, 0.0), point.support
+        stats = {"iterations": done, "trials": trials, "entered": int(np.sum(point.support & ~start))}
+        arrays = jax.tree.map(jnp.asarray, (layout.tree(value, f.center), layout.tree(support)))
         return Outcome(*arrays, hit_limit=not settled, stats=stats)
 
 
@@ -116,14 +121,13 @@ class _Model(NamedTuple):
     target: Flat
 
     @staticmethod
-    def of(f: QuadraticObjective, h: LowRank) -> _Model:
-        """The parts of f."""
+    def of(f: QuadraticObjective, h: LowRank, free: Bool[np.ndarray, " q"]) -> _Model:
+        """The parts of f for the weights that are `free`."""
         rows = np.asarray(h.gradients)
-        center, ridge = h.layout.host(f.center), h.ridge + float(f.ridge())
-        gradient = np.zeros_like(center) if f.gradient is None else h.layout.host(f.gradient)
-        return _Model(
-            rows.astype(_tree.wide(rows.dtype), copy=False), center, gradient, ridge, center - gradient / ridge
-        )
+        rows = (rows if free.all() else rows[:, free]).astype(_tree.wide(rows.dtype), copy=False)
+        center, ridge = h.layout.host(f.center)[free], h.ridge + float(f.ridge())
+        gradient = np.zeros_like(center) if f.gradient is None else h.layout.host(f.gradient)[free]
+        return _Model(rows, center, gradient, ridge, center - gradient / ridge)
 
     def at(self, support: Bool[np.ndarray, " p"], near: _Point | None) -> _Point:
         """The refit on a support; G_S G_S^T from that of a point nearby where little changes."""
