@@ -9,7 +9,7 @@ from cases import tiny_batches, tiny_loss, tree
 from test_obs import best_on, model, parts
 
 import pruneopt as po
-from pruneopt.constraints import Cardinality, Support
+from pruneopt.constraints import Cardinality, Slices, Support
 from pruneopt.curvature import Identity, LowRank
 from pruneopt.objectives import Quadratic
 from pruneopt.plans import METHODS
@@ -110,6 +110,23 @@ def test_the_rows_by_blocks_and_by_factors_are_their_formula(row):
     if row == "kfac_obs":
         ranked = po.solve(po.Problem(f, subject_to=Cardinality(count=5, floor=0)), METHODS["kfac_obd"].solver)
         assert set(np.flatnonzero(~flat(ranked.support))) == set(alone)
+
+
+def test_channels_go_by_what_each_costs_as_a_whole_in_the_metric_of_k_fac():
+    params, batches = tree(1), tiny_batches()
+    f = METHODS["kfac_channels"].model(tiny_loss, params, batches, None, jax.random.key(0))
+    (a, s), _ = factors(params, batches)
+    w = np.asarray(params["a"])
+    costs = [0.5 * s[c, c] * w[:, c] @ a @ w[:, c] for c in range(4)]
+    for c, cost in enumerate(costs):
+        without = {**params, "a": params["a"].at[:, c].set(0.0)}
+        assert f.value(without) == pytest.approx(cost, rel=1e-9)
+    pruned = po.prune(
+        tiny_loss, params, batches, Slices(-1, Cardinality(count=2)), leaves=["a"], method="kfac_channels",
+        progress=False,
+    )  # fmt: skip
+    kept = np.asarray(pruned.support["a"]).any(axis=0)
+    np.testing.assert_array_equal(kept, np.argsort(np.argsort(costs)) >= 2)
 
 
 def test_chita_falls_and_is_stationary_on_its_support_after_the_refit():

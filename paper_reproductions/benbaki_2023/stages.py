@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from paper_reproductions.benbaki_2023 import mlpnet as one_stage
+from paper_reproductions.benbaki_2023 import one_stage
+from paper_reproductions.benbaki_2023.mlpnet import accuracy
 from paper_reproductions.networks import mlpnet
 from pruneopt.constraints import Cardinality
 from pruneopt.curvature import empirical_fisher
@@ -45,7 +46,8 @@ class Halving:
 
 def loss(params, batch):
     """The cross-entropy of images, or of groups of them."""
-    return one_stage.loss(params, (batch[0].reshape(-1, 784), batch[1].reshape(-1)))
+    images, labels = batch[0].reshape(-1, 784), batch[1].reshape(-1)
+    return one_stage.cross_entropy(mlpnet.forward(params, images), (images, labels))
 
 
 def scaled(params, batch):
@@ -67,7 +69,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--sparsities", nargs="*", type=float, default=[0.5, 0.8, 0.9, 0.95, 0.98])
-    parser.add_argument("--validate", action="store_true", help="score on 9,000 training images instead of the test set")
+    parser.add_argument("--validate", action="store_true", help="score on 9,000 training images, not the test set")
     given = parser.parse_args()
     folder = os.environ["PRUNEOPT_DATA"]
     params, (images, labels) = mlpnet.load(folder), mlpnet.mnist(folder, "train")
@@ -96,7 +98,7 @@ def main():
                 if seed >= 0:
                     assert len(pruned.history) == STAGES
                     seconds[seed, j] = time.process_time() - clock
-                    found[seed, j] = float(one_stage.accuracy(pruned.params, *test))
+                    found[seed, j] = float(accuracy(pruned.params, *test))
         error = np.std(found, 0, ddof=1) / given.seeds**0.5 if given.seeds > 1 else 0 * found[0]
         print(f"{name:<30}" + "".join(f"{m:>8.2f} ±{e:4.2f}" for m, e in zip(found.mean(0), error, strict=True))
               + "   " + " ".join(f"{s:.1f}" for s in np.median(seconds, 0)), flush=True)  # fmt: skip

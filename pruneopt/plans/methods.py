@@ -10,6 +10,7 @@ import jax
 from pruneopt.objectives.base import Objective
 from pruneopt.plans.models import (
     SoftmaxGaussNewton,
+    channel_factors,
     channel_traces,
     diagonal_fisher,
     diagonal_hessian,
@@ -27,7 +28,6 @@ from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
 from pruneopt.solvers.base import Solver, Then
 from pruneopt.solvers.block_obs import BlockOBS
 from pruneopt.solvers.cbs import CBS
-from pruneopt.solvers.chita import CHITA
 from pruneopt.solvers.frank_wolfe import FrankWolfe
 from pruneopt.solvers.global_admm import GlobalADMM
 from pruneopt.solvers.greedy_obs import GreedyOBS
@@ -80,6 +80,9 @@ METHODS: dict[str, Method] = {
     "global_steps": Method(fisher_step, Then(GlobalADMM(), Polish()), "the same by ADMM"),
     "hap": Method(
         channel_traces, Score("absolute"), "Yu et al. 2021; under Slices(-1, ...): the trace of each channel"
+    ),
+    "kfac_channels": Method(
+        channel_factors, Score(), "Wang et al. 2019 (Kron-OBD); under Slices(-1, ...): each channel in K-FAC's metric"
     ),
     "snip": Method(linear, Score("absolute"), "Lee et al. 2019; at initialisation"),
     "grasp": Method(gradient_flow, Score(), "Wang, Zhang and Grosse 2020; at initialisation", predicts=False),

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pruneopt import _data, _tree
 from pruneopt.curvature.block_diagonal import BlockDiagonal
@@ -98,6 +99,27 @@ def channel_traces(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax
     curvature = hutchinson_diagonal(fn, params, batches, leaves, key=key)
     _not_zero(curvature.values, "the Hessian of fn", "magnitude")
     return Quadratic(chosen, Diagonal(_channel_means(curvature.values)))
+
+
+def channel_factors(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """1/2 sum over channels c of S_cc <d_c, A d_c>, taken along w_c: h_c = S_cc <w_c, A w_c> / ||w_c||^2 for each
+    weight, A and S the Kronecker factors of the operator that has c as an output.
+
+    Exact for what goes as whole channels, but for the pairs of them that S couples.
+    Source: Wang et al. 2019 (EigenDamage), section 3.1, Kron-OBD of filters.
+    """
+    chosen = partition(params, leaves)[0]
+    h = Kronecker.of(fn, params, batches, leaves)
+    w = h.layout.host(chosen)
+    values = np.zeros_like(w)
+    for a, s, at in zip(h.inputs, h.outputs, h.entries, strict=True):
+        part = w[np.asarray(at)]  # (problems, n_in, n_out)
+        bend = np.sum(part * (np.asarray(a) @ part), axis=1, keepdims=True)
+        size = np.sum(part * part, axis=1, keepdims=True)
+        along = bend * np.diagonal(np.asarray(s), axis1=1, axis2=2)[:, None] / np.where(size > 0, size, 1.0)
+        values[np.asarray(at)] = along
+    _not_zero(values, "the Fisher of fn", "magnitude")
+    return Quadratic(chosen, Diagonal(jax.tree.map(jnp.asarray, h.layout.tree(values, chosen))))
 
 
 def gradient_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
