@@ -1,11 +1,13 @@
 """Per-example gradients and inverse Fisher diagonals, beside PyTorch's loop and the own code of M-FAC and WoodFisher.
 
     python paper_reproductions/head_to_head/fisher.py [--examples 1000] [--rounds 3] [--network resnet20 | mlpnet]
+                                                      [--parts gradients inverse blocks]
 
 Everything runs on one thread (the process is bound to one CPU), in turn. Gradients: empirical_fisher's n x p matrix
 beside batch-1 backward passes in PyTorch written row by row into one array, the same network and weights; both warm.
 Memory: the most that each adds to its process, over the bytes of the matrix. Inverse diagonals: those of
-(1/n) G^T G + ridge I with the same G, whole and in blocks; errors against NumPy in float64. Data: PRUNEOPT_DATA;
+(1/n) G^T G + ridge I with the same G, whole and in blocks; errors against NumPy in float64. --rounds 0: one run each,
+the first one, compilation included. Data: PRUNEOPT_DATA;
 IST-DASLab+M-FAC and IST-DASLab+WoodFisher in PEERS. What needs torch or PEERS is left out without it.
 """
 
@@ -35,10 +37,12 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--examples", type=int, default=1000)
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--network", choices=("resnet20", "mlpnet"), default="resnet20")
+parser.add_argument("--parts", nargs="*", choices=("gradients", "inverse", "blocks"))
 parser.add_argument("--ridge", type=float, default=1e-5)
 parser.add_argument("--block", type=int, default=1000)
 parser.add_argument("--memory-of", choices=("pruneopt", "torch"), help="run one of them once and print what it added")
 args = parser.parse_args()
+parts = args.parts or ("gradients", "inverse", "blocks")
 folder = os.environ["PRUNEOPT_DATA"]
 has_torch = importlib.util.find_spec("torch") is not None
 
@@ -144,32 +148,35 @@ def clocked(fn):
 
 
 def medians(jobs):
-    """{name: (result, wall, CPU)}, medians of interleaved rounds; the first one warms up."""
+    """{name: (result, wall, CPU)}, medians of interleaved rounds after one, or of that one."""
     times = {name: [] for name in jobs}
     results = {}
     for i in range(args.rounds + 1):
         for name, job in jobs.items():
             results[name], *spent = clocked(job)
-            times[name] += [spent] if i else []
+            times[name] += [spent] if i or not args.rounds else []
     return {name: (results[name], *map(statistics.median, zip(*times[name], strict=True))) for name in jobs}
 
 
 print(f"{args.network}, {args.examples} examples, one thread; medians of {args.rounds} interleaved runs after one")
-found = medians(LOOPS)
-size = found["pruneopt"][0].nbytes
-print(f"per-example gradients {found['pruneopt'][0].shape}, {size / 1e6:.0f} MB")
-for name, (_, wall, cpu) in found.items():
-    command = [sys.executable, __file__, "--memory-of", name, "--network", args.network]
-    command += ["--examples", str(args.examples)]
-    peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    print(f"  {name:<10} wall {wall:7.2f} s   CPU {cpu:7.2f} s   peak memory {peak / size:.2f} of the matrix")
-if has_torch:
-    wall, cpu = (found["torch"][i] / found["pruneopt"][i] for i in (1, 2))
-    ours_norms, theirs = (np.linalg.norm(found[name][0], axis=1) for name in ("pruneopt", "torch"))
-    apart = np.max(np.abs(ours_norms - theirs)) / np.max(theirs)
-    print(f"  ratio      wall {wall:7.2f}     CPU {cpu:7.2f}     norms of rows differ by {apart:.1e} of the largest")
+if "gradients" in parts:
+    found = medians(LOOPS)
+    size = found["pruneopt"][0].nbytes
+    print(f"per-example gradients {found['pruneopt'][0].shape}, {size / 1e6:.0f} MB")
+    for name, (_, wall, cpu) in found.items():
+        command = [sys.executable, __file__, "--memory-of", name, "--network", args.network]
+        command += ["--examples", str(args.examples)]
+        peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        print(f"  {name:<10} wall {wall:7.2f} s   CPU {cpu:7.2f} s   peak memory {peak / size:.2f} of the matrix")
+    if has_torch:
+        wall, cpu = (found["torch"][i] / found["pruneopt"][i] for i in (1, 2))
+        ours_norms, theirs = (np.linalg.norm(found[name][0], axis=1) for name in ("pruneopt", "torch"))
+        apart = np.max(np.abs(ours_norms - theirs)) / np.max(theirs)
+        print(f"  ratio      wall {wall:7.2f}     CPU {cpu:7.2f}     norms differ by {apart:.1e} of the largest")
+    gradients = np.asarray(found["pruneopt"][0])
+else:
+    gradients = np.asarray(ours())
 
-gradients = np.asarray(found["pruneopt"][0])
 layout = empirical_fisher(loss, params, [(images[:2], labels[:2])], leaves).layout
 peers = Path(os.environ["PEERS"]) if has_torch and os.environ.get("PEERS") else None
 
@@ -223,20 +230,21 @@ def woodfisher():
     return np.concatenate(parts)
 
 
-jobs = {"pruneopt": lambda: flat(LowRank(found["pruneopt"][0], layout).inverse_diagonal(args.ridge))}
-if peers:
-    import torch
+if "inverse" in parts:
+    jobs = {"pruneopt": lambda: flat(LowRank(gradients, layout).inverse_diagonal(args.ridge))}
+    if peers:
+        import torch
 
-    swap = peer("IST-DASLab+M-FAC", "prun").HInvFastSwap
-    cpu = torch.device("cpu")
-    jobs["M-FAC"] = lambda: swap(torch.tensor(gradients), damp=args.ridge, gpu=cpu).diag().numpy()
-compare(
-    "diagonal of the inverse", jobs, flat(LowRank(gradients.astype(np.float64), layout).inverse_diagonal(args.ridge))
-)
-jobs = {"pruneopt": lambda: ours_blocks(found["pruneopt"][0])} | ({"WoodFisher": woodfisher} if peers else {})
-exact = []
-for place in layout.places.values():
-    for start in range(place.start, place.stop, args.block):
-        part = gradients[:, start : min(start + args.block, place.stop)].astype(np.float64)
-        exact.append(np.diagonal(np.linalg.inv(part.T @ part / len(part) + args.ridge * np.eye(part.shape[1]))))
-compare(f"diagonal of the inverse in blocks of {args.block}", jobs, np.concatenate(exact))
+        swap = peer("IST-DASLab+M-FAC", "prun").HInvFastSwap
+        cpu = torch.device("cpu")
+        jobs["M-FAC"] = lambda: swap(torch.tensor(gradients), damp=args.ridge, gpu=cpu).diag().numpy()
+    exact = flat(LowRank(gradients.astype(np.float64), layout).inverse_diagonal(args.ridge))
+    compare("diagonal of the inverse", jobs, exact)
+if "blocks" in parts:
+    jobs = {"pruneopt": lambda: ours_blocks(gradients)} | ({"WoodFisher": woodfisher} if peers else {})
+    exact = []
+    for place in layout.places.values():
+        for start in range(place.start, place.stop, args.block):
+            part = gradients[:, start : min(start + args.block, place.stop)].astype(np.float64)
+            exact.append(np.diagonal(np.linalg.inv(part.T @ part / len(part) + args.ridge * np.eye(part.shape[1]))))
+    compare(f"diagonal of the inverse in blocks of {args.block}", jobs, np.concatenate(exact))
