@@ -10,7 +10,6 @@ from jax.flatten_util import ravel_pytree
 from pruneopt.curvature import GaussNewton, Hessian, empirical_fisher, sampled_fisher, softmax_fisher
 
 BOTH = ["a", "b"]
-CUTS = [(10,), (4, 4, 2)]
 SHAPES = {"a": (2, 4), "b": (4, 3)}
 
 
@@ -55,8 +54,8 @@ def made(name, sizes=(10,)):
     return GaussNewton.of(logits, loss, params, tiny_batches(sizes), BOTH), dense_gauss_newton(loss, params)
 
 
-@pytest.mark.parametrize("sizes", CUTS[1:])
-@pytest.mark.parametrize("name", ["Hessian", "squares", "softmax"])
+# Batches of different sizes for one of them: how they are weighted is the same code for all, and each size compiles.
+@pytest.mark.parametrize(("name", "sizes"), [("Hessian", (4, 4, 2)), ("squares", (5, 5)), ("softmax", (5, 5))])
 def test_products_diagonal_blocks_and_form_are_those_of_the_dense_matrix(name, sizes):
     h, expected = made(name, sizes)
     p, close = len(expected), {"rtol": 1e-11, "atol": 1e-12}
@@ -65,7 +64,8 @@ def test_products_diagonal_blocks_and_form_are_those_of_the_dense_matrix(name, s
     np.testing.assert_allclose(flat(h.mv(d))[0], expected @ flat(d)[0], **close)
     np.testing.assert_allclose(flat(h.diagonal(d))[0], np.diag(expected), **close)
     np.testing.assert_allclose(h.block("b"), expected[8:, 8:], **close)
-    np.testing.assert_allclose(h.block([7, 2]), expected[np.ix_([7, 2], [7, 2])], **close)
+    some = np.random.default_rng(0).permutation(p)[: p - 8]  # as many as "b" has
+    np.testing.assert_allclose(h.block(some.tolist()), expected[np.ix_(some, some)], **close)
     w = np.asarray(flat(d)[0])
     assert h.form(d, jax.tree.map(jnp.zeros_like, d), 0.5) == pytest.approx(w @ expected @ w + 0.5 * w @ w)
     assert h.semidefinite == (np.linalg.eigvalsh(expected)[0] > -1e-12)
@@ -109,8 +109,7 @@ def test_form_is_float64_and_products_are_float32_in_the_default_mode():
 # --------------------------------------------------------------------------------------------------- true Fisher
 
 
-@pytest.mark.parametrize("sizes", CUTS[1:])
-def test_the_exact_fisher_of_a_softmax_is_the_sum_over_labels_and_the_gauss_newton_matrix(sizes):
+def test_the_exact_fisher_of_a_softmax_is_the_sum_over_labels_and_the_gauss_newton_matrix():
     params = tree(1, SHAPES)
     w, unravel = flat(params)
     x, y = tiny_batches()[0]
@@ -121,14 +120,19 @@ def test_the_exact_fisher_of_a_softmax_is_the_sum_over_labels_and_the_gauss_newt
         slopes = np.asarray(jacobian(w, x[i]))
         expected += np.einsum("c,ci,cj->ij", p, slopes, slopes) / 10
     np.testing.assert_allclose(dense_gauss_newton(entropy, params), expected, rtol=1e-10, atol=1e-13)
-    found = softmax_fisher(logits, params, tiny_batches(sizes), BOTH, ridge=0.5)
+    found = softmax_fisher(logits, params, tiny_batches((4, 4, 2)), BOTH, ridge=0.5)
     assert found.gradients.shape == (30, 20)
     np.testing.assert_allclose(found.dense(), expected + 0.5 * np.eye(20), rtol=1e-10, atol=1e-13)
 
 
+def repeated(copies):
+    """One batch of the ten examples again and again."""
+    return [jax.tree.map(lambda x: jnp.tile(x, (copies, 1)), tiny_batches()[0])]
+
+
 def test_the_sampled_fisher_is_unbiased_and_the_same_however_the_data_is_cut():
     params, copies = tree(1, SHAPES), 400
-    many = tiny_batches() * copies
+    many = repeated(copies)
     found = sampled_fisher(logits, params, many, BOTH)
     outer = np.einsum("ni,nj->nij", found.gradients, found.gradients).reshape(copies, 10, 20, 20)
     standard_error = np.sqrt(outer.var(0).sum(0) / copies) / 10
@@ -146,7 +150,7 @@ def test_the_sampled_fisher_of_another_likelihood():
     found = sampled_fisher(
         logits,
         params,
-        tiny_batches() * copies,
+        repeated(copies),
         BOTH,
         sample=lambda key, z: z + jnp.sqrt(0.5) * jax.random.normal(key, z.shape, z.dtype),
         loss=lambda z, y: jnp.sum((z - y) ** 2),

@@ -1,6 +1,6 @@
 """MLPNet on MNIST, one stage, 1,000 examples, no retraining: test accuracy of every method on the same draws.
 
-    python paper_reproductions/benbaki_2023/mlpnet.py [--seeds 3] [--methods NAME ...]
+    python paper_reproductions/benbaki_2023/mlpnet.py [--seeds 3] [--examples 1000] [--methods NAME ...]
 
 Each seed draws 1,000 of the 60,000 training images; every method sees those alone. Settings were chosen on training
 images that no seed draws from (--validate: the last 40,000 of a fixed permutation) and are the same for all
@@ -81,7 +81,7 @@ def main():
     test = (images[kept], labels[kept]) if given.validate else mlpnet.mnist(folder, "test")
     settings = [
         one_stage.Setting(network, [(jnp.asarray(images[drawn]), jnp.asarray(labels[drawn]))], MODELS)
-        for drawn in one_stage.draws(pool, given.seeds)
+        for drawn in one_stage.draws(pool, given)
     ]
     one_stage.table(settings, METHODS, given, lambda setting, params: float(accuracy(params, *test)))
 

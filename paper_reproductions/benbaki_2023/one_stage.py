@@ -137,13 +137,14 @@ def arguments(rows, sparsities):
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", default=list(rows))
     parser.add_argument("--sparsities", nargs="*", type=float, default=list(sparsities))
+    parser.add_argument("--examples", type=int, default=N, help="that each seed draws")
     parser.add_argument("--validate", action="store_true", help="score on training images that no seed draws")
     return parser
 
 
-def draws(pool, seeds):
-    """The N examples of each seed."""
-    return [np.random.default_rng(seed + 1).choice(pool, N, replace=False) for seed in range(seeds)]
+def draws(pool, given):
+    """The examples of each seed."""
+    return [np.random.default_rng(seed + 1).choice(pool, given.examples, replace=False) for seed in range(given.seeds)]
 
 
 def summary(rows):

@@ -143,7 +143,7 @@ def main():
     models = {"fisher": one_stage.fisher, "damped": damped, "tempered": tempered_fisher}
     settings = [
         one_stage.Setting(network, pieces(images[drawn], labels[drawn]), models)
-        for drawn in one_stage.draws(pool, given.seeds)
+        for drawn in one_stage.draws(pool, given)
     ]
 
     def score(setting, params):
