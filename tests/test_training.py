@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -275,6 +276,15 @@ def test_the_wrong_order_is_found_out():
     assert right.finish(p, state).kept == KEPT
 
 
+@pytest.mark.parametrize("name", ["freeze", "gradual", "rigl", "straight_through"])
+def test_a_diverging_step_is_an_error_and_no_network(name):
+    optimizer = of(name, partial(optax.sgd, 1e200))
+    p, state, value = trained(optimizer)
+    assert not np.isfinite(value)
+    with pytest.raises(ValueError, match=r"NaN or an infinity in leaf 'a/.*': training diverged; pass a smaller"):
+        optimizer.finish(p, state)
+
+
 # ------------------------------------------------------------------------------------------------- gradual
 
 
@@ -370,6 +380,29 @@ def test_proximal_is_the_soft_threshold_in_the_metric():
             expected = np.sign(v) * np.maximum(np.abs(v) - 0.02 * 3.0 * d, 0)
             np.testing.assert_allclose(p[layer]["kernel"], expected, rtol=1e-9, atol=1e-15)
             assert np.any(np.asarray(p[layer]["kernel"]) == 0)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["what enters", "what enters and leaves"])
+def test_a_group_lasso_removes_whole_neurons(tied):
+    neuron = jnp.arange(5, dtype=jnp.int32)
+    labels = {"a": {"kernel": neuron[None], "bias": None}, "b": {"kernel": neuron[:, None] if tied else None}}
+    optimizer = t.proximal(
+        optax.sgd(0.1),
+        GroupLasso(0.05 if tied else 0.12, Partition(labels, 5)),
+        0.1,
+        leaves=None if tied else "a/kernel",
+    )
+    p, state, _ = trained(optimizer, 150, data=lambda i: batch(i % 4))
+    done = optimizer.finish(p, state)
+    first, second = (np.asarray(done.params[k]["kernel"]) != 0 for k in "ab")
+    assert 0 < first.any(0).sum() < 5, "some neurons went, some stayed"
+    np.testing.assert_array_equal(first, np.repeat(first[:1], 4, 0))
+    np.testing.assert_array_equal(done.support["a"]["kernel"], first)
+    if tied:
+        np.testing.assert_array_equal(second, np.repeat(first[:1].T, 4, 1))
+    else:
+        assert second.all()
+        assert done.support["b"]["kernel"] is None
 
 
 # ------------------------------------------------------------------------------------------------- drop and grow

@@ -18,9 +18,29 @@ Tree = Any
 _ROUNDING = 1e-12
 
 
+class GroupNorm(Penalty):
+    """A norm of the groups of a `Partition`, times a weight."""
+
+    groups: Partition
+
+    @property
+    def is_entrywise(self) -> bool:
+        """False."""
+        return False
+
+    def check(self, variable: Tree) -> None:
+        """Raise ValueError unless the groups are a partition of these leaves."""
+        check_weight(self.weight)
+        self.groups.check(variable)
+
+    def conjugate(self, u: Tree) -> float:
+        """0 where the dual norm of u, its `weight_max`, is at most the weight, else infinite."""
+        return 0.0 if self.weight_max(u) <= self.weight * (1 + _ROUNDING) else math.inf
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class GroupLasso(Penalty):
+class GroupLasso(GroupNorm):
     """P(w) = weight * sum_g sqrt(p_g) ||w_g||_2, p_g the number of entries of group g.
 
     groups: a Partition: filters, rows, heads, coupled channels. Source: Yuan and Lin 2006, equation 2.1.
@@ -32,16 +52,6 @@ class GroupLasso(Penalty):
     def __post_init__(self) -> None:
         check_weight(self.weight)
         check_partition(self.groups)
-
-    @property
-    def is_entrywise(self) -> bool:
-        """False."""
-        return False
-
-    def check(self, variable: Tree) -> None:
-        """Raise ValueError unless the groups are a partition of these leaves."""
-        check_weight(self.weight)
-        self.groups.check(variable)
 
     def value(self, w: Tree) -> float:
         """weight * sum_g sqrt(p_g) ||w_g||."""
@@ -55,14 +65,10 @@ class GroupLasso(Penalty):
         """max over g of ||gradient_g|| / sqrt(p_g)."""
         return float(np.max(_norms(self.groups, gradient) / np.sqrt(self.groups.sizes(gradient))))
 
-    def conjugate(self, u: Tree) -> float:
-        """0 where ||u_g|| <= weight * sqrt(p_g) for all groups, else infinite."""
-        return 0.0 if self.weight_max(u) <= self.weight * (1 + _ROUNDING) else math.inf
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class SparseGroupLasso(Penalty):
+class SparseGroupLasso(GroupNorm):
     """P(w) = weight * (ratio ||w||_1 + (1 - ratio) sum_g sqrt(p_g) ||w_g||_2): zero units, and zeros inside the others.
 
     ratio: in [0, 1]; 0 is the group lasso, 1 the L1 norm. groups: a Partition.
@@ -78,16 +84,6 @@ class SparseGroupLasso(Penalty):
         check_partition(self.groups)
         if not (isinstance(self.ratio, int | float | np.floating) and 0 <= self.ratio <= 1):
             raise ValueError(f"ratio={self.ratio!r} is outside [0, 1]; pass the share of the L1 norm, such as 0.5")
-
-    @property
-    def is_entrywise(self) -> bool:
-        """False."""
-        return False
-
-    def check(self, variable: Tree) -> None:
-        """Raise ValueError unless the groups are a partition of these leaves."""
-        check_weight(self.weight)
-        self.groups.check(variable)
 
     def value(self, w: Tree) -> float:
         """weight * (ratio ||w||_1 + (1 - ratio) sum_g sqrt(p_g) ||w_g||)."""
@@ -110,10 +106,6 @@ class SparseGroupLasso(Penalty):
             moves = np.any(np.sqrt(self.groups.sums(over)) > middle * (1 - self.ratio) * roots)
             low, high = (middle, high) if moves else (low, middle)
         return high
-
-    def conjugate(self, u: Tree) -> float:
-        """0 where zero is the prox of u at step 1, else infinite."""
-        return 0.0 if self.weight_max(u) <= self.weight * (1 + _ROUNDING) else math.inf
 
 
 def check_partition(groups: Any) -> None:

@@ -22,16 +22,32 @@ class SparseOptimizer(optax.GradientTransformationExtraArgs):
     """An optax optimiser, `init(params)` and `update(gradient, state, params)`, that also knows how to end.
 
     `finish(params, state)` returns the Pruned network: what the method promises holds in it exactly. It may be called
-    at any step and changes nothing. `state` is this optimiser's, or that of an `optax.chain` around it.
+    at any step and changes nothing. `state` is this optimiser's, or that of an `optax.chain` around it. Raises
+    ValueError where training diverged: weights that are not finite have no largest ones to keep.
     """
 
     finish: Callable[[Tree, Any], Pruned]
 
     def __new__(cls, init: Callable, update: Callable, finish: Callable[[Tree, Any], Pruned]) -> SparseOptimizer:
         """From the three functions."""
+
+        def finished(params: Tree, state: Any) -> Pruned:
+            _check_converged(params)
+            done = finish(params, state)
+            _check_converged(done.params)
+            return done
+
         self = super().__new__(cls, init, update)  # type: ignore[call-arg]
-        self.finish = finish
+        self.finish = finished
         return self
+
+
+def _check_converged(params: Tree) -> None:
+    path = _tree.first_nonfinite(params)
+    if path is not None:
+        raise ValueError(
+            f"params holds a NaN or an infinity in leaf '{path}': training diverged; pass a smaller learning rate"
+        )
 
 
 class MaskedState(NamedTuple):
