@@ -23,7 +23,7 @@ import optax
 from mlpnet import mnist
 
 from pruneopt import training as t
-from pruneopt.constraints import Cardinality
+from pruneopt.constraints import Cardinality, erdos_renyi
 from pruneopt.penalties import L1
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -58,8 +58,8 @@ ROWS = {
         gate_optimizer=optax.adam(2e-2),
         open_=0.9,
     ),
-    "RigL": lambda p: t.rigl(adam(), t.erdos_renyi(p, args.sparsity), end=END),
-    "SET": lambda p: t.sparse_evolution(adam(), t.erdos_renyi(p, args.sparsity), end=END),
+    "RigL": lambda p: t.rigl(adam(), erdos_renyi(p, args.sparsity), end=END),
+    "SET": lambda p: t.sparse_evolution(adam(), erdos_renyi(p, args.sparsity), end=END),
     "ADMM": lambda p: t.admm(adam(), goal, begin=S // 8, end=END, metric=t.adam_metric()),
     "ADMM by magnitude": lambda p: t.admm(adam(), goal, begin=S // 8, end=END),
     "hard thresholding": lambda p: t.hard_threshold(adam(), goal, begin=S // 8, end=END),

@@ -7,6 +7,7 @@ from pruneopt.constraints.by_path import ByPath
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.nm import NM
+from pruneopt.constraints.shares import by_size, erdos_renyi
 from pruneopt.constraints.support import Support
 from pruneopt.constraints.transposable import TransposableNM
 
@@ -23,4 +24,6 @@ __all__ = [
     "Support",
     "TransposableNM",
     "Units",
+    "by_size",
+    "erdos_renyi",
 ]

@@ -2,7 +2,7 @@
 
 from pruneopt.training.admm import ADMMState, admm
 from pruneopt.training.base import MaskedState, SparseOptimizer
-from pruneopt.training.drop_and_grow import erdos_renyi, rigl, sparse_evolution
+from pruneopt.training.drop_and_grow import rigl, sparse_evolution
 from pruneopt.training.freeze import freeze
 from pruneopt.training.gates import GatedState, l0
 from pruneopt.training.gradual import gradual
@@ -23,7 +23,6 @@ __all__ = [
     "SparseOptimizer",
     "adam_metric",
     "admm",
-    "erdos_renyi",
     "freeze",
     "gradual",
     "hard_threshold",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +14,6 @@ from pruneopt import _linalg, _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.block import Units
 from pruneopt.constraints.by_path import ByPath
-from pruneopt.constraints.cardinality import Cardinality, check_amount
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.solution import Pruned
 from pruneopt.structure.leaves import Choice
@@ -80,33 +77,6 @@ def sparse_evolution(
     methods there. Source: Mocanu et al. 2018, algorithm 2. Raises as `rigl`.
     """
     return _drop_and_grow("sparse_evolution", optimizer, constraint, _at_random, (end, every, drop), leaves, key)
-
-
-def erdos_renyi(params: Tree, sparsity: float, *, leaves: Choice = None) -> ByPath:
-    """Budgets for each leaf in proportion to the sum of its axes' lengths over their product, at most all of it.
-
-    Together exactly floor((1 - sparsity) n + 1e-9) weights. Source: Mocanu et al. 2018, equation 3; with kernels'
-    window axes in the sum, Evci et al. 2020, section 3 (ERK). Raises ValueError for a sparsity outside [0, 1).
-    """
-    check_amount(sparsity, None)
-    shapes = {path: leaf.shape for path, leaf in _tree.named_leaves(chosen(params, leaves))}
-    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-    total = math.floor((1 - sparsity) * sum(sizes.values()) + 1e-9)
-    wanted: dict[str, float] = {}
-    full: set[str] = set()
-    while not full >= set(sizes):  # leaves that would be more than full are full, and the rest is shared anew
-        free = total - sum(sizes[path] for path in full)
-        scale = free / sum(sum(shapes[path]) for path in sizes if path not in full)
-        wanted = {path: float(sizes[path]) if path in full else scale * sum(shapes[path]) for path in sizes}
-        over = {path for path in sizes if wanted[path] > sizes[path]}
-        if not over:
-            break
-        full |= over
-    counts = {path: min(math.floor(w + 1e-9), sizes[path]) for path, w in wanted.items()}
-    by_remainder = sorted(sizes, key=lambda path: counts[path] - wanted[path])
-    for path in by_remainder[: total - sum(counts.values())]:
-        counts[path] += 1
-    return ByPath({glob.escape(path): Cardinality(count=count) for path, count in counts.items()})
 
 
 def _by_gradient(gradient: Tree, key: jax.Array) -> Tree:

@@ -1,0 +1,63 @@
+"""A network's budget shared out among its leaves by their shapes alone."""
+
+from __future__ import annotations
+
+import glob
+import math
+from typing import Any
+
+from pruneopt import _tree
+from pruneopt.constraints.by_path import ByPath
+from pruneopt.constraints.cardinality import Cardinality, check_amount
+from pruneopt.structure.leaves import Choice, partition
+
+Tree = Any
+
+
+def by_size(params: Tree, sparsity: float, power: float = 0.5, *, leaves: Choice = None) -> ByPath:
+    """Of a leaf of n weights min(n, c n^(1 - power)) are kept: small layers, which carry more a weight, keep more.
+
+    power: 0 is the same density everywhere, 1 the same count. leaves: default the prunable ones.
+    Together exactly floor((1 - sparsity) n + 1e-9) weights. For `plans.layerwise`, whose constraint holds for each
+    layer by itself. Raises ValueError for a sparsity outside [0, 1), a power outside [0, 1].
+    """
+    if not 0 <= power <= 1:
+        raise ValueError(f"power={power!r} is outside [0, 1]; pass 0 for equal densities, 1 for equal counts")
+    shapes = _shapes(params, leaves)
+    return _shared(shapes, sparsity, {path: math.prod(shape) ** (1 - power) for path, shape in shapes.items()})
+
+
+def erdos_renyi(params: Tree, sparsity: float, *, leaves: Choice = None) -> ByPath:
+    """Budgets for each leaf in proportion to the sum of its axes' lengths, at most all of it.
+
+    Together exactly floor((1 - sparsity) n + 1e-9) weights. Source: Mocanu et al. 2018, equation 3; with kernels'
+    window axes in the sum, Evci et al. 2020, section 3 (ERK). Raises ValueError for a sparsity outside [0, 1).
+    """
+    shapes = _shapes(params, leaves)
+    return _shared(shapes, sparsity, {path: float(sum(shape)) for path, shape in shapes.items()})
+
+
+def _shapes(params: Tree, leaves: Choice) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in _tree.named_leaves(partition(params, leaves)[0])}
+
+
+def _shared(shapes: dict[str, tuple[int, ...]], sparsity: float, parts: dict[str, float]) -> ByPath:
+    """Counts in proportion to `parts`; leaves that would be more than full are full, and the rest is shared anew."""
+    check_amount(sparsity, None)
+    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+    total = math.floor((1 - sparsity) * sum(sizes.values()) + 1e-9)
+    wanted: dict[str, float] = {}
+    full: set[str] = set()
+    while not full >= set(sizes):
+        free = total - sum(sizes[path] for path in full)
+        scale = free / sum(part for path, part in parts.items() if path not in full)
+        wanted = {path: float(sizes[path]) if path in full else scale * parts[path] for path in sizes}
+        over = {path for path in sizes if wanted[path] > sizes[path]}
+        if not over:
+            break
+        full |= over
+    counts = {path: min(math.floor(w + 1e-9), sizes[path]) for path, w in wanted.items()}
+    by_remainder = sorted(sizes, key=lambda path: counts[path] - wanted[path])
+    for path in by_remainder[: total - sum(counts.values())]:
+        counts[path] += 1
+    return ByPath({glob.escape(path): Cardinality(count=count) for path, count in counts.items()})
