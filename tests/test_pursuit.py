@@ -120,6 +120,16 @@ def test_it_keeps_its_digits_in_float32():
     assert got.objective == pytest.approx(exact, rel=1e-3)
 
 
+@pytest.mark.default_flags
+@pytest.mark.parametrize("solver", [Pursuit(), Then(Score(), Polish())])
+def test_a_ridge_that_rounding_swallows_is_an_error(solver):
+    g = np.tile(np.random.default_rng(0).standard_normal((40, 5)), (1, 20)).astype(np.float32)
+    center = {"w": jnp.asarray(np.random.default_rng(1).standard_normal(100), jnp.float32)}
+    f = Quadratic(center, LowRank.checked(jnp.asarray(g), center, ridge=1e-12))
+    with pytest.raises(ValueError, match="ridge of 1e-12 in all, below the rounding"):
+        po.solve(po.Problem(f, subject_to=Cardinality(sparsity=0.5)), solver)
+
+
 def test_what_it_cannot_do_is_refused():
     gram = po.curvature.Gram.from_inputs(tree(1)["a"].T)
     for problem, message in (

@@ -104,14 +104,28 @@ def _low_rank_refit(f: QuadraticObjective, h: LowRank, support: Tree) -> Tree:
         sloped += block @ slope[at].astype(block.dtype)
         kept = block[:, mask[at]]
         inner += kept @ kept.T
-    inner[np.diag_indices(h.n)] += h.n * r
-    short = scipy.linalg.cho_solve(scipy.linalg.cho_factor(inner, lower=True), np.stack([reach, sloped], axis=1))
+    short = scipy.linalg.cho_solve(factor(inner, r, h.gradients.dtype), np.stack([reach, sloped], axis=1))
     for at, block in _columns(h):
         along = np.where(mask[at], short[:, 0].astype(block.dtype) @ block, 0.0)
         turned = np.where(mask[at], short[:, 1].astype(block.dtype) @ block, 0.0)
         change[at] -= along + (slope[at] - turned) / r
     fitted, plain = layout.tree(w0 + change, f.center), _tree.masked(f.center, support)
     return jax.tree.map(jnp.asarray, fitted if f.value(fitted) <= f.value(plain) else plain)
+
+
+def factor(inner: np.ndarray, ridge: float, dtype: Any) -> Any:
+    """The Cholesky factor of n ridge I + `inner`, n x n products of gradients in `dtype`, for `cho_solve`.
+
+    Raises ValueError where rounding has made it indefinite.
+    """
+    matrix = inner + len(inner) * ridge * np.eye(len(inner))
+    try:
+        return scipy.linalg.cho_factor(matrix, lower=True)
+    except np.linalg.LinAlgError:
+        raise ValueError(
+            f"curvature has a ridge of {ridge:.3g} in all, below the rounding of products of gradients in {dtype}; "
+            "pass a larger ridge or Quadratic(damping=), such as 0.01"
+        ) from None
 
 
 def _columns(h: LowRank) -> Iterator[tuple[slice, np.ndarray]]:

@@ -17,6 +17,7 @@ from pruneopt.curvature.low_rank import LowRank
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, allowed, check_not_negative, check_whole, network_only
+from pruneopt.solvers.polish import factor
 
 Tree = Any
 Flat = Float[np.ndarray, " p"]
@@ -39,7 +40,7 @@ class Pursuit(Solver):
 
     Where G is of rank n << p the inverse of H + lambda I is nearly I / r, and 1 / r is the step on which a weight that
     would pay for its place takes it; plain hard thresholding (`CHITA`), whose steps the largest eigenvalue bounds, is
-    then orders of magnitude too short for any weight to enter.
+    then orders of magnitude too short for any weight to enter. Raises ValueError for a ridge that rounding swallows.
 
     Cost: n^2 |S| multiply-adds at first; a trial that exchanges m weights 2 n^2 m, n^3 / 3 and n p. Weights that are
     zero and that a `Support` cuts take no part. Memory: G, two n x n. Products in G's precision (float32 at least),
@@ -136,10 +137,9 @@ class _Model(NamedTuple):
             inner = _square(g[:, support])
         else:
             inner = near.inner + _square(g[:, support & ~near.support]) - _square(g[:, near.support & ~support])
-        matrix = inner + n * self.ridge * np.eye(n)
         gap = np.where(support, self.target, 0.0) - self.center
         reach = (g @ gap.astype(g.dtype)).astype(np.float64)
-        y = scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, lower=True), reach)
+        y = scipy.linalg.cho_solve(factor(inner, self.ridge, g.dtype), reach)
         z = self.target - (y.astype(g.dtype) @ g).astype(np.float64)
         d = np.where(support, z, 0.0) - self.center
         value = self.gradient @ d + 0.5 * self.ridge * (n * self.ridge * (y @ y) + d @ d)  # G d = n r y
