@@ -105,10 +105,11 @@ def test_held_out_examples_choose_the_damping_layer_by_layer():
     given = {"leaves": "a", "batches": [train()]}
     direct = po.plans.layerwise(
         tiny_loss, tree(1, SHAPES), [train()], GOAL, LAYER_METHODS["fast"].solver, held_out=[other()], leaves="a",
-        progress=False,
+        target="network", progress=False,
     )  # fmt: skip
-    layer = pruned("fast", [other()], **given).history[0]["layers"][0]
-    assert layer["damping"] == direct.history[0]["damping"]
+    got = pruned("fast", [other()], **given)
+    assert got.history[0]["layers"][0]["damping"] == direct.history[0]["damping"]
+    np.testing.assert_allclose(got.params["a"], direct.params["a"], rtol=1e-9, atol=1e-12)
     assert pruned("wanda", [other()], **given).history[0]["layers"][0]["damping"] == 0  # Wanda has none to choose
 
 

@@ -24,11 +24,12 @@ from paper_reproductions.benbaki_2023 import one_stage
 from paper_reproductions.networks import mlpnet
 from pruneopt.curvature import BlockDiagonal, GaussNewton, Kronecker, Shrunk, softmax_fisher
 from pruneopt.objectives import Quadratic
-from pruneopt.solvers import CBS, GlobalADMM, Polish, Score, SummedOBS, Then
+from pruneopt.solvers import BALANCED, BEST, CBS, GlobalADMM, Polish, Score, SummedOBS, Then
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 BLOCK = 1000  # weights of a block of WoodFisher
 TEMPERATURE, SHARE, DAMPING = 4.0, 0.15, 0.01  # of our model: softmax(z / TEMPERATURE), shrinkage, ridge
+POWER = 0.65  # of a layer's n weights a share in proportion to n^-POWER is kept
 ADMM = GlobalADMM(rho=(0.1, 10.0), levels=8, iterations=8, inner=6, refit=60)
 tempered = one_stage.Tempered(mlpnet.forward, TEMPERATURE)
 
@@ -63,6 +64,8 @@ METHODS = one_stage.published("fisher") | {
     "CBS, selection and update": one_stage.solved("fisher", Then(CBS(), Polish())),
     "ADMM, empirical Fisher": one_stage.solved("fisher", Then(ADMM, Polish())),
     "ADMM, Gauss-Newton (ours)": one_stage.solved("gauss-newton", ADMM),
+    "layer by layer, balanced (ours)": one_stage.layer_by_layer(BALANCED, POWER, 0.1),
+    "layer by layer, best (ours)": one_stage.layer_by_layer(BEST, POWER, 0.1),
 }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import pruneopt as po
-from pruneopt.constraints import Cardinality, Support
+from pruneopt.constraints import Cardinality, Support, by_size
 from pruneopt.curvature import Diagonal, Identity, empirical_fisher
 from pruneopt.objectives import Quadratic
 from pruneopt.solvers import CHITA, Polish, Pursuit, Score, SummedOBS
@@ -103,6 +103,21 @@ def solved(model, solver):
         return po.solve(po.Problem(objective, subject_to=Cardinality(sparsity=sparsity)), solver).value
 
     return model, weights
+
+
+def layer_by_layer(solver, power, damping=0.01):
+    """The row of `plans.layerwise`: in each layer, in turn, what the dense network computes there is the target; of a
+    layer of n weights a share in proportion to n^-power is kept.
+    """
+
+    def weights(setting, sparsity):
+        network, images = setting.network, [batch[0] for batch in setting.batches]
+        allowed = by_size(network.params, sparsity, power, leaves=network.leaves)
+        words = {"target": "network", "damping": damping, "leaves": network.leaves, "progress": False}
+        found = po.plans.layerwise(network.forward, network.params, images, allowed, solver, **words)
+        return partition(found.params, network.leaves)[0]
+
+    return None, weights
 
 
 def magnitude(setting, sparsity):

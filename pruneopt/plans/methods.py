@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -93,11 +93,12 @@ METHODS: dict[str, Method] = {
 
 
 class LayerMethod(NamedTuple):
-    """A row for `plans.layerwise`: `solver` solves each layer's reconstruction in turn."""
+    """A row for `plans.layerwise`: `solver` solves each layer's reconstruction of `target` in turn."""
 
     solver: Solver
     source: str
     damping: float = 0.01
+    target: Literal["layer", "network"] = "layer"
 
 
 # Wanda's score is |w| times the norm of the input, undamped.
@@ -114,10 +115,14 @@ LAYER_METHODS: dict[str, LayerMethod] = {
     "iht": LayerMethod(Then(HardThresholding(), Polish()), "Blumensath and Davies 2010, then an exact refit"),
     "frank_wolfe": LayerMethod(FrankWolfe(), "Roux, Zimmer and Pokutta 2025, the mask alone", damping=0.0),
     "sparse_swaps": LayerMethod(SparseSwaps(), "Zimmer et al. 2025, from Wanda's mask, the mask alone", damping=0.0),
-    "fast": LayerMethod(FAST, "ADMM in the metric of the inverse diagonal, one level of rho"),
-    "balanced": LayerMethod(BALANCED, "the same, three levels"),
-    "best": LayerMethod(BEST, "the same, five levels, more iterations"),
-    "auto": LayerMethod(Auto(), "the preset that the layer's size allows"),
+    "fast": LayerMethod(
+        FAST,
+        "ADMM in the metric of the inverse diagonal, one level of rho; towards the dense network's outputs",
+        target="network",
+    ),
+    "balanced": LayerMethod(BALANCED, "the same, two levels", target="network"),
+    "best": LayerMethod(BEST, "the same, five levels, more iterations", target="network"),
+    "auto": LayerMethod(Auto(), "the preset that the layer's size allows", target="network"),
 }
 
 

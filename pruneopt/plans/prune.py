@@ -140,6 +140,7 @@ def _by_layer(
         batches,
         allowed,
         row.solver,
+        target=row.target,
         damping=None if row.damping and held_out is not None else row.damping,
         held_out=held_out,
         within=support,
