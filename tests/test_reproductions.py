@@ -1,6 +1,5 @@
 """The scripts of paper_reproductions at toy size, and what they claim to measure against measured figures."""
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import test_checkpoints
 
-from paper_reproductions.benbaki_2023 import resnet20
 from paper_reproductions.frantar_2023 import run as frantar
 from paper_reproductions.meng_2024 import run as meng
 from paper_reproductions.networks import decoder
@@ -120,14 +118,3 @@ def test_claims_say_where_they_come_from(paper):
         for level, row in levels.items():
             assert level == "dense" or set(row) <= set(frantar.METHODS)
             assert level == "dense" or min(row.values()) > levels["dense"]
-
-
-@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.98])
-def test_budgets_of_layers_are_those_of_the_network(sparsity):
-    sizes = {"stem": 432, "small": 2304, "large": 36864, "classifier": 640}
-    found = resnet20.budgets({path: np.zeros(n, np.float32) for path, n in sizes.items()}, sparsity, 0.25)
-    assert sum(found.values()) == int((1 - sparsity) * sum(sizes.values()) + 1e-9)
-    assert all(0 < found[path] <= n for path, n in sizes.items())
-    free = sorted((n, found[path] / n) for path, n in sizes.items() if found[path] < n)
-    for (n, share), (m, other) in itertools.pairwise(free):
-        assert share / other == pytest.approx((m / n) ** 0.25, rel=0.04)

@@ -24,18 +24,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import pruneopt as po
 from paper_reproductions.benbaki_2023 import one_stage
 from paper_reproductions.networks import resnet20
-from pruneopt import _tree
-from pruneopt.constraints import ByPath, Cardinality
 from pruneopt.curvature import Shrunk, sampled_fisher
 from pruneopt.objectives import Quadratic
 from pruneopt.solvers import BALANCED, BEST, GlobalADMM
-from pruneopt.structure.leaves import partition
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 PIECE = 250  # images in a batch
 RIDGE = 1e-3  # of the published rows; Q's is 1e-4
 TEMPERATURE, SHARE, DAMPING = 4.0, 0.8, 1.0  # of our model of the whole network
-ADMM = GlobalADMM(rho=(0.1, 3.0), levels=4, iterations=4, inner=4, refit=20)
+ADMM = GlobalADMM(rho=(1.0, 10.0), levels=3, iterations=4, inner=3, refit=20)
 POWER = 0.25  # a layer of n weights keeps a share of them in proportion to n^-POWER
 
 
@@ -78,42 +75,11 @@ def tempered_fisher(setting):
     return Quadratic(setting.center, Shrunk.checked(model, model.diagonal(setting.center), SHARE), damping=DAMPING)
 
 
-def budgets(weights, sparsity, power):
-    """A count for each leaf, together those of `sparsity`: of n weights min(n, c n^(1 - power)) are kept."""
-    sizes = {path: w.size for path, w in _tree.named_leaves(weights)}
-    total = int((1 - sparsity) * sum(sizes.values()) + 1e-9)
-    counts = lambda c: {p: min(n, int(c * n ** (1 - power))) for p, n in sizes.items()}  # noqa: E731
-    low, high = 0.0, float(sum(sizes.values()))
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(counts(middle).values()) <= total else (low, middle)
-    found, largest = counts(low), max(sizes, key=sizes.__getitem__)
-    return found | {largest: found[largest] + total - sum(found.values())}
-
-
-def reconstructed(params, images, sparsity, solver, power, within=None):
-    """Each layer's reconstruction in turn, what the dense network computes there as target. A Pruned."""
-    counts = budgets(partition(params, is_pruned)[0], sparsity, power)
-    constraint = ByPath({path: Cardinality(count=k) for path, k in counts.items()})
-    words = {"target": "network", "within": within, "leaves": is_pruned, "progress": False}
-    return po.plans.layerwise(resnet20.forward, params, images, constraint, solver, **words)
-
-
-def layer_by_layer(solver, power):
-    """The row of `reconstructed`."""
-
-    def weights(setting, sparsity):
-        images = [batch[0] for batch in setting.batches]
-        return partition(reconstructed(setting.network.params, images, sparsity, solver, power).params, is_pruned)[0]
-
-    return None, weights
-
-
 METHODS = one_stage.published("damped") | {
     "ADMM, tempered Fisher": one_stage.solved("tempered", ADMM),
-    "layer by layer, equal shares": layer_by_layer(BALANCED, 0.0),
-    "layer by layer, balanced (ours)": layer_by_layer(BALANCED, POWER),
-    "layer by layer, best (ours)": layer_by_layer(BEST, POWER),
+    "layer by layer, equal shares": one_stage.layer_by_layer(BALANCED, 0.0),
+    "layer by layer, balanced (ours)": one_stage.layer_by_layer(BALANCED, POWER),
+    "layer by layer, best (ours)": one_stage.layer_by_layer(BEST, POWER),
 }
 
 

@@ -38,7 +38,7 @@ import pruneopt as po
 from paper_reproductions.benbaki_2023 import mlpnet, one_stage, resnet20
 from paper_reproductions.networks import mlpnet as mlp
 from paper_reproductions.networks import resnet20 as resnet
-from pruneopt.constraints import Cardinality, Intersection, Support
+from pruneopt.constraints import Cardinality, Intersection, Support, by_size
 from pruneopt.curvature import Diagonal, GaussNewton, Identity, Shrunk, sampled_fisher
 from pruneopt.objectives import Quadratic
 from pruneopt.solvers import BALANCED, GlobalADMM, Score
@@ -115,8 +115,9 @@ def gauss_newton_cut(params, examples, sparsity, support):
 
 def reconstruction_cut(params, examples, sparsity, support):
     """Layer by layer, as in resnet20.py."""
-    images = resnet20.pieces(examples[0])
-    found = resnet20.reconstructed(params, images, sparsity, BALANCED, resnet20.POWER, within=support)
+    allowed = by_size(params, sparsity, resnet20.POWER, leaves=resnet20.is_pruned)
+    words = {"target": "network", "within": support, "leaves": resnet20.is_pruned, "progress": False}
+    found = po.plans.layerwise(resnet.forward, params, resnet20.pieces(examples[0]), allowed, BALANCED, **words)
     return found.params, found.support
 
 
@@ -222,7 +223,8 @@ def main():
                     if seed >= 0:
                         seconds[name].append(time.process_time() - clock)
                         rows[name][seed, j] = task.accuracy(found)
-                        print(f"{name:<22} seed {seed}  {sparsity:g}  {rows[name][seed, j]:.2f}", flush=True)
+                        print(f"{name:<22} seed {seed}  {sparsity:g}  {rows[name][seed, j]:.2f}"
+                              f"  {seconds[name][-1]:.1f} s", flush=True)  # fmt: skip
         print(f"{'accuracy %':<30}" + "".join(f"{s:>14}" for s in sparsities) + "   CPU seconds")
         for name in methods:
             print(f"{name + f' {rate:g}':<30}" + one_stage.summary(rows[name])
