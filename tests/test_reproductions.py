@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import test_checkpoints
 
+from paper_reproductions.evci_2020 import run as evci
+from paper_reproductions.frankle_2019 import run as frankle
 from paper_reproductions.frantar_2023 import run as frantar
+from paper_reproductions.louizos_2018 import run as louizos
 from paper_reproductions.meng_2024 import run as meng
 from paper_reproductions.networks import decoder
+from paper_reproductions.networks.lenet300 import living
 
 pytestmark = pytest.mark.default_flags
 SCRIPTS = Path(frantar.__file__).parents[1]
@@ -118,3 +122,29 @@ def test_claims_say_where_they_come_from(paper):
         for level, row in levels.items():
             assert level == "dense" or set(row) <= set(frantar.METHODS)
             assert level == "dense" or min(row.values()) > levels["dense"]
+
+
+def test_what_is_left_of_a_sparse_lenet():
+    masks = {"fc1": np.zeros((784, 300), bool), "fc2": np.zeros((300, 100), bool), "fc3": np.zeros((100, 10), bool)}
+    masks["fc1"][3, :2] = masks["fc1"][5, 7] = True  # neuron 7 goes nowhere
+    masks["fc2"][:2, 4] = masks["fc2"][9, 8] = True  # neuron 9 comes from nowhere
+    masks["fc3"][4, :5] = masks["fc3"][8, 1] = True
+    sizes, zeros = living(masks)
+    assert sizes == [2, 2, 2]
+    assert zeros == 1 - (2 + 2 + 6) / (4 + 4 + 20)
+
+
+@pytest.mark.slow
+def test_the_scripts_of_sparse_training_run_and_meet_their_counts(folder, optimised, monkeypatch, capsys):
+    monkeypatch.setenv("PRUNEOPT_DATA", str(folder))
+    found = evci.main(["--steps", "60"])
+    assert {name for name, _ in found} == {"RigL", "SET", "static", "gradual magnitude", "dense"}
+    assert found["dense", 0][:2] == ([784, 300, 100], 0.0)
+    assert capsys.readouterr().out.count("6,622 weights") == 4  # 2,352 + 3,270 + 1,000
+    monkeypatch.setattr(frankle, "LEVELS", (1,))
+    found = frankle.main(["--steps", "20", "--rounds", "1"])
+    assert [round(found[i, "ticket", 0][0], 3) for i in range(2)] == [1.0, 0.8]
+    assert found[1, "reinitialised", 0][0] == found[1, "ticket", 0][0]
+    monkeypatch.setattr(louizos, "GATE_RATES", {"gates": 1e-3})
+    found = louizos.main(["--steps", "30"])
+    assert all(100 - error > 30 for _, error, _ in found.values())
