@@ -11,6 +11,7 @@ gradients of the first seed's examples, in float64.
 Data: PRUNEOPT_DATA.
 """
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from pruneopt.solvers import BALANCED, BEST, CBS, GlobalADMM, Polish, Score, Sum
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 BLOCK = 1000  # weights of a block of WoodFisher
+CBS_RIDGE = 0.01
 TEMPERATURE, SHARE, DAMPING = 4.0, 0.15, 0.01  # of our model: softmax(z / TEMPERATURE), shrinkage, ridge
 POWER = 0.65  # of a layer's n weights a share in proportion to n^-POWER is kept
 ADMM = GlobalADMM(rho=(0.1, 10.0), levels=8, iterations=8, inner=6, refit=60)
@@ -49,19 +51,30 @@ def blocks(setting):
     return Quadratic(setting.center, BlockDiagonal.of(one_stage.fisher(setting).curvature, by=BLOCK))
 
 
+def ridged(setting):
+    """The empirical Fisher with the ridge of CBS."""
+    return Quadratic(setting.center, dataclasses.replace(one_stage.fisher(setting).curvature, ridge=CBS_RIDGE))
+
+
 def kronecker(setting):
     network = setting.network
     factors = Kronecker.of(network.loss, network.params, setting.batches, ridge=one_stage.RIDGE)
     return Quadratic(setting.center, factors)
 
 
-MODELS = {"fisher": one_stage.fisher, "gauss-newton": gauss_newton, "blocks": blocks, "kronecker": kronecker}
+MODELS = {
+    "fisher": one_stage.fisher,
+    "gauss-newton": gauss_newton,
+    "blocks": blocks,
+    "ridged": ridged,
+    "kronecker": kronecker,
+}
 METHODS = one_stage.published("fisher") | {
     "WoodFisher, blocks of 1,000": one_stage.solved("blocks", SummedOBS()),
     "K-FAC, OBD": one_stage.solved("kronecker", Score()),
     "K-FAC, OBS": one_stage.solved("kronecker", SummedOBS()),
-    "CBS, selection": one_stage.solved("fisher", CBS()),
-    "CBS, selection and update": one_stage.solved("fisher", Then(CBS(), Polish())),
+    "CBS, selection": one_stage.solved("ridged", CBS()),
+    "CBS, selection and update": one_stage.solved("ridged", Then(CBS(), Polish())),
     "ADMM, empirical Fisher": one_stage.solved("fisher", Then(ADMM, Polish())),
     "ADMM, Gauss-Newton (ours)": one_stage.solved("gauss-newton", ADMM),
     "layer by layer, balanced (ours)": one_stage.layer_by_layer(BALANCED, POWER, 0.1),

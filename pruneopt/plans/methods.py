@@ -20,6 +20,7 @@ from pruneopt.plans.models import (
     kronecker_fisher,
     linear,
     low_rank_fisher,
+    ridged_fisher,
     synaptic_flow,
     weights_alone,
 )
@@ -73,7 +74,7 @@ METHODS: dict[str, Method] = {
     "m_fac": Method(low_rank_fisher, SummedOBS(), "Frantar, Kurtic and Alistarh 2021"),
     "kfac_obd": Method(kronecker_fisher, Score(), "LeCun et al. 1990 with the diagonal of K-FAC"),
     "kfac_obs": Method(kronecker_fisher, SummedOBS(), "Zeng and Urtasun 2018 (MLPrune)"),
-    "cbs": Method(low_rank_fisher, Then(CBS(), Polish()), "Yu et al. 2022, selection by swaps, then the joint update"),
+    "cbs": Method(ridged_fisher, Then(CBS(), Polish()), "Yu et al. 2022, selection by swaps, then the joint update"),
     "chita": Method(low_rank_fisher, Pursuit(), "Benbaki et al. 2023, each step from the refit of its support"),
     "global": Method(low_rank_fisher, Then(GlobalADMM(), Polish()), "ADMM in the metric of diag(F), then the refit"),
     "chita_steps": Method(fisher_step, Pursuit(8, 1e-3), "Benbaki et al. 2023, with the gradient: for stages"),

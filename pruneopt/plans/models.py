@@ -53,6 +53,14 @@ def low_rank_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: ja
     return Quadratic(partition(params, leaves)[0], empirical_fisher(fn, params, batches, leaves), damping=0.01)
 
 
+def ridged_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+    """As `low_rank_fisher`, lambda twice the mean diagonal: less trust in what few examples say of pairs of weights.
+
+    Chosen for CBS on MLPNet: of 1e-4, 1e-3, 1e-2 and 1e-1, the mean diagonal 5e-3, by images that no draw touches.
+    """
+    return Quadratic(partition(params, leaves)[0], empirical_fisher(fn, params, batches, leaves), damping=2.0)
+
+
 def fisher_blocks(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
     """1/2 <d, (B + lambda I) d>, B the blocks of 1,000 consecutive weights of a leaf on the diagonal of the empirical
     Fisher; lambda a hundredth of its mean diagonal.
