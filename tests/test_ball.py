@@ -75,6 +75,24 @@ def test_a_group_ball_is_proven_too_and_a_point_outside_is_infeasible():
     assert po.certify(problem, outside).status is po.Status.INFEASIBLE
 
 
+@pytest.mark.default_flags
+@pytest.mark.parametrize("ball", [L1Ball(2.0), L1Ball(0.3), GroupBall(0.5, axis=0), GroupBall(1.5)], ids=str)
+def test_balls_hold_and_are_proven_in_float32(ball):
+    f = Reconstruction(
+        jnp.asarray(matrix(1), jnp.float32), Gram.checked(jnp.asarray(gram(), jnp.float32)), damping=0.01
+    )
+    problem = po.Problem(f, subject_to=ball)
+    solution = po.solve(problem, ProximalGradient(iterations=5000))
+    assert solution.value.dtype == jnp.float32
+    assert solution.status is po.Status.OPTIMAL
+    assert ball.norm(solution.value) == pytest.approx(ball.radius, rel=1e-6)
+    # The point is rounded to float32 and may stand outside by that much, below what the ball's own optimum has.
+    assert po.certify(problem, solution).bound <= solution.objective * (1 + 1e-6)
+    inside = jnp.asarray(np.random.default_rng(0).standard_normal((50, *f.center.shape)), jnp.float32)
+    values = [problem.value(ball.project(0.3 * x + solution.value)) for x in inside]
+    assert min(values) >= solution.objective - 1e-6 * abs(solution.objective)
+
+
 REFUSALS = {
     "radius": (lambda: L1Ball(0.0), ValueError, ("radius=0.0", "> 0")),
     "radius NaN": (lambda: GroupBall(float("nan")), ValueError, ("radius=nan",)),
