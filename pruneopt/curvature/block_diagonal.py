@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from pruneopt.curvature.low_rank import LowRank
 from pruneopt.curvature.streamed import Streamed
 
 Tree = Any
+Inverter = Callable[[np.ndarray], np.ndarray | None]
 
 
 @jax.tree_util.register_dataclass
@@ -86,15 +87,15 @@ class BlockDiagonal(Curvature):
         """(H + ridge I)^-1 b, block by block, in float64. Raises ValueError for a block that is not positive."""
         flat = self.layout.host(b)
         found = np.empty_like(flat)
-        for inverse, at in self._inverses(ridge):
+        for inverse, at in self._inverses(ridge, _linalg.inverse_on_host):
             found[at] = inverse @ flat[at]
         return jax.tree.map(jnp.asarray, self.layout.tree(found, b))
 
     def inverse_diagonal(self, ridge: float = 0.0) -> Tree:
         """diag((H + ridge I)^-1), as float64 NumPy arrays. Raises ValueError for a block that is not positive."""
         found = np.empty(self.layout.size)
-        for inverse, at in self._inverses(ridge):
-            found[at] = np.diagonal(inverse)
+        for half, at in self._inverses(ridge, _linalg.inverse_factor_on_host):
+            found[at] = np.einsum("ij,ij->j", half, half)  # V^T V is the inverse, and V is cheaper
         return self.layout.tree(found)
 
     def _stacked(self) -> Iterator[tuple[Any, np.ndarray]]:
@@ -106,10 +107,13 @@ class BlockDiagonal(Curvature):
         for stack, rows in self._stacked():
             yield from zip(np.asarray(stack, np.float64), rows, strict=True)
 
-    def _inverses(self, ridge: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _inverses(self, ridge: float, invert: Inverter) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(what `invert` makes of a block, where it lies)."""
         check_ridge(ridge)
         for h, at in self._each():
-            inverse = _linalg.inverse_on_host(h + (self.ridge + ridge) * np.eye(len(h)))
+            damped = h.copy()
+            damped[np.diag_indices(len(h))] += self.ridge + ridge
+            inverse = invert(damped)
             if inverse is None:
                 least = np.linalg.eigvalsh(h)[0] + self.ridge
                 raise ValueError(
