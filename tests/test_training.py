@@ -500,12 +500,9 @@ def test_admm_is_the_box_in_the_metric():
         stage = min(i // 5, 6)
         if i % 5 == 0 and i <= end:
             x = w + u
-            with np.errstate(invalid="ignore"):
-                d = 1 / (np.sqrt(v / (1 - 0.999**i) if i else np.full((3, 4), np.nan)) + 1e-8)
-            score = x**2 / d if i else np.full((3, 4), np.nan)
+            d = 1 / (np.sqrt(v / (1 - 0.999 ** max(i, 1))) + 1e-8)  # before the first step all of one size
             mask = np.zeros(12, bool)
-            if i:
-                mask[np.argsort(-score.ravel(), kind="stable")[:6]] = True
+            mask[np.argsort(-(x**2 / d).ravel(), kind="stable")[:6]] = True
             mask = mask.reshape(3, 4)
             z = np.where(mask, x, 0)
             u = (x - z) * max(stage, 1) / (stage + 1)

@@ -18,7 +18,8 @@ Metric = Callable[[Any], Tree]
 def adam_metric(b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0) -> Metric:
     """d = 1 / (sqrt(v / (1 - b2^t) + eps_root) + eps), v the second moments in the state of Adam, AdamW and their kin.
 
-    Give the constants that the optimiser was given; these are optax's defaults. Source: Kingma and Ba 2015, alg. 1.
+    Give the constants that the optimiser was given; these are optax's defaults. Before
+    the first step d is 1 / eps everywhere. Source: Kingma and Ba 2015, alg. 1.
     """
 
     def metric(state: Any) -> Tree:
@@ -26,7 +27,7 @@ def adam_metric(b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0) -> 
 
         def one(v: jax.Array) -> jax.Array:
             v = v.astype(_tree.wide(v.dtype))
-            seen = 1 - jnp.asarray(b2, v.dtype) ** adam.count.astype(v.dtype)
+            seen = 1 - jnp.asarray(b2, v.dtype) ** jnp.maximum(adam.count, 1).astype(v.dtype)
             return 1 / (jnp.sqrt(v / seen + eps_root) + eps)
 
         return jax.tree.map(one, adam.nu)
