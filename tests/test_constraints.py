@@ -223,6 +223,7 @@ def test_transposable_in_short_floats(dtype, n, m):
     assert not np.asarray(TransposableNM(n, m).select(nan))[0].any()
 
 
+@pytest.mark.slow
 def test_transposable_over_stacked_matrices_many_tiles_and_vmap(monkeypatch):
     monkeypatch.setattr("pruneopt.constraints.transposable._ENTRIES", 5 * 36)  # several rounds, the last not full
     constraint = TransposableNM(2, 6)

@@ -699,6 +699,7 @@ def test_retraining_keeps_the_zeros(network):
     assert_untouched(network)
 
 
+@pytest.mark.slow
 def test_pruning_with_a_schedule_and_retraining(network):
     pruned = po.prune(
         network.loss,

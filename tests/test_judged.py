@@ -141,6 +141,7 @@ def test_the_softmax_gauss_newton_is_the_dense_one():
     assert float(found.ridge()) == pytest.approx(0.1 * diagonal.mean())
 
 
+@pytest.mark.slow
 def test_the_gauss_newton_row_prunes_a_sequence_classifier():
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.standard_normal((6, 12))), "v": jnp.asarray(rng.standard_normal((12, 4)))}

@@ -115,6 +115,7 @@ def test_frank_wolfe_bounds_the_best_mask():
     np.testing.assert_array_equal(found.value, np.where(found.support, W0, 0))
 
 
+@pytest.mark.slow
 def test_sparse_swaps_end_where_no_exchange_helps():
     task = problem(Cardinality(sparsity=0.5))
     start = po.solve(task, Score())

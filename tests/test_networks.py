@@ -48,6 +48,7 @@ def test_resnet20_has_its_dense_score(folder, load, preprocessing, accuracy, los
     assert measured[1] == pytest.approx(loss, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_resnet20_in_training_is_the_network_with_its_batch_s_statistics(folder):
     """The statistics that a step leaves, brought back to the batch's own, put into the network as it is tested."""
     params = resnet20.load_chita(folder)
@@ -90,6 +91,7 @@ def story_params(folder):
     return stories.load(folder)[0]
 
 
+@pytest.mark.slow
 def test_stories_has_its_dense_perplexity(folder, story_params):
     assert sum(leaf.size for leaf in jax.tree.leaves(story_params)) == 260032
     windows = stories.windows(folder)

@@ -63,6 +63,7 @@ def test_synflow_is_the_flow_through_absolute_weights_and_is_conserved():
     np.testing.assert_allclose(scores["a"].sum(0), scores["b"][:, 0], rtol=1e-12)  # theorem 1: of every unit
 
 
+@pytest.mark.slow
 def test_synflow_in_rounds_keeps_a_path_where_one_round_collapses():
     rng = np.random.default_rng(0)
     params = {"a": jnp.asarray(rng.standard_normal((2, 6))), "b": jnp.asarray(rng.standard_normal((6, 6))),
@@ -81,6 +82,7 @@ def test_synflow_refuses_a_loss():
         pruned("synflow", tree(1, SHAPES), 7)
 
 
+@pytest.mark.slow
 def test_hap_ranks_channels_by_their_trace_times_their_norm():
     curve = {k: np.abs(v) for k, v in tree(2, {"w": (3, 4), "v": (2, 5)}).items()}
     params = tree(3, {"w": (3, 4), "v": (2, 5)})

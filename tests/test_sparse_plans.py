@@ -42,6 +42,7 @@ def test_lottery_is_pruning_and_rewinding_by_hand(early):
     assert [len(jax.tree.leaves(h["tuned"])) for h in found.history] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_penalty_then_a_cut_beats_the_cut_alone():
     data = tiny_batches((5, 5))
     start = po.plans.retrain(tiny_loss, data, optax.sgd(0.1), epochs=100)(tree(1, SHAPES), None)
@@ -77,6 +78,7 @@ def test_distillation_is_its_formula():
     np.testing.assert_allclose(gradient, 3 * np.asarray(x).T @ (s - t) / 6, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_distillation_retrains_towards_the_dense_network():
     data = [jnp.asarray(np.random.default_rng(i).standard_normal((20, 6))) for i in range(3)]
     forward = lambda p, b: jnp.tanh(b @ p["a"]) @ p["b"]  # noqa: E731

@@ -520,6 +520,7 @@ def test_admm_is_the_box_in_the_metric():
 # ------------------------------------------------------------------------------------------------- gates
 
 
+@pytest.mark.slow
 def test_gates_have_the_published_law():
     from pruneopt.training import gates
 
