@@ -702,6 +702,27 @@ def test_is_refused_in_one_sentence(name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("ball", [po.constraints.L1Ball(1.0), po.constraints.GroupBall(1.0)], ids=str)
+@pytest.mark.parametrize("make", [t.gradual, t.hard_threshold, t.admm, t.lagrangian, t.rigl, t.straight_through])
+def test_a_ball_is_refused_where_supports_are_picked(make, ball):
+    with pytest.raises(ValueError, match=r"constraint=.*Ball\(.*bounds the values.*pass a constraint on supports"):
+        make(ADAM(), ball, end=3)
+
+
+@pytest.mark.parametrize("end", [-1, 2.5, "a", True])
+def test_an_end_that_is_no_step_is_refused(end):
+    calls = (
+        lambda: t.l0(ADAM(), 0.1, end=end),
+        lambda: t.lagrangian(ADAM(), HALF, end=end),
+        lambda: t.straight_through(ADAM(), NM(2, 4), end=end),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"end=.* is not a whole number >= 0; pass a number of steps"):
+            call()
+    with pytest.raises(ValueError, match="end=None is not a whole number >= 0"):
+        t.lagrangian(ADAM(), HALF, end=None)
+
+
 def test_the_cases_name_what_is_pruned():
     assert set(named(t.freeze(ADAM()).init(params()).masks)) == set(PRUNED)
     assert training_cases.KEPT == KEPT

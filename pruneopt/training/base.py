@@ -174,9 +174,14 @@ def as_optimizer(optimizer: Any, name: str) -> optax.GradientTransformationExtra
 
 
 def check_constraint(constraint: Any) -> None:
-    """Raise TypeError unless `constraint` is one."""
+    """Raise TypeError unless `constraint` is one, and ValueError for one that bounds values: every support is in it."""
     if not isinstance(constraint, Constraint):
         raise TypeError(f"constraint is {constraint!r}; pass a constraint such as Cardinality(sparsity=0.9)")
+    if constraint.bounds_values:
+        raise ValueError(
+            f"constraint={constraint!r} bounds the values and allows every support, so nothing would be pruned; pass "
+            "a constraint on supports such as Cardinality(sparsity=0.9), or a penalty such as L1(1e-4) to `proximal`"
+        )
 
 
 def needed(params: Tree | None) -> Tree:

@@ -26,6 +26,7 @@ from pruneopt.training.base import (
     own_state,
     towards,
 )
+from pruneopt.training.schedule import check_steps
 
 Tree = Any
 Scope = Literal["weight", "in", "out"]
@@ -108,6 +109,8 @@ class Gating(NamedTuple):
         """priced(price, E|z|_0, theta) is the next price; select(theta z) the support at the end."""
         inner = as_optimizer(self.inner, name)
         gate_inner = inner if self.gate_inner is None else as_optimizer(self.gate_inner, name)
+        if self.end is not None:
+            check_steps("end", self.end)
         if self.per not in ("weight", "in", "out"):
             raise ValueError(f"per={self.per!r} is unknown; pass 'weight', 'in' or 'out'")
         if not 0 < self.open_ < 1:

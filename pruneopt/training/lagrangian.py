@@ -13,6 +13,7 @@ from pruneopt.constraints.base import Constraint
 from pruneopt.structure.leaves import Choice
 from pruneopt.training.base import SparseOptimizer, check_constraint
 from pruneopt.training.gates import Gating, Scope
+from pruneopt.training.schedule import check_steps
 
 Tree = Any
 
@@ -41,6 +42,7 @@ def lagrangian(
     Source: Gallego-Posada et al. 2022, equations 3 to 6 and section 4.1 (dual restarts).
     """
     check_constraint(constraint)
+    check_steps("end", end)
     if not 0 < ascent < float("inf"):
         raise ValueError(f"ascent={ascent!r} is not a positive number; pass the dual's step length")
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def check_steps(name: str, value: Any, least: int = 0) -> None:
+    """Raise ValueError unless `value` is a whole number of steps, at least `least`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"{name}={value!r} is not a whole number >= {least}; pass a number of steps")
 
 
 @dataclass(frozen=True)
@@ -22,9 +29,7 @@ class Interval:
 
     def __post_init__(self) -> None:
         for name, least in (("begin", 0), ("end", self.begin), ("every", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-                raise ValueError(f"{name}={value!r} is not a whole number >= {least}; pass a number of steps")
+            check_steps(name, getattr(self, name), least)
 
     @property
     def stages(self) -> int:

@@ -23,6 +23,7 @@ from pruneopt.training.base import (
     own_state,
     towards,
 )
+from pruneopt.training.schedule import check_steps
 
 Tree = Any
 
@@ -58,8 +59,9 @@ def straight_through(
     inner = as_optimizer(optimizer, "straight_through")
     if not 0 <= decay < float("inf"):
         raise ValueError(f"decay={decay!r} is not a finite number >= 0; pass the decay of what is off the support")
-    if isinstance(every, bool) or not hasattr(every, "__index__") or every < 1:
-        raise ValueError(f"every={every!r} is not a whole number >= 1; pass a number of steps")
+    check_steps("every", every, 1)
+    if end is not None:
+        check_steps("end", end)
 
     def select(dense: Tree) -> Tree:
         return constraint.select(jax.tree.map(jnp.abs, dense))
