@@ -7,7 +7,11 @@ import pytest
 from cases import tiny_batches, tiny_loss, tree
 from jax.flatten_util import ravel_pytree
 
+import pruneopt as po
 from pruneopt.curvature import GaussNewton, Hessian, empirical_fisher, sampled_fisher, softmax_fisher
+from pruneopt.objectives import Quadratic
+from pruneopt.penalties import L1
+from pruneopt.solvers import ProximalGradient
 
 BOTH = ["a", "b"]
 SHAPES = {"a": (2, 4), "b": (4, 3)}
@@ -88,6 +92,31 @@ def test_hutchinson_is_unbiased_and_the_same_however_the_data_is_cut():
     key = jax.random.key(3)
     cut = flat(made("squares", (3, 7))[0].hutchinson(20, key).values)[0]
     np.testing.assert_allclose(flat(h.hutchinson(20, key).values)[0], cut, rtol=1e-11, atol=1e-13)
+
+
+def test_proximal_gradient_on_products_over_the_data_is_that_on_the_same_matrix_in_memory():
+    center, params = tree(3, SHAPES), tree(1, SHAPES)
+    streamed = GaussNewton.of(logits, entropy, params, tiny_batches((10,)), BOTH)
+    found = [
+        po.solve(po.Problem(Quadratic(center, h, damping=0.1), penalty=L1(0.05)), ProximalGradient())
+        for h in (streamed, softmax_fisher(logits, params, tiny_batches(), BOTH))
+    ]
+    assert [s.status for s in found] == [po.Status.FEASIBLE, po.Status.OPTIMAL]  # a Gauss-Newton is not known convex
+    assert found[0].stats["gap"] < 1e-6 * found[0].objective
+    np.testing.assert_allclose(flat(found[0].value)[0], flat(found[1].value)[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.default_flags
+def test_an_indefinite_hessian_is_minimised_over_a_ball_and_can_be_used_afterwards():
+    center = tree(1, dtype=jnp.float32)
+    h = Hessian.of(tiny_loss, center, tiny_batches((10,)), BOTH)
+    ball = po.constraints.L1Ball(1.0)
+    problem = po.Problem(Quadratic(center, h, center), subject_to=ball)
+    solution = po.solve(problem, ProximalGradient())
+    assert solution.status is po.Status.FEASIBLE
+    assert solution.objective < problem.value(ball.project(center))
+    assert solution.bound == -np.inf
+    assert np.isfinite(flat(h.diagonal(center))[0]).all()
 
 
 @pytest.mark.default_flags
@@ -186,6 +215,14 @@ REFUSED = {
     "NaN on one batch": (
         lambda: Hessian.of(bad_loss, tree(1), poisoned(), BOTH).mv(tree(1)),
         ("batch 1", "Hessian of fn", "NaN"),
+    ),
+    "transposed": (
+        lambda: made("Hessian")[0].mv(jax.tree.map(jnp.transpose, tree(1))),
+        ("direction", "'a'", "(4, 2)", "(2, 4)"),
+    ),
+    "too large a direction": (
+        lambda: made("Hessian")[0].mv(jax.tree.map(lambda x: x * jnp.inf, tree(1))),
+        ("direction", "diverges", "GaussNewton"),
     ),
     "no probe": (lambda: made("Hessian")[0].hutchinson(0), ("probes=0",)),
     "no scalar": (lambda: Hessian.of(logits, tree(1, SHAPES), tiny_batches(), BOTH), ("not one floating",)),

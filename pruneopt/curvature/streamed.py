@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from pruneopt import _data, _tree
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge
 from pruneopt.curvature.diagonal import Diagonal
-from pruneopt.structure.leaves import Rest
+from pruneopt.structure.leaves import Rest, check_like
 
 Tree = Any
 _COLUMNS = 16  # products in one pass over the data
@@ -44,7 +44,8 @@ class Streamed(Curvature):
         return _tree.Layout.of(self.chosen)
 
     def mv(self, direction: Tree) -> Tree:
-        """H d, in one pass. Raises ValueError for a NaN or an infinity, naming the batch."""
+        """H d, in one pass. Raises ValueError for other shapes, and for a NaN or an infinity, naming the batch."""
+        check_like(direction, self.chosen, "direction")
         row = self.layout.vector(direction, self._dtype)[None]
         return self.layout.tree(self._products(row)[0], direction)
 
@@ -136,6 +137,11 @@ class Streamed(Curvature):
             size = _data.examples(batch)
             part = self.on_batch(chosen, rest, _widened(batch) if wider else batch, rows)
             if not bool(jnp.all(jnp.isfinite(part))):
+                if not bool(jnp.all(jnp.abs(rows) < 1e15)):
+                    raise ValueError(
+                        f"direction: it holds a NaN or entries above 1e15, and its product with the {self.name} is not "
+                        f"finite: a solver that diverges along an indefinite matrix asks for that; {self.instead}"
+                    )
                 raise ValueError(
                     f"batches: batch {index}: the {self.name} of fn holds a NaN or an infinity; repair that batch, or "
                     "the loss there"

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pruneopt.constraints.ball import Ball
+from pruneopt.curvature.streamed import Streamed
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.loss import Loss
 from pruneopt.problem import Problem
@@ -83,14 +84,16 @@ class ProximalGradient(Solver):
         f: Any = problem.objective
         model = _Model(_float64(f.curvature), _float64(f.center), _float64(f.gradient), jnp.float64(f.ridge()))
         penalty, w = _float64(_proximal(problem)), _float64(start)
-        step = self.step or 1 / float(_curvature(model, key))
+        streamed = isinstance(f.curvature, Streamed)
+        step = self.step or 1 / float(_streamed_curvature(model, key) if streamed else _curvature(model, key))
+        iterated = _streamed if streamed else _iterated
         slope, zero = _slope(model, w), jnp.zeros((), jnp.float64)
         state = _State(w, w, slope, slope, zero + step, zero, jnp.zeros((), jnp.int32), zero + 1)
-        proven = penalty.is_convex and f.gradient is None
+        proven = penalty.is_convex and f.gradient is None and f.curvature.semidefinite
         done, gap, settled = 0, math.inf, False
         while done < self.iterations and not settled:
             some = min(_CHECKED, self.iterations - done)
-            state = _iterated(model, penalty, state, some)
+            state = iterated(model, penalty, state, some)
             done += some
             if proven:
                 value = problem.value(state.w) - f.constant
@@ -198,16 +201,36 @@ def _slope(model: _Model, w: Tree) -> Tree:
 @jax.jit
 def _curvature(model: _Model, key: jax.Array) -> Float[Array, ""]:
     """The largest eigenvalue of H + ridge I, from below, by 12 power iterations, plus a twentieth."""
-    leaves, structure = jax.tree.flatten(model.center)
+    flat, start = _flat(model), _random(model.center, key)
+    return _raised(lax.fori_loop(0, 12, lambda _, v: _slope(flat, _unit(v)), start))
+
+
+def _streamed_curvature(model: _Model, key: jax.Array) -> Float[Array, ""]:
+    """`_curvature` of products over the data, which no trace can hold."""
+    flat, v = _flat(model), _random(model.center, key)
+    for _ in range(12):
+        v = _slope(flat, _unit(v))
+    return _raised(v)
+
+
+def _flat(model: _Model) -> _Model:
+    """The model whose slope at v is (H + ridge I) v."""
+    return model._replace(center=jax.tree.map(jnp.zeros_like, model.center), gradient=None)
+
+
+def _random(like: Tree, key: jax.Array) -> Tree:
+    leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     start = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    flat = model._replace(center=jax.tree.map(jnp.zeros_like, model.center), gradient=None)
+    return jax.tree.unflatten(structure, start)
 
-    def power(_, v):
-        size = jnp.sqrt(_dot(v, v))
-        return _slope(flat, jax.tree.map(lambda x: x / jnp.where(size > 0, size, 1.0), v))
 
-    v = lax.fori_loop(0, 12, power, jax.tree.unflatten(structure, start))
+def _unit(v: Tree) -> Tree:
+    size = jnp.sqrt(_dot(v, v))
+    return jax.tree.map(lambda x: x / jnp.where(size > 0, size, 1.0), v)
+
+
+def _raised(v: Tree) -> Float[Array, ""]:
     largest = jnp.sqrt(_dot(v, v))
     return jnp.where(largest > 0, 1.05 * largest, 1.0)
 
@@ -222,32 +245,51 @@ def _iterated(model: _Model, penalty: Any, state: _State, iterations: int) -> _S
     """Slopes of affine combinations are combinations of slopes: one product an iteration."""
 
     def iteration(_, s: _State) -> _State:
-        beta = s.since / (s.since + 3) if penalty.is_convex else jnp.zeros_like(s.since)
-        y, slope = (
-            jax.tree.map(lambda new, old: new + beta * (new - old), *pair)
-            for pair in ((s.w, s.before), (s.slope, s.slope_before))
-        )
-        moved = penalty.prox(jax.tree.map(lambda a, g: a - s.step * g, y, slope), s.step)
-        slope_moved = _slope(model, moved)
-        change, bend = (jax.tree.map(jnp.subtract, a, b) for a, b in ((moved, y), (slope_moved, slope)))
-        square = _dot(change, change)
-        fits = _dot(change, bend) * s.step <= square * (1 + 1e-9)
-        turned = _dot(change, jax.tree.map(jnp.subtract, moved, s.w)) < 0
-        size = jnp.sqrt(_dot(moved, moved))
-        taken = _State(
-            moved,
-            s.w,
-            slope_moved,
-            s.slope,
-            s.step,
-            jnp.where(turned, 0.0, s.since + 1),
-            s.halvings,
-            jnp.sqrt(square) / jnp.where(size > 0, size, 1.0),
-        )
-        halved = _State(s.w, s.w, s.slope, s.slope, s.step / 2, 0.0 * s.since, s.halvings + 1, jnp.ones_like(s.moved))
-        return jax.tree.map(lambda a, b: jnp.where(fits, a, b), taken, halved)
+        y, slope, moved = _tried(penalty, s)
+        return _judged(s, y, slope, moved, _slope(model, moved))
 
     return lax.fori_loop(0, iterations, iteration, state)
+
+
+def _streamed(model: _Model, penalty: Any, state: _State, iterations: int) -> _State:
+    """`_iterated` for products over the data, which no trace can hold."""
+    for _ in range(iterations):
+        y, slope, moved = _tried(penalty, state)
+        state = _judged(state, y, slope, moved, _slope(model, moved))
+    return state
+
+
+@jax.jit
+def _tried(penalty: Any, s: _State) -> tuple[Tree, Tree, Tree]:
+    """y, the slope there, and the prox of the step from y."""
+    beta = s.since / (s.since + 3) if penalty.is_convex else jnp.zeros_like(s.since)
+    y, slope = (
+        jax.tree.map(lambda new, old: new + beta * (new - old), *pair)
+        for pair in ((s.w, s.before), (s.slope, s.slope_before))
+    )
+    return y, slope, penalty.prox(jax.tree.map(lambda a, g: a - s.step * g, y, slope), s.step)
+
+
+@jax.jit
+def _judged(s: _State, y: Tree, slope: Tree, moved: Tree, slope_moved: Tree) -> _State:
+    """The state at `moved` where the step was short enough, else where it was with half the step."""
+    change, bend = (jax.tree.map(jnp.subtract, a, b) for a, b in ((moved, y), (slope_moved, slope)))
+    square = _dot(change, change)
+    fits = _dot(change, bend) * s.step <= square * (1 + 1e-9)
+    turned = _dot(change, jax.tree.map(jnp.subtract, moved, s.w)) < 0
+    size = jnp.sqrt(_dot(moved, moved))
+    taken = _State(
+        moved,
+        s.w,
+        slope_moved,
+        s.slope,
+        s.step,
+        jnp.where(turned, 0.0, s.since + 1),
+        s.halvings,
+        jnp.sqrt(square) / jnp.where(size > 0, size, 1.0),
+    )
+    halved = _State(s.w, s.w, s.slope, s.slope, s.step / 2, 0.0 * s.since, s.halvings + 1, jnp.ones_like(s.moved))
+    return jax.tree.map(lambda a, b: jnp.where(fits, a, b), taken, halved)
 
 
 @jax.jit
