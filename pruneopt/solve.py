@@ -16,7 +16,7 @@ from pruneopt.problem import Problem
 from pruneopt.solution import Solution, Status
 from pruneopt.solvers.base import Solver, Start, ignored_values
 from pruneopt.solvers.swap import sampled_gain
-from pruneopt.structure.leaves import check_finite, check_like
+from pruneopt.structure.leaves import as_key, check_finite, check_like
 
 Tree = Any
 
@@ -53,7 +53,7 @@ def solve(
     if refusal:
         raise ValueError(refusal)
     start = None if init is None else _start(problem, init)
-    key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
+    key = as_key(key)
     layer = isinstance(problem.objective, Reconstruction)
     with _linalg.host_threads(len(problem.objective.center)) if layer else nullcontext():
         return _solved(problem, solver, start, key, throw)

@@ -113,6 +113,11 @@ def test_held_out_examples_choose_the_damping_layer_by_layer():
     assert pruned("wanda", [other()], **given).history[0]["layers"][0]["damping"] == 0  # Wanda has none to choose
 
 
+def test_a_seed_may_be_a_numpy_integer():
+    one, other_one = (pruned("random", key=key).params for key in (3, np.int64(3)))
+    jax.tree.map(np.testing.assert_array_equal, one, other_one)
+
+
 @pytest.mark.parametrize("method", ["fisher", "m_fac", "global"])
 def test_numpy_weights_come_back_as_numpy(method):
     params = jax.tree.map(np.asarray, tree(1, SHAPES))
@@ -174,6 +179,9 @@ def test_the_gauss_newton_row_prunes_a_sequence_classifier():
         (lambda: pruned("fisher", [(jnp.full((2, 2), jnp.nan), jnp.zeros((2, 1)))]), ValueError, "held_out: batch 0"),
         (lambda: pruned("fisher", iter([other()])), TypeError, "held_out is a one-shot iterator"),
         (lambda: pruned("fisher", []), ValueError, "held_out is empty"),
+        (lambda: pruned("grasp", iter([other()])), TypeError, "held_out is a one-shot iterator"),
+        (lambda: pruned(["fisher"]), ValueError, "is unknown"),
+        (lambda: pruned("fisher", key="a"), TypeError, "key is 'a'"),
         (lambda: pruned("fast", []), ValueError, "held_out is empty"),
     ],
 )

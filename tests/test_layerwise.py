@@ -411,8 +411,11 @@ def test_bad_input():
         run(target="dense")
     with pytest.raises(ValueError, match=r"damping=\[0.1, 0.2\] leaves a choice, but held_out is None"):
         run(damping=[0.1, 0.2])
-    with pytest.raises(ValueError, match="damping=-1 is not a finite number"):
+    with pytest.raises(ValueError, match="damping=-1 is no number >= 0"):
         run(damping=-1)
+    for damping in ("a", (), np.array([[0.1, np.nan]])):
+        with pytest.raises(ValueError, match="is no number >= 0 and no sequence of them"):
+            run(damping=damping, held_out=BATCHES)
     with pytest.raises(TypeError, match="solver is 'wanda'; pass a pruneopt Solver"):
         run(solver="wanda")
     with pytest.raises(TypeError, match=r"constraint is 0.5; pass a pruneopt Constraint"):

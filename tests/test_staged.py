@@ -79,6 +79,15 @@ def test_a_first_step_is_the_gradient_step_of_the_model():
     assert got.history[0]["predicted"] == pytest.approx(g.mean(0) @ step + 0.5 * step @ (g.T @ g / 10) @ step, rel=1e-6)
 
 
+def test_a_loss_below_zero_that_falls_is_no_rise():
+    data = tiny_batches((5, 5))
+    shifted = lambda p, b: tiny_loss(p, b) - jnp.asarray(1e3, b[0].dtype)  # noqa: E731
+    got = po.plans.staged(
+        shifted, tree(1, SHAPES), lambda stage: data, GOAL, data, method="fisher", schedule=Iterative(3), progress=False
+    )
+    assert [(h["shortened"], h["over"]) for h in got.history] == 3 * [(0, False)]
+
+
 def test_bad_input_is_refused():
     data = tiny_batches((5, 5))
     for change, error, message in (
@@ -86,6 +95,11 @@ def test_bad_input_is_refused():
         ({"batches": data}, TypeError, "stage -> batches"),
         ({"constraint": 3}, TypeError, "constraint is 3"),
         ({"method": "wanda"}, ValueError, "unknown here"),
+        ({"method": ["fisher"]}, ValueError, "unknown here"),
+        ({"rise": "2"}, ValueError, "rise='2'"),
+        ({"dampings": (0.1, -1)}, ValueError, "dampings="),
+        ({"schedule": 15}, TypeError, "schedule is 15"),
+        ({"schedule": Iterative}, TypeError, "pass an instance"),
         ({"held_out": [(jnp.full((2, 2), jnp.inf), jnp.zeros((2, 1)))]}, ValueError, "NaN or an infinity"),
     ):
         given = {"batches": lambda stage: data, "constraint": GOAL, "held_out": data, "progress": False} | change

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from pruneopt.constraints.base import Constraint
 from pruneopt.plans.methods import LayerMethod, Method, any_method
+
+Tree = Any
 
 
 @dataclass(frozen=True)
@@ -103,3 +106,13 @@ def _geometric(density: float, steps: int) -> list[float]:
 def _check_steps(steps: int) -> None:
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={steps!r} is not a whole number >= 1; pass the number of stages")
+
+
+def stages_of(schedule: Schedule, constraint: Constraint, chosen: Tree) -> list[Stage]:
+    """The stages of a schedule down to the constraint, checked to end there."""
+    if isinstance(schedule, type) or not hasattr(schedule, "stages"):
+        raise TypeError(f"schedule is {schedule!r}; pass an instance such as Cubic(10)")
+    stages = [Stage(1.0)] if isinstance(schedule, OneShot) else list(schedule.stages(constraint.density(chosen)))
+    if not (stages and all(isinstance(stage, Stage) for stage in stages) and abs(stages[-1].cut - 1) < 1e-9):
+        raise ValueError(f"schedule {schedule!r} gives {stages}; its stages must be Stage objects that end at cut=1")
+    return stages

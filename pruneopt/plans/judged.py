@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
 from pruneopt.constraints.base import Constraint
 from pruneopt.objectives.base import Objective, QuadraticObjective
@@ -47,3 +50,14 @@ def judged(
             facts |= {"predicted": model.change(solution.value), "damping": model.damping}
         tried.append((dataclasses.replace(solution, stats=solution.stats | facts), loss))
     return min(tried, key=lambda row: (row[1] != row[1], row[1]))  # a NaN is the last resort
+
+
+def as_dampings(name: str, given: Any) -> tuple[float, ...]:
+    """One damping or several, as numbers. Raises ValueError for none, for what is no number or negative."""
+    try:
+        values = tuple(float(d) for d in np.atleast_1d(np.asarray(given, np.float64)))
+    except (TypeError, ValueError):
+        values = ()
+    if not values or not all(0 <= d < math.inf for d in values):
+        raise ValueError(f"{name}={given!r} is no number >= 0 and no sequence of them; pass one, such as 0.01")
+    return values

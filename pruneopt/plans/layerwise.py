@@ -21,14 +21,14 @@ from pruneopt.curvature.gram import Gram
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.plans import calibration
 from pruneopt.plans.calibration import Calibration
-from pruneopt.plans.judged import DAMPINGS
+from pruneopt.plans.judged import DAMPINGS, as_dampings
 from pruneopt.plans.run_folder import RunFolder
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution, Status
 from pruneopt.solve import solve
 from pruneopt.solvers.base import Solver
 from pruneopt.structure.capture import selected
-from pruneopt.structure.leaves import Choice, check_finite, check_like, partition
+from pruneopt.structure.leaves import Choice, as_key, check_finite, check_like, partition
 from pruneopt.structure.operators import Operator
 from pruneopt.structure.walk import Graphs
 
@@ -100,7 +100,7 @@ def layerwise(
     operators = choose(graphs.first)
     task = _Task(operators, before, masks, constraint, solver, dampings)
     task.check()
-    key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
+    key = as_key(key)
     folder = None
     if run_dir is not None:
         identity = task.identity() | {"params": list(before.values()), "target": target}
@@ -155,7 +155,7 @@ def layerwise(
 def _dampings(damping: Any, held_out: Any) -> tuple[float, ...]:
     if damping is None:
         return DAMPINGS if held_out is not None else (0.01,)
-    values = tuple(damping) if isinstance(damping, Sequence) else (damping,)
+    values = as_dampings("damping", damping)
     if len(values) != 1 and held_out is None:
         raise ValueError(f"damping={damping!r} leaves a choice, but held_out is None; pass batches to choose on")
     return values

@@ -140,7 +140,7 @@ def method(name: str | Method) -> Method:
     """The row of that name among the models of the whole loss. Raises ValueError, listing the names, for another."""
     if isinstance(name, Method):
         return name
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method={name!r} is unknown here; pass one of {', '.join(METHODS)}, or a Method")
     return METHODS[name]
 
@@ -150,6 +150,6 @@ def any_method(name: str | Method | LayerMethod) -> Method | LayerMethod:
     if isinstance(name, (Method, LayerMethod)):
         return name
     rows = METHODS | LAYER_METHODS
-    if name not in rows:
+    if not isinstance(name, str) or name not in rows:
         raise ValueError(f"method={name!r} is unknown; pass one of {', '.join(rows)}, or a Method")
     return rows[name]

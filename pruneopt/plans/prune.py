@@ -15,14 +15,14 @@ from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
 from pruneopt.objectives.loss import Loss
-from pruneopt.plans.gradual import OneShot, Schedule, Stage
+from pruneopt.plans.gradual import OneShot, Schedule, stages_of
 from pruneopt.plans.judged import DAMPINGS, FACTS, judged
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.methods import LayerMethod, Method, any_method
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution, Status
 from pruneopt.solve import solve
-from pruneopt.structure.leaves import Choice, check_finite, check_like, combine, partition
+from pruneopt.structure.leaves import Choice, as_key, check_finite, check_like, combine, partition
 
 Tree = Any
 FineTune = Callable[[Tree, Tree], Tree]
@@ -70,16 +70,17 @@ def prune(
         raise TypeError(f"constraint is {constraint!r}; pass a constraint such as Cardinality(sparsity=0.9)")
     chosen, rest = partition(params, leaves)
     check_finite(chosen, "params")
-    stages = _stages(schedule or OneShot(), constraint, chosen)
+    stages = stages_of(schedule or OneShot(), constraint, chosen)
     for name, call in (("fine_tune", fine_tune), ("evaluate", evaluate)):
         if call is not None and not callable(call):
             raise TypeError(f"{name} is {call!r}; pass a function")
     rows = [row if stage.method is None else any_method(stage.method) for stage in stages]
+    held_out = None if held_out is None else _data.Batches(held_out, "held_out")
     if any(isinstance(r, Method) for r in rows):
         constraint.check(chosen)
     if fn is None and any(isinstance(r, LayerMethod) or r.reads_data for r in rows):
         raise TypeError(f"fn is None, but method={method!r} reads a loss; pass fn(params, batch) -> scalar")
-    key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
+    key = as_key(key)
 
     size = _tree.size(chosen)
     support: Tree = None
@@ -165,7 +166,7 @@ def _as_a_whole(
     if not row.predicts:
         return solve(Problem(objective, subject_to=allowed), row.solver, key=keys[1])
     first = [next(iter(_data.Batches(batches)))] if held_out is None else None
-    judge = Loss(fn, params, first or _data.Batches(held_out, "held_out"), leaves)
+    judge = Loss(fn, params, first or held_out, leaves)
     before = judge.finite_value(judge.center)
     dampings = () if held_out is None else DAMPINGS
     return judged(objective, allowed, row.solver, judge, before, keys[1], dampings)[0]
@@ -184,15 +185,6 @@ def _everywhere(support: Tree, chosen: Tree, before: Tree) -> Tree:
 def _worst(solutions: dict[str, Solution]) -> Status:
     """The least that is known of all solutions."""
     return max((s.status for s in solutions.values()), key=list(Status).index)
-
-
-def _stages(schedule: Schedule, constraint: Constraint, chosen: Tree) -> list[Stage]:
-    if isinstance(schedule, type) or not hasattr(schedule, "stages"):
-        raise TypeError(f"schedule is {schedule!r}; pass an instance such as Cubic(10)")
-    stages = [Stage(1.0)] if isinstance(schedule, OneShot) else list(schedule.stages(constraint.density(chosen)))
-    if not (stages and all(isinstance(stage, Stage) for stage in stages) and abs(stages[-1].cut - 1) < 1e-9):
-        raise ValueError(f"schedule {schedule!r} gives {stages}; its stages must be Stage objects that end at cut=1")
-    return stages
 
 
 def _tuned(fine_tune: FineTune, params: Tree, support: Tree, leaves: Choice) -> tuple[Tree, Any]:

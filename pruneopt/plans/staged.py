@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from pruneopt import _data, _tree
@@ -15,8 +17,8 @@ from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
 from pruneopt.objectives.loss import Loss
-from pruneopt.plans.gradual import Iterative, Schedule
-from pruneopt.plans.judged import FACTS, judged
+from pruneopt.plans.gradual import Iterative, Schedule, stages_of
+from pruneopt.plans.judged import FACTS, as_dampings, judged
 from pruneopt.plans.methods import Method
 from pruneopt.plans.methods import method as row_of
 from pruneopt.solution import Pruned
@@ -45,8 +47,9 @@ def staged(
     The model is built anew at the weights of the stage before.
 
     The loss on `held_out` is measured after every stage. A stage after which it is more than `rise` times what it was
-    is taken back and made half as long, with the same model, up to three times; what is still to be cut follows in
-    further stages. The eighth of a stage is taken whatever it does, and `history` says so.
+    (for one below zero: higher by more than rise - 1 times its size) is taken back and made half as long, with the same
+    model, up to three times; what is still to be cut follows in further stages. The eighth of a stage is taken whatever
+    it does, and `history` says so.
 
     fn: loss(params, batch) -> scalar, a mean over examples. batches: stage -> the examples that its model reads.
     held_out: examples that no stage reads; the trained network's loss on them is the first to compare with.
@@ -61,7 +64,7 @@ def staged(
     Raises ValueError for a rise below 1 or a loss on `held_out` that is not finite, and what `prune` raises.
     Source: the multi-stage CHITA++ of Benbaki et al. 2023, section 3.4, with a safeguard.
     """
-    if not 1 <= rise < math.inf:
+    if not (isinstance(rise, Real) and 1 <= rise < math.inf):
         raise ValueError(
             f"rise={rise!r} is not a finite number >= 1; pass how many times higher a stage may leave the loss"
         )
@@ -77,9 +80,8 @@ def staged(
     constraint.check(chosen)
     judge = Loss(fn, params, _data.Batches(held_out, "held_out"), leaves)
     before = judge.finite_value(chosen)
-    waiting = [stage.cut for stage in (schedule or Iterative(15)).stages(constraint.density(chosen))]
-    if abs(waiting[-1] - 1) > 1e-9:
-        raise ValueError(f"schedule {schedule!r} ends at cut={waiting[-1]}; its last stage must have cut=1")
+    waiting = [stage.cut for stage in stages_of(schedule or Iterative(15), constraint, chosen)]
+    tried = as_dampings("dampings", dampings) if np.size(dampings) else ()
 
     cut, index, support, solution = 0.0, 0, None, None
     history: list[dict[str, Any]] = []
@@ -91,8 +93,8 @@ def staged(
         while True:
             allowed = constraint if goal == 1 else constraint.relaxed(goal)
             allowed = allowed if support is None else Intersection((Support(support), allowed))
-            solution, loss = judged(objective, allowed, row.solver, judge, before, key, dampings)
-            over = not loss <= rise * before
+            solution, loss = judged(objective, allowed, row.solver, judge, before, key, tried)
+            over = not loss <= before + (rise - 1) * abs(before)
             if not over or halved == _HALVINGS:
                 break
             halved, goal = halved + 1, cut + (goal - cut) / 2

@@ -192,3 +192,12 @@ def check_leaf(path: str, leaf: Any) -> None:
 
 def _some(paths: Sequence[str]) -> str:
     return str(list(paths[:8]))[:-1] + (", ...]" if len(paths) > 8 else "]")
+
+
+def as_key(key: jax.Array | int | None) -> jax.Array:
+    """A key: as given, of a seed, or of seed 0. Raises TypeError for anything else."""
+    if key is None or hasattr(key, "__index__"):
+        return jax.random.key(0 if key is None else int(key))  # type: ignore[arg-type]
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"key is {key!r}; pass a seed or a key, such as jax.random.key(0)")
+    return key
