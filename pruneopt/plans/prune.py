@@ -165,8 +165,8 @@ def _as_a_whole(
     objective = row.model(fn, params, batches, leaves, keys[0])
     if not row.predicts:
         return solve(Problem(objective, subject_to=allowed), row.solver, key=keys[1])
-    first = [next(iter(_data.Batches(batches)))] if held_out is None else None
-    judge = Loss(fn, params, first or held_out, leaves)
+    others = [next(iter(_data.Batches(batches)))] if held_out is None else held_out
+    judge = Loss(fn, params, others, leaves)
     before = judge.finite_value(judge.center)
     dampings = () if held_out is None else DAMPINGS
     return judged(objective, allowed, row.solver, judge, before, keys[1], dampings)[0]
