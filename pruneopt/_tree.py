@@ -38,6 +38,11 @@ def widest(tree: Tree) -> Any:
     return max((wide(x.dtype) for x in jax.tree.leaves(tree)), key=lambda dtype: dtype.itemsize)
 
 
+def coarsest(tree: Tree) -> float:
+    """The largest relative rounding of the leaves' dtypes."""
+    return max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
+
+
 def name(key_path: tuple) -> str:
     """The path of a leaf as text: `conv1/kernel`."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")

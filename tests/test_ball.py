@@ -93,6 +93,20 @@ def test_balls_hold_and_are_proven_in_float32(ball):
     assert min(values) >= solution.objective - 1e-6 * abs(solution.objective)
 
 
+@pytest.mark.default_flags
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("ball", [L1Ball(2.0), GroupBall(1.5)], ids=str)
+def test_balls_hold_to_the_rounding_of_half_precision(ball, dtype):
+    center = {"w": jnp.asarray(np.random.default_rng(1).standard_normal((40, 30)), dtype)}
+    problem = po.Problem(po.objectives.Quadratic(center, po.curvature.Identity()), subject_to=ball)
+    solution = po.solve(problem, ProximalGradient())
+    assert solution.value["w"].dtype == dtype
+    rounding = float(jnp.finfo(dtype).eps)
+    assert ball.norm(solution.value) == pytest.approx(ball.radius, rel=rounding)
+    assert ball.norm(ball.project(center)) == pytest.approx(ball.radius, rel=rounding)
+    assert ball.value_violation(jax.tree.map(lambda x: x * (1 + 8 * rounding), solution.value)) > 0
+
+
 REFUSALS = {
     "radius": (lambda: L1Ball(0.0), ValueError, ("radius=0.0", "> 0")),
     "radius NaN": (lambda: GroupBall(float("nan")), ValueError, ("radius=nan",)),

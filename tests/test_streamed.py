@@ -11,7 +11,7 @@ import pruneopt as po
 from pruneopt.curvature import GaussNewton, Hessian, empirical_fisher, sampled_fisher, softmax_fisher
 from pruneopt.objectives import Quadratic
 from pruneopt.penalties import L1
-from pruneopt.solvers import ProximalGradient
+from pruneopt.solvers import CBS, CHITA, GlobalADMM, ProximalGradient
 
 BOTH = ["a", "b"]
 SHAPES = {"a": (2, 4), "b": (4, 3)}
@@ -117,6 +117,17 @@ def test_an_indefinite_hessian_is_minimised_over_a_ball_and_can_be_used_afterwar
     assert solution.objective < problem.value(ball.project(center))
     assert solution.bound == -np.inf
     assert np.isfinite(flat(h.diagonal(center))[0]).all()
+
+
+@pytest.mark.parametrize("solver", [CHITA(), GlobalADMM(), CBS()], ids=lambda s: type(s).__name__)
+def test_an_indefinite_hessian_is_refused_where_a_minimum_is_sought(solver):
+    w = {"a": 3 * tree(1)["a"], "b": tree(1)["b"]}
+    h = Hessian.of(tiny_loss, w, tiny_batches((10,)), BOTH)
+    problem = po.Problem(Quadratic(w, h, w), subject_to=po.constraints.Cardinality(count=6))
+    with pytest.raises(ValueError, match="indefinite") as caught:
+        po.solve(problem, solver)
+    for word in (type(solver).__name__, "= -", "GaussNewton", "damping"):
+        assert word in str(caught.value), str(caught.value)
 
 
 @pytest.mark.default_flags

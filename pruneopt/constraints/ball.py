@@ -16,7 +16,7 @@ from pruneopt import _tree
 from pruneopt.constraints.base import Constraint, check_cut
 
 Tree = Any
-_ROUNDING = 1e-6  # by which a norm may exceed its radius, relative: that of float32
+_ROUNDING = 1e-6  # by which a norm may exceed its radius, relative, or by what the weights' dtype rounds
 
 
 class Ball(Constraint):
@@ -69,7 +69,7 @@ class Ball(Constraint):
 
     def value_violation(self, values: Tree) -> float:
         """By how much R is above the radius, beyond rounding."""
-        return max(self.norm(values) - self.radius * (1 + _ROUNDING), 0.0)
+        return max(self.norm(values) - self.radius * (1 + max(_ROUNDING, _tree.coarsest(values))), 0.0)
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,13 @@ class L1Ball(Ball):
 
     def project(self, values: Tree) -> Tree:
         """The nearest point of the ball: soft thresholding at the level that meets the radius. Traceable by JAX."""
-        flat = jnp.concatenate([jnp.abs(x).reshape(-1) for x in jax.tree.leaves(values)])
-        level = _level(flat, self.radius)
-        return jax.tree.map(lambda x: jnp.sign(x) * jnp.maximum(jnp.abs(x) - level.astype(x.dtype), 0), values)
+        wide = jax.tree.map(_wide, values)
+        level = _level(jnp.concatenate([jnp.abs(x).reshape(-1) for x in jax.tree.leaves(wide)]), self.radius)
+
+        def shrunk(x: jax.Array, like: jax.Array) -> jax.Array:
+            return (jnp.sign(x) * jnp.maximum(jnp.abs(x) - level.astype(x.dtype), 0)).astype(like.dtype)
+
+        return jax.tree.map(shrunk, wide, values)
 
     def norm(self, w: Tree) -> float:
         """sum |w_i|."""
@@ -122,14 +126,15 @@ class GroupBall(Ball):
 
     def project(self, values: Tree) -> Tree:
         """The nearest point of the ball. Traceable by JAX."""
-        norms = jax.tree.map(lambda x: jnp.sqrt(jnp.sum(x * x, axis=self._others(x), keepdims=True)), values)
+        wide = jax.tree.map(_wide, values)
+        norms = jax.tree.map(lambda x: jnp.sqrt(jnp.sum(x * x, axis=self._others(x), keepdims=True)), wide)
         level = _level(jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(norms)]), self.radius)
 
-        def shrunk(x: jax.Array, size: jax.Array) -> jax.Array:
+        def shrunk(x: jax.Array, size: jax.Array, like: jax.Array) -> jax.Array:
             left = jnp.maximum(size - level.astype(x.dtype), 0)
-            return x * (left / jnp.where(size > 0, size, jnp.ones((), x.dtype)))
+            return (x * (left / jnp.where(size > 0, size, jnp.ones((), x.dtype)))).astype(like.dtype)
 
-        return jax.tree.map(shrunk, values, norms)
+        return jax.tree.map(shrunk, wide, norms, values)
 
     def norm(self, w: Tree) -> float:
         """sum ||w_g||."""
@@ -145,6 +150,10 @@ class GroupBall(Ball):
     def _sizes(self, w: Tree) -> np.ndarray:
         wide = [np.asarray(x, np.float64) for x in jax.tree.leaves(w)]
         return np.concatenate([np.sqrt(np.sum(x * x, axis=self._others(x))) for x in wide])
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(_tree.wide(x.dtype))
 
 
 def _level(sizes: Float[Array, " p"], radius: float) -> Float[Array, ""]:

@@ -140,6 +140,31 @@ def network_only(problem: Problem, solver: Solver, twin: str) -> str | None:
     return without_penalty(problem, solver)
 
 
+def indefinite(solver: Solver, f: QuadraticObjective, bend: float) -> ValueError:
+    """What to raise where a direction d has <d, (H + lambda I) d> = bend <d, d> < 0."""
+    return ValueError(
+        f"{type(solver).__name__} met a direction d with <d, (H + lambda I) d> = {bend:.3g} <d, d>: the "
+        f"{type(f.curvature).__name__} is indefinite there and the model falls without end; pass a GaussNewton or "
+        f"empirical_fisher curvature, which are never indefinite, or more than Quadratic(damping={f.damping:.3g})"
+    )
+
+
+def check_bends(solver: Solver, f: QuadraticObjective, damped: Float[np.ndarray, " p"], w: Tree | None = None) -> None:
+    """Raise ValueError where a Hessian bends down: on `damped`, the diagonal of H + lambda I, or along w - w0."""
+    assert f.curvature is not None
+    if f.curvature.semidefinite:
+        return
+    least, beyond = float(np.min(damped)), 1e-9 * float(np.max(np.abs(damped)))
+    if w is not None:
+        size = sum(
+            float(np.sum((np.asarray(x, np.float64) - np.asarray(c, np.float64)) ** 2))
+            for x, c in zip(*map(jax.tree.leaves, (w, f.center)), strict=True)
+        )
+        least = f.curvature.form(w, f.center, float(f.ridge())) / size if size else 0.0
+    if least < -beyond:
+        raise indefinite(solver, f, least)
+
+
 def allowed(constraint: Constraint, center: Tree) -> Bool[np.ndarray, " p"]:
     """Which weights, the leaves laid end to end, every `Support` in a constraint lets live."""
     parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)

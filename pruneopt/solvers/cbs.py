@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from pruneopt import _tree
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, network_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_bends, check_not_negative, check_whole, network_only
 from pruneopt.solvers.obs import Budget, budget_of
 
 Tree = Any
@@ -38,7 +38,8 @@ class CBS(Solver):
     What is kept keeps its value: `Then(CBS(), Polish())` adds the joint update of all of it (CBS-U).
 
     Any curvature with products and blocks: one product a draw and a sweep, a block of 2 `candidates` a sweep. The
-    constraint: Cardinality over the tree or per leaf, a Support, or both.
+    constraint: Cardinality over the tree or per leaf, a Support, or both. Raises ValueError where a Hessian has
+    negative curvature on its diagonal or along the result.
     stats: swaps, sweeps. Source: Yu et al. 2022, equation 7 and algorithms 1 and 2, with all pairs of the candidates
     where they try a window of them, and draws judged by the model where they measure the loss.
     """
@@ -79,6 +80,7 @@ class CBS(Solver):
         assert constraint is not None
         model, budget = _Model.of(f), budget_of(constraint, f.center)
         assert budget is not None
+        check_bends(self, f, model.diagonal)
         if init is not None and problem.violation(init.support) == 0:
             drawn = iter([model.layout.host(init.support) > 0])
         else:
@@ -93,10 +95,9 @@ class CBS(Solver):
             if not settled:
                 point, swaps = trial, swaps + made
         support = jax.tree.map(jnp.asarray, model.layout.tree(point.support))
-        stats = {"swaps": swaps, "sweeps": sweeps}
-        return Outcome(
-            _tree.masked(f.center, support), support, hit_limit=bool(self.sweeps and not settled), stats=stats
-        )
+        value, stats = _tree.masked(f.center, support), {"swaps": swaps, "sweeps": sweeps}
+        check_bends(self, f, model.diagonal, value)
+        return Outcome(value, support, hit_limit=bool(self.sweeps and not settled), stats=stats)
 
     def _drawn(self, model: _Model, constraint: Any, key: jax.Array) -> Iterator[Bool[np.ndarray, " p"]]:
         """The supports to start from: of magnitude, then of randomised magnitude."""

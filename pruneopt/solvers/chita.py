@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, network_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, indefinite, network_only
 
 Tree = Any
 
@@ -28,6 +29,7 @@ class CHITA(Solver):
     `iterations`. Starts at `init`, else at P(w0), and is never worse than that. Follow with `Polish` for the refit.
 
     Any curvature with products; one product a trial and one more an iteration. Memory: 6 vectors of the weights' size.
+    Raises ValueError where a Hessian shows a direction of negative curvature beyond rounding.
     stats: iterations, products.
     Source: Benbaki et al. 2023 (CHITA), sections 3.2 and A.2: hard thresholding whose step may change the support.
     """
@@ -48,13 +50,22 @@ class CHITA(Solver):
         f, constraint = problem.objective, problem.subject_to
         assert isinstance(f, QuadraticObjective)
         assert constraint is not None
-        products = 0
+        products, largest = 0, 0.0
+
+        def product(x: Tree) -> Tree:
+            nonlocal products, largest
+            products += 1
+            curved = f.curvature.mv(x)  # type: ignore[union-attr]
+            if not f.curvature.semidefinite:  # type: ignore[union-attr]
+                bend, size = (float(value) for value in _bend(x, curved, f.ridge()))
+                largest = max(largest, size)
+                if bend < -math.sqrt(_tree.coarsest(x)) * largest:
+                    raise indefinite(self, f, bend)
+            return curved
 
         def at(w: Tree, support: Tree) -> _Point:
-            nonlocal products
-            products += 1
             change = _minus(w, f.center)
-            value, slope = _judged(change, f.curvature.mv(change), f.gradient, f.ridge())  # type: ignore[union-attr]
+            value, slope = _judged(change, product(change), f.gradient, f.ridge())
             return _Point(w, support, slope, float(value))
 
         def stepped(point: _Point, length: float) -> _Point:
@@ -64,9 +75,9 @@ class CHITA(Solver):
         point = at(init.value, init.support) if init and feasible else at(*_projected(constraint, f.center))
         settled, done = False, 0
         while not settled and done < self.iterations:
-            done, products = done + 1, products + 1
+            done += 1
             inside = _tree.masked(point.slope, point.support)
-            length = _length(inside, f.curvature.mv(inside), f.ridge())  # type: ignore[union-attr]
+            length = _length(inside, product(inside), f.ridge())
             best = _searched(point, float(length), stepped)
             settled = point.value - best.value <= self.tolerance * abs(point.value)
             point = best
@@ -128,6 +139,17 @@ def _judged(change: Tree, curved: Tree, gradient: Tree | None, ridge: Array) -> 
 @jax.jit
 def _step(w: Tree, slope: Tree, length: float) -> Tree:
     return jax.tree.map(lambda x, s: x - jnp.asarray(length).astype(x.dtype) * s, w, slope)
+
+
+@jax.jit
+def _bend(x: Tree, curved: Tree, ridge: Array) -> tuple[Array, Array]:
+    """<x, (H + ridge I) x> / <x, x> and ||H x|| / ||x||; 0 for x = 0."""
+    pairs = [(x.astype(_tree.wide(x.dtype)), c) for x, c in zip(*map(jax.tree.leaves, (x, curved)), strict=True)]
+    size = sum(jnp.sum(x * x) for x, _ in pairs)
+    along = sum(jnp.sum(x * c.astype(x.dtype)) for x, c in pairs)
+    reach = sum(jnp.sum(jnp.square(c.astype(x.dtype))) for x, c in pairs)
+    some = jnp.where(size > 0, size, jnp.ones_like(size))  # type: ignore
+    return along / some + jnp.where(size > 0, ridge, jnp.zeros_like(ridge)), jnp.sqrt(reach / some)  # type: ignore
 
 
 @jax.jit

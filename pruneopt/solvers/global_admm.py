@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pruneopt import _tree
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, network_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_bends, check_whole, network_only
 
 Tree = Any
 Product = Callable[[Tree], Tree]
@@ -35,7 +35,8 @@ class GlobalADMM(Solver):
 
     H is asked for its diagonal and for products: levels * iterations * (inner + 1) + refit + 1 of them, which is all
     that costs; memory: 9 vectors of the weights' size. From `init` it starts where its weights would be a fixed point;
-    the result is never worse than a feasible init or than the refit of its support.
+    the result is never worse than a feasible init or than the refit of its support. Raises ValueError where a Hessian
+    has negative curvature on its diagonal or along the result.
     Source: the layer solver `ADMM` (after ALPS, Meng et al. 2024, algorithm 1) with diag(H) as its metric and inexact
     steps (Eckstein and Bertsekas 1992, theorem 8); the problem is that of Benbaki et al. 2023, equation 5.
     """
@@ -66,6 +67,7 @@ class GlobalADMM(Solver):
         assert isinstance(f, QuadraticObjective)
         assert constraint is not None
         scaled = _Scaled(f)
+        check_bends(self, f, scaled.diagonal)
         zero = jax.tree.map(jnp.zeros_like, scaled.dense)
         rhos = np.geomspace(*self.rho, self.levels).tolist()
         t = scaled.dense if init is None else _fixed_point(scaled, init, rhos[0])
@@ -84,7 +86,9 @@ class GlobalADMM(Solver):
             start = jax.tree.map(lambda b, w, s: (w.astype(b.dtype) * s) - b, scaled.dense, init.value, scaled.scale)
             outcomes.append(self._refitted(f, scaled, start, init.support))
             outcomes.append((f.value(init.value), init.value, init.support))
-        return Outcome(*min(outcomes, key=lambda found: found[0])[1:])
+        _, value, support = min(outcomes, key=lambda found: found[0])
+        check_bends(self, f, scaled.diagonal, value)
+        return Outcome(value, support)
 
     def _refitted(self, f: QuadraticObjective, scaled: _Scaled, change: Tree, mask: Tree) -> tuple[float, Tree, Tree]:
         """The better of the masked weights and their refit: (objective, value, support)."""
@@ -103,7 +107,9 @@ class _Scaled:
     def __init__(self, f: QuadraticObjective):
         assert f.curvature is not None
         self._h, self._ridge = f.curvature, f.ridge()
-        self.dense, self.scale, self.slope = _scaled(f.center, f.curvature.diagonal(f.center), f.gradient, self._ridge)
+        diagonal: Any = f.curvature.diagonal(f.center)
+        self.diagonal = np.concatenate([np.ravel(h) for h in jax.tree.leaves(diagonal)]) + float(self._ridge)
+        self.dense, self.scale, self.slope = _scaled(f.center, diagonal, f.gradient, self._ridge)
         self._like = f.center
 
     def product(self, rho: float, mask: Tree | None = None) -> Product:
