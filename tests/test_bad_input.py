@@ -30,6 +30,13 @@ def loss(p, batch):
     return jnp.mean((jnp.tanh(x @ p["w1"] + p["b1"][None]) @ p["w2"] - y) ** 2)
 
 
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, p, batch):
+        return loss(p, batch)
+
+
 def batches(n=2):
     return [(jnp.asarray(RNG.standard_normal((5, 4))), jnp.asarray(RNG.standard_normal((5, 2)))) for _ in range(n)]
 
@@ -292,6 +299,7 @@ CASES = {
         ValueError,
         ("fn returns", "has_updates=True", "(loss, updates)"),
     ),
+    "loss without a hash": (lambda: prune(fn=Unhashable(), method="taylor"), TypeError, ("Unhashable", "__hash__")),
     "loss that is no function": (lambda: prune(fn=3, method="taylor"), TypeError, ("fn is 3", "scalar")),
     "unknown method": (lambda: prune(method="magnitud"), ValueError, ("method='magnitud'", "magnitude")),
     "constraint that is a number": (

@@ -239,6 +239,7 @@ REFUSED = {
     "no scalar": (lambda: Hessian.of(logits, tree(1, SHAPES), tiny_batches(), BOTH), ("not one floating",)),
     "no model": (lambda: GaussNewton.of(None, squares, tree(1), tiny_batches(), BOTH), ("model(params, batch)",)),
     "no examples": (lambda: Hessian.of(tiny_loss, tree(1), [], BOTH), ("empty",)),
+    "a loss for a network": (lambda: sampled_fisher(tiny_loss, tree(1), tiny_batches(), BOTH), ("a loss", "network")),
     "one example": (lambda: sampled_fisher(logits, tree(1, SHAPES), tiny_batches((1,)), BOTH), ("1 example",)),
     "no logits": (
         lambda: softmax_fisher(lambda p, b: logits(p, b)[0, 0], tree(1, SHAPES), tiny_batches(), BOTH),

@@ -18,7 +18,7 @@ from pruneopt.curvature.fisher import empirical_fisher, empirical_fisher_diagona
 from pruneopt.curvature.gauss_newton import Outputs
 from pruneopt.curvature.low_rank import LowRank
 from pruneopt.structure.evaluate import outputs
-from pruneopt.structure.leaves import Choice
+from pruneopt.structure.leaves import Choice, as_key
 
 Tree = Any
 _PIECE = 256  # examples that are repeated for each class at a time
@@ -56,7 +56,7 @@ def sampled_fisher(
     key: defaults to seed 0; example i has the key `fold_in(key, i)`, whatever its batch.
     dtype, memory, errors: as `empirical_fisher`. Source: Martens 2020, section 5; Kunstner, Balles, Hennig 2019.
     """
-    drawn, keyed = _Sampled(model, sample, loss), _with_keys(batches, key)
+    drawn, keyed = _Sampled(model, sample, loss), _with_keys(model, params, batches, key)
     return empirical_fisher(drawn, params, keyed, leaves, ridge=ridge, dtype=dtype, memory=memory)
 
 
@@ -71,7 +71,8 @@ def sampled_fisher_diagonal(
     loss: Callable[[Any, Any], Any] = cross_entropy,
 ) -> Diagonal:
     """diag F of `sampled_fisher` with the same arguments, without its gradients: 16 MiB of them at a time."""
-    return empirical_fisher_diagonal(_Sampled(model, sample, loss), params, _with_keys(batches, key), leaves)
+    drawn, keyed = _Sampled(model, sample, loss), _with_keys(model, params, batches, key)
+    return empirical_fisher_diagonal(drawn, params, keyed, leaves)
 
 
 def softmax_fisher(
@@ -108,10 +109,15 @@ def softmax_fisher(
     return empirical_fisher(_Weighted(model), params, with_classes, leaves, ridge=ridge, dtype=dtype, memory=memory)
 
 
-def _with_keys(batches: _data.Source, key: jax.Array | None) -> Callable[[], Iterator[tuple[Any, np.ndarray]]]:
+def _with_keys(
+    model: Outputs, params: Tree, batches: _data.Source, key: jax.Array | None
+) -> Callable[[], Iterator[tuple[Any, np.ndarray]]]:
     """The batches, each with its examples' keys."""
-    start = jax.random.key(0) if key is None else key
+    start = as_key(key)
     stream = _data.Batches(batches)
+    found: Any = outputs(model, params, next(iter(stream)))
+    if getattr(found, "shape", None) == ():
+        raise ValueError(f"model returns {found}, a loss; pass the network, (params, batch) -> outputs")
 
     def of() -> Iterator[tuple[Any, np.ndarray]]:
         n = 0

@@ -41,6 +41,11 @@ def check_scalar(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, h
     """Raise unless `loss` maps params and the first batch to one floating-point number (before any updates)."""
     if not callable(loss):
         raise TypeError(f"fn is {loss!r}, but this method needs a loss: fn(params, batch) -> scalar")
+    if getattr(loss, "__hash__", None) is None:
+        raise TypeError(
+            f"fn is a {type(loss).__name__}, which has no hash, so that JAX cannot tell it from another loss; pass a "
+            "function, or give the class __hash__ = object.__hash__"
+        )
     batch = next(iter(batches))
     out: Any = jax.eval_shape(lambda c, r, b: loss(combine(c, r), b), chosen, rest, batch)
     if has_updates:
