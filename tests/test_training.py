@@ -276,6 +276,42 @@ def test_the_wrong_order_is_found_out():
     assert right.finish(p, state).kept == KEPT
 
 
+AFTER = {"scale": optax.scale(0.5), "adam": optax.adam(1e-2), "decay": optax.add_decayed_weights(0.1)}
+
+
+@pytest.mark.parametrize(("name", "after"), [
+    ("straight_through", "scale"), ("straight_through", "adam"), ("straight_through", "decay"), ("l0", "adam"),
+    ("lagrangian", "scale"), ("proximal", "scale"), ("proximal", "adam"),
+])  # fmt: skip
+def test_the_wrong_order_is_found_out_where_the_last_word_is_on_values(name, after):
+    inside = of(name) if name != "proximal" else t.proximal(optax.sgd(0.1), L1(0.5), 0.1)
+    p, state, _ = trained(optax.chain(inside, AFTER[after]), 60 if name == "proximal" else STEPS)
+    with pytest.raises(ValueError, match=rf"params holds .* a transformation after this one .*inside, {name}\(optax"):
+        inside.finish(p, state)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"gradual"}))
+def test_finish_needs_no_update(name):
+    done = of(name).finish(params(), of(name).init(params()))
+    for path, mask in named(done.support).items():
+        assert not np.any(np.asarray(named(done.params)[path])[~np.asarray(mask)])
+    kept = OPTIMIZERS[name][1]
+    assert kept in (None, done.kept)
+
+
+@pytest.mark.parametrize("name", ["gradual", "hard_threshold", "admm", "lagrangian", "rigl", "straight_through"])
+def test_a_layer_that_collapses_is_an_error(name):
+    make = getattr(t, name)
+    for floor in (None, 0):
+        optimizer = make(ADAM(), Cardinality(sparsity=0.999, floor=floor), end=1)
+        p, state, _ = trained(optimizer, 3 if name == "gradual" else 0)
+        if floor == 0:
+            assert optimizer.finish(p, state).kept == 0
+        else:
+            with pytest.raises(ValueError, match=r"keeps no weight of leaf 'a/kernel': the layer has collapsed.*floor"):
+                optimizer.finish(p, state)
+
+
 @pytest.mark.parametrize("name", ["freeze", "gradual", "rigl", "straight_through"])
 def test_a_diverging_step_is_an_error_and_no_network(name):
     optimizer = of(name, partial(optax.sgd, 1e200))
@@ -676,6 +712,11 @@ BAD = {
         lambda: t.freeze(ADAM(), {"a/kernel": jnp.ones((2, 2), bool)}).init(params()),
         ValueError,
         ("mask 'a/kernel'", "(2, 2)"),
+    ),
+    "masks and leaves": (
+        lambda: t.freeze(ADAM(), {"a/kernel": jnp.ones((4, 5), bool)}, leaves="b*"),
+        ValueError,
+        ("leaves='b*'", "drop leaves="),
     ),
     "masks of no leaf": (lambda: t.freeze(ADAM(), {"c": jnp.ones((2, 2), bool)}).init(params()), ValueError, ("'c'",)),
     "masks of numbers": (

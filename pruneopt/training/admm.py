@@ -16,6 +16,7 @@ from pruneopt.structure.leaves import Choice
 from pruneopt.training.base import (
     SparseOptimizer,
     as_optimizer,
+    check_alive,
     check_constraint,
     chosen,
     everywhere,
@@ -111,8 +112,8 @@ def admm(
     def finish(params: Tree, state: Any) -> Pruned:
         own = own_state(state, ADMMState)
         if int(own.step) > end:
-            return on_support(params, own.masks, "admm")
+            return check_alive(on_support(params, own.masks, own.step, "admm"), constraint)
         masks = constraint.select(on_masks(lambda m, w: jnp.abs(w), own.masks, params))
-        return Pruned(_tree.masked(params, masks), masks)
+        return check_alive(Pruned(_tree.masked(params, masks), masks), constraint)
 
     return SparseOptimizer(init, update, finish)

@@ -22,8 +22,10 @@ class SparseOptimizer(optax.GradientTransformationExtraArgs):
     """An optax optimiser, `init(params)` and `update(gradient, state, params)`, that also knows how to end.
 
     `finish(params, state)` returns the Pruned network: what the method promises holds in it exactly. It may be called
-    at any step and changes nothing. `state` is this optimiser's, or that of an `optax.chain` around it. Raises
-    ValueError where training diverged: weights that are not finite have no largest ones to keep.
+    at any step, of `gradual` after its `end`, and changes nothing. `state` is this optimiser's, or that of an
+    `optax.chain` around it. Raises ValueError where training diverged (weights that are not finite have no largest ones
+    to keep), where what is chained after this one moved weights that it had set (it must be the last of a chain), and
+    where a leaf lost all its weights although the constraint does not allow it.
     """
 
     finish: Callable[[Tree, Any], Pruned]
@@ -202,12 +204,52 @@ def own_state(state: Any, kind: type) -> Any:
     return found[0]
 
 
-def on_support(params: Tree, masks: Tree, name: str) -> Pruned:
-    """The Pruned with these masks. Raises ValueError where a weight off the support is not zero."""
+def on_support(params: Tree, masks: Tree, step: Any, name: str) -> Pruned:
+    """The Pruned with these masks. Raises ValueError where a weight off the support is not zero.
+
+    At step 0, before the first update, weights off the support are still what they were; there they are cut.
+    """
+    if int(step) == 0:
+        return Pruned(_tree.masked(params, masks), masks)
     moved = _tree.outside(on_masks(lambda m, w: w, masks, params), masks)
     if moved:
-        raise ValueError(
-            f"params holds {moved} nonzero weights off the support: a transformation after this one moved them; put it "
-            f"inside, {name}(optax.chain(...), ...), so that the support has the last word"
-        )
+        raise ValueError(f"params holds {moved} nonzero weights off the support: {moved_by(name)}")
     return Pruned(params, masks)
+
+
+def check_trained(params: Tree, sparse: Tree, dense: Tree, step: Any, name: str) -> None:
+    """Raise ValueError unless `params` are the weights `sparse` that the last update led to.
+
+    Exactly so at zeros; elsewhere to the root of a unit roundoff of the largest of `dense`, since adding an update
+    rounds. Both have None where nothing is pruned. Before the first update, at step 0, nothing is known.
+    """
+    if int(step) == 0:
+        return
+    held = jax.tree.map(lambda t, w: None if t is None else w, sparse, params, is_leaf=is_hole)
+    for (path, w), t, d in zip(_tree.named_leaves(held), *map(jax.tree.leaves, (sparse, dense)), strict=True):
+        near = jnp.max(jnp.abs(d)) * jnp.sqrt(jnp.finfo(d.dtype).eps).astype(d.dtype)
+        moved = int(jnp.sum(jnp.where(t == 0, w != 0, jnp.abs(w - t) > near)))
+        if moved:
+            raise ValueError(
+                f"params holds {moved} weights in leaf '{path}' that are not those of this state: {moved_by(name)}"
+            )
+
+
+def moved_by(name: str) -> str:
+    """Why the params are not what a transformation made of them, and what to do."""
+    return (
+        f"a transformation after this one moved them; put it inside, {name}(optax.chain(...), ...), so that the "
+        "support has the last word"
+    )
+
+
+def check_alive(done: Pruned, constraint: Constraint) -> Pruned:
+    """`done`; ValueError where a leaf lost all its weights and the constraint does not allow it, as in `solve`."""
+    if not constraint.allows_empty:
+        for (path, _), kept in zip(_tree.named_leaves(done.support), _tree.kept_by_leaf(done.support), strict=True):
+            if kept == 0:
+                raise ValueError(
+                    f"constraint={constraint!r} keeps no weight of leaf '{path}': the layer has collapsed; lower the "
+                    "sparsity, pass floor=1 (or more) to keep some, or floor=0 to allow it"
+                )
+    return done

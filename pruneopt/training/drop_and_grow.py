@@ -21,6 +21,7 @@ from pruneopt.training.base import (
     MaskedState,
     SparseOptimizer,
     as_optimizer,
+    check_alive,
     check_constraint,
     chosen,
     forgotten,
@@ -144,7 +145,8 @@ def _drop_and_grow(
         return updates, MaskedState(state.step + 1, masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        return on_support(params, own_state(state, MaskedState).masks, name)
+        own = own_state(state, MaskedState)
+        return check_alive(on_support(params, own.masks, own.step, name), constraint)
 
     return SparseOptimizer(init, update, finish)
 

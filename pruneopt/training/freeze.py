@@ -37,12 +37,17 @@ def freeze(
     `optax.masked` and a masked gradient alone do neither.
 
     masks: what `prune` returned, or a tree of booleans, None or no entry where nothing is pruned; None: the weights
-        that are exactly zero at `init` stay zero, in the leaves chosen by `leaves` (as in `prune`).
+        that are exactly zero at `init` stay zero, in the leaves chosen by `leaves` (as in `prune`; with None alone).
     Everything that moves weights belongs inside: freeze(optax.chain(...)). What is chained after it can move them, and
     `finish` then raises ValueError. Raises ValueError or TypeError at `init` for masks that do not fit the parameters.
     """
     inner = as_optimizer(optimizer, "freeze")
     support = masks.support if isinstance(masks, Pruned) else masks
+    if support is not None and leaves is not None:
+        raise ValueError(
+            f"leaves={leaves!r} and masks are both given, but masks say themselves which leaves they hold; drop "
+            "leaves=, or pass the masks of those leaves alone"
+        )
 
     def init(params: Tree) -> MaskedState:
         if support is None:
@@ -60,6 +65,7 @@ def freeze(
         return updates, MaskedState(state.step + 1, state.masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        return on_support(params, own_state(state, MaskedState).masks, "freeze")
+        own = own_state(state, MaskedState)
+        return on_support(params, own.masks, own.step, "freeze")
 
     return SparseOptimizer(init, update, finish)

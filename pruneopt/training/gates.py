@@ -18,6 +18,8 @@ from pruneopt.structure.leaves import Choice
 from pruneopt.training.base import (
     SparseOptimizer,
     as_optimizer,
+    check_alive,
+    check_trained,
     chosen,
     everywhere,
     filled,
@@ -75,7 +77,8 @@ def l0(
         of all axes but the last: an input, with all its weights) or each "out" (of the last: a neuron, a filter).
     open_: first P(s > 1/2) of a gate, in (0, 1). end: from that step on the gates are fixed at that estimate, what it
         left is trained on. gate_optimizer: of log_alpha; None: as `optimizer`. key: of the draws.
-    Source: Louizos, Welling and Kingma 2018, equations 10 to 13. Raises ValueError for a negative or NaN weight.
+    Source: Louizos, Welling and Kingma 2018, equations 10 to 13. Raises ValueError for a negative or NaN weight,
+    and at `finish` where the params are not theta z, since something chained after this one moved them.
     """
     if not 0 <= weight < float("inf"):
         raise ValueError(f"weight={weight!r} is not a finite number >= 0; pass the price of a living weight")
@@ -184,11 +187,15 @@ class Gating(NamedTuple):
 
         def finish(params: Tree, state: Any) -> Pruned:
             own = own_state(state, GatedState)
+            sparse = jax.tree.map(gated, own.weights, own.gates, own.masks)
+            check_trained(params, sparse, own.weights, own.step, name)
             if self.end is not None and int(own.step) > self.end:
-                return Pruned(filled(_tree.masked(own.weights, own.masks), params), own.masks)
-            estimate = jax.tree.map(estimated, own.log_alpha, own.weights)
-            masks = select(estimate)
-            return Pruned(filled(_tree.masked(estimate, masks), params), masks)
+                kept, masks = own.weights, own.masks
+            else:
+                kept = jax.tree.map(estimated, own.log_alpha, own.weights)
+                masks = select(kept)
+            done = Pruned(filled(_tree.masked(kept, masks), params), masks)
+            return done if constraint is None else check_alive(done, constraint)
 
         return SparseOptimizer(init, update, finish)
 

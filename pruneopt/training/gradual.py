@@ -15,6 +15,7 @@ from pruneopt.training.base import (
     MaskedState,
     SparseOptimizer,
     as_optimizer,
+    check_alive,
     check_constraint,
     chosen,
     everywhere,
@@ -70,6 +71,6 @@ def gradual(
         own = own_state(state, MaskedState)
         if int(own.step) <= end:
             raise ValueError(f"state is at step {int(own.step)}, but pruning ends with step end={end}; train on")
-        return on_support(params, own.masks, "gradual")
+        return check_alive(on_support(params, own.masks, own.step, "gradual"), constraint)
 
     return SparseOptimizer(init, update, finish)

@@ -16,6 +16,7 @@ from pruneopt.training.base import (
     MaskedState,
     SparseOptimizer,
     as_optimizer,
+    check_alive,
     check_constraint,
     chosen,
     everywhere,
@@ -74,8 +75,8 @@ def hard_threshold(
     def finish(params: Tree, state: Any) -> Pruned:
         own = own_state(state, MaskedState)
         if int(own.step) > end:
-            return on_support(params, own.masks, "hard_threshold")
+            return check_alive(on_support(params, own.masks, own.step, "hard_threshold"), constraint)
         masks = select(own.masks, params)
-        return Pruned(_tree.masked(params, masks), masks)
+        return check_alive(Pruned(_tree.masked(params, masks), masks), constraint)
 
     return SparseOptimizer(init, update, finish)

@@ -18,6 +18,7 @@ from pruneopt.training.base import (
     as_optimizer,
     chosen,
     is_hole,
+    moved_by,
     needed,
     own_state,
     towards,
@@ -28,9 +29,14 @@ Tree = Any
 
 
 class ProximalState(NamedTuple):
-    """step: updates made. inner: the optimiser's."""
+    """step: updates made. zeros, sums: of each penalised leaf after the last one. inner: the optimiser's.
+
+    They are the number of weights that are exactly zero and the sum of |w|, by which `finish` knows its own params.
+    """
 
     step: jax.Array
+    zeros: Tree
+    sums: Tree
     inner: Any
 
 
@@ -58,7 +64,8 @@ def proximal(
     its weight; Adam's averages do not.
 
     Source: Yun, Lozano and Yang 2021 (ProxGen), algorithm 1. Raises ValueError at `init` for an adaptive optimiser
-    without a metric, and where the first step is not learning_rate * d * gradient (to a factor of 2, for Nesterov).
+    without a metric, and where the first step is not learning_rate * d * gradient (to a factor of 2, for Nesterov);
+    at `finish` where the params are not those of the last step, since something chained after this one moved them.
     """
     inner = as_optimizer(optimizer, "proximal")
     if not isinstance(penalty, Penalty):
@@ -73,9 +80,10 @@ def proximal(
         raise ValueError(f"learning_rate={learning_rate!r} is not a positive number; pass that of the optimiser")
 
     def init(params: Tree) -> ProximalState:
-        penalty.check(chosen(params, leaves))
+        picked = chosen(params, leaves)
+        penalty.check(picked)
         _check_step(inner, rate, metric, params)
-        return ProximalState(jnp.zeros((), jnp.int32), inner.init(params))
+        return ProximalState(jnp.zeros((), jnp.int32), _zeros(picked), _sums(picked), inner.init(params))
 
     def update(
         gradient: Tree, state: ProximalState, params: Tree | None = None, **extra: Any
@@ -97,13 +105,31 @@ def proximal(
                 is_leaf=is_hole,
             )
             target = penalty.prox(moved, steps)
-        return towards(target, params, updates), ProximalState(state.step + 1, new)
+        updates = towards(target, params, updates)
+        left = jax.tree.map(lambda w, u: None if w is None else w + u.astype(w.dtype), picked, updates, is_leaf=is_hole)
+        return updates, ProximalState(state.step + 1, _zeros(target), _sums(left), new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        own_state(state, ProximalState)
-        return Pruned(params, jax.tree.map(lambda w: w != 0, chosen(params, leaves)))
+        picked = chosen(params, leaves)
+        own = own_state(state, ProximalState)
+        found = zip(*map(jax.tree.leaves, (_zeros(picked), own.zeros, _sums(picked), own.sums)), strict=True)
+        for (path, w), (zeros, made, size, left) in zip(_tree.named_leaves(picked), found, strict=True):
+            near = float(jnp.finfo(w.dtype).eps) ** 0.5 * float(left)
+            if int(own.step) > 0 and (int(zeros) < int(made) or abs(float(size) - float(left)) > near):
+                raise ValueError(
+                    f"params holds weights in leaf '{path}' that are not those of the last step: {moved_by('proximal')}"
+                )
+        return Pruned(params, jax.tree.map(lambda w: w != 0, picked))
 
     return SparseOptimizer(init, update, finish)
+
+
+def _zeros(tree: Tree) -> Tree:
+    return jax.tree.map(lambda w: jnp.sum(w == 0, dtype=jnp.uint32), tree)
+
+
+def _sums(tree: Tree) -> Tree:
+    return jax.tree.map(lambda w: jnp.sum(jnp.abs(w), dtype=_tree.wide(w.dtype)), tree)
 
 
 def _check_step(

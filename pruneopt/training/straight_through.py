@@ -15,7 +15,9 @@ from pruneopt.structure.leaves import Choice
 from pruneopt.training.base import (
     SparseOptimizer,
     as_optimizer,
+    check_alive,
     check_constraint,
+    check_trained,
     chosen,
     filled,
     is_hole,
@@ -53,7 +55,8 @@ def straight_through(
 
     constraint: NM(2, 4), or any other. every: steps between projections; the default, 1, is the paper's and what N:M's
         elementwise selection allows; give a cardinality over the tree more (100). end: the last step that changes it.
-    Source: Zhou et al. 2021, equation 9 and algorithm 1. Raises ValueError for a decay < 0 or an interval < 1.
+    Source: Zhou et al. 2021, equation 9 and algorithm 1. Raises ValueError for a decay < 0 or an interval < 1, and at
+    `finish` where the params are not P_C(w), since something chained after this one moved them.
     """
     check_constraint(constraint)
     inner = as_optimizer(optimizer, "straight_through")
@@ -89,6 +92,7 @@ def straight_through(
     def finish(params: Tree, state: Any) -> Pruned:
         own = own_state(state, DenseState)
         sparse = jax.tree.map(lambda m, w: jnp.where(m, w, jnp.zeros((), w.dtype)), own.masks, own.dense)
-        return Pruned(filled(sparse, params), own.masks)
+        check_trained(params, sparse, own.dense, own.step, "straight_through")
+        return check_alive(Pruned(filled(sparse, params), own.masks), constraint)
 
     return SparseOptimizer(init, update, finish)
