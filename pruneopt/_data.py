@@ -81,6 +81,11 @@ class Batches:
             )
         self._known = seen
 
+    @property
+    def name(self) -> str:
+        """The argument that errors speak of."""
+        return self._name
+
     def mean(self, fn: Callable[[Batch], Any]) -> Any:
         """Mean over examples of `fn(batch)`, itself a mean over the examples of a batch; a tree of arrays."""
         total, n = None, 0
@@ -89,6 +94,21 @@ class Batches:
             total = _scaled(fn(batch), float(size)) if total is None else _added(total, fn(batch), float(size))
             n += size
         return _scaled(total, 1.0 / n)
+
+    def finite_mean(self, fn: Callable[[Batch], Any], what: str) -> Any:
+        """`mean`, or ValueError for a NaN or an infinity, naming `what`, the batch and the leaf, by another pass."""
+        mean = self.mean(fn)
+        path = _tree.first_nonfinite(mean)
+        if path is None:
+            return mean
+        for index, batch in enumerate(self):
+            found = _tree.first_nonfinite(fn(batch))
+            if found is not None:
+                raise ValueError(
+                    f"{self._name}: batch {index}: {what} holds a NaN or an infinity in leaf '{found}'; repair that "
+                    "batch, or the loss there"
+                )
+        raise ValueError(f"{what} holds a NaN or an infinity in leaf '{path}', summed over {self._name}; scale fn down")
 
 
 def _check(batch: Batch, index: int, structure: Any, name: str) -> None:

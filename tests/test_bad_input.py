@@ -52,6 +52,10 @@ def prune(p=None, constraint=None, fn=loss, data=None, **options):
     )
 
 
+def nan_above(p, batch):
+    return loss(p, batch) * jnp.where(jnp.max(batch[0]) > 90, jnp.nan, 1.0)
+
+
 def with_leaf(**leaves):
     return {**params(), **leaves}
 
@@ -207,6 +211,19 @@ CASES = {
         ValueError,
         ("gradient of fn", "NaN", "'w1'"),
     ),
+    "NaN of the loss on one batch": (
+        lambda: prune(fn=nan_above, data=[*batches(), (batches(1)[0][0] + 99, batches(1)[0][1])], method="snip"),
+        ValueError,
+        ("batches", "batch 2", "gradient of fn", "NaN"),
+    ),
+    **{
+        f"Fisher of zero, {method}": (
+            lambda method=method: prune(fn=lambda p, b: 0 * loss(p, b), method=method),
+            ValueError,
+            ("Fisher of fn", "zero everywhere", "method='magnitude'"),
+        )
+        for method in ("obs", "woodfisher", "cbs", "kfac_obs", "global_steps")
+    },
     "gradient of zero": (
         lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + 0 * jnp.sum(p["w1"]), method="taylor"),
         ValueError,

@@ -1,5 +1,7 @@
 """What a model foresaw beside what the loss did, and damping chosen on examples that the method does not read."""
 
+import dataclasses
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from pruneopt.curvature import sampled_fisher
 from pruneopt.objectives import Quadratic
 from pruneopt.plans import LAYER_METHODS, METHODS, Iterative, Method, SoftmaxGaussNewton
 from pruneopt.plans.judged import DAMPINGS
+from pruneopt.solvers import Score
 
 SHAPES = {"a": (2, 8), "b": (8, 1)}
 GOAL = Cardinality(sparsity=0.5, floor=1)
@@ -101,6 +104,25 @@ def test_held_out_examples_choose_the_damping():
     assert staged.history[0]["damping"] == got.history[0]["damping"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Picky(Score):
+    """A solver that small dampings are too little for."""
+
+    least: float = 0.02
+
+    def run(self, problem, init, key):
+        if problem.objective.damping < self.least:
+            raise ValueError(f"damping={problem.objective.damping}: leaf 'a' would collapse")
+        return super().run(problem, init, key)
+
+
+def test_a_damping_that_cannot_be_solved_is_skipped_unless_all_are():
+    model = METHODS["chita"].model
+    assert pruned(Method(model, Picky(), "test"), [other()]).history[0]["damping"] in (0.03, 0.1)
+    with pytest.raises(ValueError, match=r"damping=0\.001: leaf 'a'"):
+        pruned(Method(model, Picky(least=1.0), "test"), [other()])
+
+
 def test_held_out_examples_choose_the_damping_layer_by_layer():
     given = {"leaves": "a", "batches": [train()]}
     direct = po.plans.layerwise(
@@ -177,6 +199,19 @@ def test_the_gauss_newton_row_prunes_a_sequence_classifier():
             "outputs is zero everywhere",
         ),
         (lambda: pruned("fisher", [(jnp.full((2, 2), jnp.nan), jnp.zeros((2, 1)))]), ValueError, "held_out: batch 0"),
+        (
+            lambda: po.prune(
+                lambda p, b: tiny_loss(p, b) * jnp.where(jnp.max(b[0]) > 90, jnp.nan, 1.0),
+                tree(1, SHAPES),
+                [train()],
+                GOAL,
+                method="fisher",
+                held_out=[other(), (99 + other()[0], other()[1])],
+                progress=False,
+            ),
+            ValueError,
+            "held_out: batch 1: fn returns nan",
+        ),
         (lambda: pruned("fisher", iter([other()])), TypeError, "held_out is a one-shot iterator"),
         (lambda: pruned("fisher", []), ValueError, "held_out is empty"),
         (lambda: pruned("grasp", iter([other()])), TypeError, "held_out is a one-shot iterator"),

@@ -1,15 +1,18 @@
 """Optimal Brain Surgeon: every removal against brute force, the result against the exact refit."""
 
+import dataclasses
+import re
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import masks, tree
+from cases import masks, tiny_batches, tiny_loss, tree
 
 import pruneopt as po
 from pruneopt.constraints import NM, Cardinality, Intersection, Support
-from pruneopt.curvature import Diagonal, LowRank
+from pruneopt.curvature import Diagonal, Hessian, LowRank
 from pruneopt.objectives import Quadratic
 from pruneopt.solvers import OBS
 
@@ -94,3 +97,21 @@ def test_what_it_cannot_do_is_refused():
             po.solve(problem, solver)
     with pytest.raises(ValueError, match="memory="):
         OBS(memory=0)
+
+
+def test_the_damping_that_it_asks_for_is_enough():
+    for semidefinite in (True, False):
+        f = model(rank=5) if semidefinite else indefinite()
+        problem = lambda f: po.Problem(f, subject_to=Cardinality(count=4, floor=0))  # noqa: E731
+        with pytest.raises(ValueError, match=r"damping=\) above .* mean\(diag H\)") as caught:
+            po.solve(problem(f), OBS())
+        assert ("Gauss-Newton" in str(caught.value)) != semidefinite
+        asked = float(re.search(r"above ([-+.e0-9]+),", str(caught.value))[1])
+        po.solve(problem(dataclasses.replace(f, damping=1.01 * asked)), OBS())
+
+
+def indefinite():
+    w = tree(1)
+    h = Hessian.of(tiny_loss, w, tiny_batches(), ["a", "b"])
+    assert np.trace(h.dense()) > 0 > np.linalg.eigvalsh(h.dense())[0]
+    return Quadratic(w, h)

@@ -11,7 +11,7 @@ import pruneopt as po
 from pruneopt.constraints import Cardinality, Support
 from pruneopt.curvature import Diagonal, Gram
 from pruneopt.objectives import Loss, Quadratic, Reconstruction
-from pruneopt.penalties import L1, MCP, ElasticNet, GroupLasso, Partition
+from pruneopt.penalties import L1, MCP, OWL, ElasticNet, GroupLasso, Partition
 from pruneopt.plans import at_sparsity, path
 from pruneopt.solvers import Descent, Polish
 
@@ -91,6 +91,17 @@ def test_penalties_that_are_not_convex_and_trees():
     f = Quadratic(w0, Diagonal(jax.tree.map(lambda x: x**2 + 0.1, tree(3))))
     for count in (3, 8):
         assert at_sparsity(f, MCP(1.0, 3.0), count=count, **QUIET).kept == count
+
+
+@pytest.mark.parametrize(
+    "penalty", [MCP(1.0, 3.0), L1(1.0), OWL(1.0, jnp.linspace(2.0, 1.0, 12))], ids=["MCP", "L1", "OWL"]
+)
+def test_nothing_lives_at_the_largest_useful_weight(penalty):
+    w0 = tree(1)
+    f = Quadratic(w0, Diagonal(jax.tree.map(lambda x: x**2 + 0.1, tree(3))))
+    found = path(f, penalty, points=2, progress=False)
+    assert found.kept[0] == 0
+    assert found.kept[1] > 0
 
 
 def test_a_loss_is_debiased_by_descent():

@@ -51,11 +51,18 @@ class Loss(Objective):
         return evaluate.mean_value(self.fn, w, self.rest, self.stream, self.has_updates)
 
     def finite_value(self, w: Tree) -> float:
-        """`value`, or ValueError where it is not finite."""
+        """`value`, or ValueError where it is not finite, naming the batch, by another pass."""
         value = self.value(w)
-        if not math.isfinite(value):
-            raise ValueError(f"fn returns {value} at the given params; repair the loss or the data")
-        return value
+        if math.isfinite(value):
+            return value
+        for index, batch in enumerate(self.stream):
+            one = float(evaluate.value(self.fn, w, self.rest, batch, self.has_updates))
+            if not math.isfinite(one):
+                raise ValueError(
+                    f"{self.stream.name}: batch {index}: fn returns {one} at the given params; repair that batch, or "
+                    "the loss there"
+                )
+        raise ValueError(f"fn returns {value} at the given params over all of {self.stream.name}; scale fn down")
 
     def gradient(self, w: Tree) -> Tree:
         """The gradient of the mean loss in the chosen leaves."""

@@ -16,7 +16,7 @@ from pruneopt.objectives.loss import Loss
 from pruneopt.objectives.quadratic import Quadratic
 from pruneopt.problem import Problem
 from pruneopt.solution import Solution
-from pruneopt.solve import solve
+from pruneopt.solve import SolveError, solve
 from pruneopt.solvers.base import Solver
 
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1)  # tried where there are examples to choose on
@@ -36,19 +36,26 @@ def judged(
 
     objective: its center is where the loss is `before`. dampings: empty for the objective's own; none is tried where
     the model has no damping. The solution's stats get measured, the change of `judge`, and for a quadratic model
-    predicted, the change that it foresaw (its damping aside), and damping.
+    predicted, the change that it foresaw (its damping aside), and damping. What a damping makes unsolvable is skipped;
+    where all do, the first one's error is raised.
     """
     models = [objective]
     if isinstance(objective, Quadratic) and objective.damping and dampings:
         models = [dataclasses.replace(objective, damping=d) for d in dampings]
-    tried = []
+    tried, errors = [], []
     for model in models:
-        solution = solve(Problem(model, subject_to=allowed), solver, key=key)
+        try:
+            solution = solve(Problem(model, subject_to=allowed), solver, key=key)
+        except (ValueError, SolveError) as error:
+            errors.append(error)
+            continue
         loss = judge.value(solution.value)
         facts = {"measured": loss - before}
         if isinstance(model, QuadraticObjective):
             facts |= {"predicted": model.change(solution.value), "damping": model.damping}
         tried.append((dataclasses.replace(solution, stats=solution.stats | facts), loss))
+    if not tried:
+        raise errors[0]
     return min(tried, key=lambda row: (row[1] != row[1], row[1]))  # a NaN is the last resort
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _data, _tree
+from pruneopt.curvature.base import Curvature
 from pruneopt.curvature.block_diagonal import BlockDiagonal
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.fisher import empirical_fisher, empirical_fisher_diagonal
@@ -25,6 +26,7 @@ from pruneopt.structure import evaluate
 from pruneopt.structure.leaves import Choice, Rest, check_finite, combine, is_floating, partition
 
 Tree = Any
+_Fisher = TypeVar("_Fisher", bound=Curvature)
 
 
 def weights_alone(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
@@ -50,7 +52,8 @@ def diagonal_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: ja
 
 def low_rank_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
     """1/2 <d, (F + lambda I) d>, F the empirical Fisher of all examples, lambda a hundredth of its mean diagonal."""
-    return Quadratic(partition(params, leaves)[0], empirical_fisher(fn, params, batches, leaves), damping=0.01)
+    chosen = partition(params, leaves)[0]
+    return Quadratic(chosen, _bends(empirical_fisher(fn, params, batches, leaves), chosen), damping=0.01)
 
 
 def ridged_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
@@ -58,7 +61,8 @@ def ridged_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
 
     Chosen for CBS on MLPNet: of 1e-4, 1e-3, 1e-2 and 1e-1, the mean diagonal 5e-3, by images that no draw touches.
     """
-    return Quadratic(partition(params, leaves)[0], empirical_fisher(fn, params, batches, leaves), damping=2.0)
+    chosen = partition(params, leaves)[0]
+    return Quadratic(chosen, _bends(empirical_fisher(fn, params, batches, leaves), chosen), damping=2.0)
 
 
 def fisher_blocks(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
@@ -67,8 +71,9 @@ def fisher_blocks(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
 
     Source: Singh and Alistarh 2020 (WoodFisher), section 4.
     """
-    fisher = empirical_fisher(fn, params, batches, leaves)
-    return Quadratic(partition(params, leaves)[0], BlockDiagonal.of(fisher, by=1000), damping=0.01)
+    chosen = partition(params, leaves)[0]
+    fisher = _bends(empirical_fisher(fn, params, batches, leaves), chosen)
+    return Quadratic(chosen, BlockDiagonal.of(fisher, by=1000), damping=0.01)
 
 
 def kronecker_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
@@ -77,15 +82,16 @@ def kronecker_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: j
 
     Source: Zeng and Urtasun 2018 (MLPrune), with the factors of Martens and Grosse 2015.
     """
-    return Quadratic(partition(params, leaves)[0], Kronecker.of(fn, params, batches, leaves), damping=0.01)
+    chosen = partition(params, leaves)[0]
+    return Quadratic(chosen, _bends(Kronecker.of(fn, params, batches, leaves), chosen), damping=0.01)
 
 
 def fisher_step(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
     """<g, d> + 1/2 <d, (F + lambda I) d>, g the mean of the examples' gradients whose second moments are F; lambda a
     tenth of its mean diagonal: the step of a stage away from a minimum.
     """
-    fisher = empirical_fisher(fn, params, batches, leaves)
     chosen = partition(params, leaves)[0]
+    fisher = _bends(empirical_fisher(fn, params, batches, leaves), chosen)
     gradient = fisher.layout.tree(jnp.mean(fisher.gradients, axis=0), chosen)
     return Quadratic(chosen, fisher, gradient, damping=0.1)
 
@@ -140,8 +146,8 @@ def gradient_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
     stream = _data.Batches(batches)
     evaluate.check_scalar(fn, chosen, rest, stream)
     gradient = _not_zero(evaluate.mean_gradient(fn, chosen, rest, stream), "the gradient of fn", "obd")
-    flow = stream.mean(lambda batch: _negative_product(fn, chosen, rest, batch, gradient))
-    return Quadratic(chosen, None, check_finite(flow, "the Hessian of fn"))
+    flow = stream.finite_mean(lambda batch: _negative_product(fn, chosen, rest, batch, gradient), "the Hessian of fn")
+    return Quadratic(chosen, None, flow)
 
 
 def synaptic_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
@@ -206,6 +212,12 @@ class SoftmaxGaussNewton:
         """What of the cross-entropy bends: T^2 log sum exp(logits / T), summed over positions, a mean over examples."""
         t = jnp.asarray(self.temperature, logits.dtype)
         return t * t * jnp.sum(jax.nn.logsumexp(logits / t, axis=-1)) / jnp.asarray(logits.shape[0], logits.dtype)
+
+
+def _bends(fisher: _Fisher, chosen: Tree) -> _Fisher:
+    """`fisher`, or ValueError where it is zero everywhere."""
+    _not_zero(fisher.diagonal(chosen), "the Fisher of fn", "magnitude")
+    return fisher
 
 
 def _not_zero(tree: Tree, what: str, instead: str) -> Tree:

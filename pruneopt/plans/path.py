@@ -29,6 +29,7 @@ from pruneopt.solvers.polish import Polish
 from pruneopt.solvers.proximal_gradient import ProximalGradient
 
 Tree = Any
+_ABOVE = 1e-9  # by which the first weight is above the largest useful one, relative: rounding lets nothing live there
 _TIED = 1e-5  # width of a bracket, relative, inside which weights that differ count as tied
 
 
@@ -72,18 +73,19 @@ def path(
     Raises ValueError for weights that are not finite and > 0, and what `solve` raises.
     Source: Friedman, Hastie and Tibshirani 2010, section 2.5.
     """
-    solver = solver or _usual(objective, penalty)
+    solver, start = solver or _usual(objective, penalty), None
     if weights is None:
         if isinstance(points, bool) or not isinstance(points, int) or points < 1 or not 0 < least < 1:
             raise ValueError(f"points={points!r}, least={least!r}; pass points >= 1 and least in (0, 1)")
-        top = _largest(objective, penalty)
+        top = _largest(objective, penalty) * (1 + _ABOVE)
+        start = jax.tree.map(jnp.zeros_like, objective.center)  # where zero is optimal
         weights = tuple(float(w) for w in top * np.geomspace(1, least, points))
     if not weights or not all(0 < w < math.inf for w in weights):
         raise ValueError(f"weights={weights!r} are not all finite and > 0; pass weights such as (0.1, 0.01)")
     falling = tuple(sorted(map(float, weights), reverse=True))
     found: list[Solution] = []
     for weight in tqdm(falling, desc="path", unit="weight", disable=not progress):
-        found.append(_at(objective, penalty, solver, weight, found[-1] if found else None))
+        found.append(_at(objective, penalty, solver, weight, found[-1] if found else start))
     sizes = [_sizes(penalty, s.value) for s in found]
     return Path(falling, tuple(found), tuple(int(np.count_nonzero(s)) for s in sizes), sizes[0].size)
 
@@ -167,7 +169,7 @@ def _usual(objective: Objective, penalty: Penalty) -> Solver:
     return ProximalGradient()
 
 
-def _at(objective: Objective, penalty: Any, solver: Solver, weight: float, start: Solution | None) -> Solution:
+def _at(objective: Objective, penalty: Any, solver: Solver, weight: float, start: Any) -> Solution:
     return solve(Problem(objective, penalty=replace(penalty, weight=weight)), solver, init=start)
 
 

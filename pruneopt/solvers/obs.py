@@ -76,7 +76,9 @@ class OBS(Solver):
         budget = budget_of(problem.subject_to, f.center)
         assert budget is not None
         w = _flat(f.center)
-        inverse = _inverse(np.asarray(f.curvature.dense(), np.float64), float(f.ridge()))  # type: ignore[union-attr]
+        assert f.curvature is not None
+        h = np.asarray(f.curvature.dense(), np.float64)  # type: ignore[attr-defined]
+        inverse = _inverse(h, float(f.ridge()), f.curvature.semidefinite)
         if f.gradient is not None:
             w = w - inverse @ _flat(f.gradient)
         w, removed, rises = _removed(inverse, w, budget)
@@ -125,16 +127,21 @@ def _removed(
         rises.append(rise[q])
 
 
-def _inverse(h: Float[np.ndarray, "p p"], ridge: float) -> Float[np.ndarray, "p p"]:
+def _inverse(h: Float[np.ndarray, "p p"], ridge: float, semidefinite: bool) -> Float[np.ndarray, "p p"]:
     """(H + ridge I)^-1. Raises ValueError where that is not positive definite."""
     matrix = h + ridge * np.eye(len(h))
     try:
         factor = scipy.linalg.cho_factor(matrix, lower=True)
     except np.linalg.LinAlgError:
         least = float(scipy.linalg.eigh(matrix, eigvals_only=True, subset_by_index=(0, 0))[0])
+        mean = float(np.mean(np.diagonal(h)))
+        advice = [] if semidefinite else ["a Gauss-Newton or Fisher curvature"]
+        if mean > 0:
+            enough = max((ridge - least) / mean, 1e-6)
+            advice.append(f"Quadratic(damping=) above {enough:.3g}, in units of mean(diag H) = {mean:.3g}")
         raise ValueError(
-            f"curvature is not positive definite (least eigenvalue {least:.3g}), which OBS needs; pass a Gauss-Newton "
-            f"or Fisher curvature, or Quadratic(damping=) that adds more than {max(-least, 0.0):.3g}"
+            f"curvature is not positive definite (least eigenvalue of H + lambda I {least:.3g}), which OBS needs; pass "
+            f"{', or '.join(advice) or 'a curvature that is not zero'}"
         ) from None
     return scipy.linalg.cho_solve(factor, np.eye(len(h)))
 

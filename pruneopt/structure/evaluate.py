@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pruneopt import _data
-from pruneopt.structure.leaves import Rest, check_finite, combine, is_floating, partition
+from pruneopt.structure.leaves import Rest, combine, is_floating, partition
 
 Tree = Any
 Loss = Callable[[Tree, Any], Any]
@@ -83,6 +83,5 @@ def mean_value(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, has
 
 
 def mean_gradient(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, has_updates: bool = False) -> Tree:
-    """Mean of the gradient over all examples. Raises ValueError for a NaN or an infinity, naming the leaf."""
-    mean = batches.mean(lambda batch: gradient(loss, chosen, rest, batch, has_updates))
-    return check_finite(mean, "the gradient of fn")
+    """Mean of the gradient over all examples. Raises ValueError for a NaN or an infinity, naming the batch."""
+    return batches.finite_mean(lambda batch: gradient(loss, chosen, rest, batch, has_updates), "the gradient of fn")
