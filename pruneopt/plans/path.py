@@ -68,7 +68,7 @@ def path(
 
     penalty: its own `weight` does not matter. solver: default `ActiveSet` for L1 and elastic nets on a Reconstruction,
     else `ProximalGradient`. weights: to solve at, sorted here; default `points` from the largest useful one (where zero
-    is optimal) down to `least` of it, evenly spaced in the logarithm.
+    is optimal, and where a quadratic starts) down to `least` of it, evenly spaced in the logarithm.
 
     Raises ValueError for weights that are not finite and > 0, and what `solve` raises.
     Source: Friedman, Hastie and Tibshirani 2010, section 2.5.
@@ -78,7 +78,8 @@ def path(
         if isinstance(points, bool) or not isinstance(points, int) or points < 1 or not 0 < least < 1:
             raise ValueError(f"points={points!r}, least={least!r}; pass points >= 1 and least in (0, 1)")
         top = _largest(objective, penalty) * (1 + _ABOVE)
-        start = jax.tree.map(jnp.zeros_like, objective.center)  # where zero is optimal
+        if isinstance(objective, QuadraticObjective):  # a network at zero may have no gradient
+            start = jax.tree.map(jnp.zeros_like, objective.center)
         weights = tuple(float(w) for w in top * np.geomspace(1, least, points))
     if not weights or not all(0 < w < math.inf for w in weights):
         raise ValueError(f"weights={weights!r} are not all finite and > 0; pass weights such as (0.1, 0.01)")
