@@ -520,3 +520,17 @@ def test_an_init_that_is_not_finite():
     f = po.objectives.Reconstruction(jnp.asarray(WEIGHTS["a"]), po.curvature.Gram.from_inputs(jnp.asarray(x)))
     with pytest.raises(ValueError, match="init holds a NaN"):
         po.solve(po.Problem(f, subject_to=HALF), ADMM(), init=np.nan * jnp.asarray(WEIGHTS["a"]))
+
+
+def test_a_layer_that_would_collapse_is_named():
+    p = {"first": jnp.ones((2, 2), jnp.float32), "second": jnp.ones((2, 2), jnp.float32)}
+    x = np.random.default_rng(0).standard_normal((8, 2)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"keeps no weight of layer 'first"):
+        layerwise(
+            lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"],
+            p,
+            [x],
+            Cardinality(sparsity=0.9),
+            Score(),
+            progress=False,
+        )

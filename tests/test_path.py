@@ -110,7 +110,7 @@ def test_a_loss_is_debiased_by_descent():
     # From the trained weights: zero is a stationary point of this loss.
     found = path(f, L1(1.0), solver, weights=(0.3, 0.05), **QUIET)
     assert found.kept[0] <= found.kept[1]
-    with pytest.raises(ValueError, match="largest useful weight"):
+    with pytest.raises(ValueError, match=r"largest useful weight.*network of two layers.*weights=.*plans.penalised"):
         at_sparsity(f, L1(1.0), solver, count=6, debias=Descent(optax.sgd(0.05)), **QUIET)
     linear = Loss(lambda p, b: jnp.mean((b[0] @ p["w"] - b[1]) ** 2), {"w": matrix(1, 2, 1)}, tiny_batches())
     solution = at_sparsity(linear, L1(1.0), solver, count=1, debias=Descent(optax.sgd(0.1), 40), **QUIET)
@@ -137,6 +137,9 @@ REFUSALS = {
         ("debias is None", "Descent"),
     ),
     "negative weights": (lambda: path(F, L1(1.0), weights=(0.1, -0.1), **QUIET), ("weights=", "> 0")),
+    "weights that are a number": (lambda: path(F, L1(1.0), weights=0.1, **QUIET), ("weights=0.1", "pass")),
+    "weights used up": (lambda: path(F, L1(1.0), weights=iter((0.1,)), **QUIET), ("weights=", "pass")),
+    "no solves": (lambda: at_sparsity(F, L1(1.0), count=2, solves=0, **QUIET), ("solves=0", ">= 1")),
     "no weights": (lambda: path(F, L1(1.0), weights=(), **QUIET), ("weights=()", "pass")),
     "no points": (lambda: path(F, L1(1.0), points=0, **QUIET), ("points=0", ">= 1")),
     "least": (lambda: path(F, L1(1.0), least=1.5, **QUIET), ("least=1.5", "(0, 1)")),
@@ -156,3 +159,9 @@ def test_refuses_with_a_remedy(name):
         call()
     for word in words:
         assert word in str(caught.value), caught.value
+
+
+def test_weights_may_be_an_array_and_a_penalty_must_be_one():
+    assert path(F, L1(1.0), weights=np.asarray([0.1, 0.5]), **QUIET).weights == (0.5, 0.1)
+    with pytest.raises(TypeError, match=r"penalty is 'L1'; pass a penalty"):
+        path(F, "L1", **QUIET)

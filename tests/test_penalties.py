@@ -159,6 +159,10 @@ REFUSALS = {
     "labels of another shape": (lambda: problem(GroupLasso(0.1, Partition(np.zeros(2, int), 1))), ("(2,)", "(4, 2)")),
     "labels that are not whole": (lambda: problem(GroupLasso(0.1, Partition(np.zeros((4, 2)), 1))), ("whole",)),
     "axis": (lambda: Partition.slices(CELL, 2), ("axis=2", "'a'", "pass another")),
+    "axis in words": (lambda: Partition.slices(CELL, "x"), ("axis='x'", "whole number")),
+    "power in words": (lambda: L1.adaptive(0.1, CELL, power="a"), ("power='a'", "> 0")),
+    "ordered weights of negative size": (lambda: OWL.oscar(0.1, -3, 0.1), ("size=-3", ">= 1")),
+    "ordered weights of no size": (lambda: OWL.slope(0.1, 0), ("size=0", ">= 1")),
     "span": (lambda: Partition.slices(CELL, -1, span=3), ("span=3", "'a'", "length 4")),
     "span zero": (lambda: Partition.slices(CELL, -1, span=0), ("span=0", ">= 1")),
 }
@@ -173,9 +177,16 @@ def test_refuses_with_a_remedy(name):
         assert word in str(caught.value), caught.value
 
 
-def test_groups_that_are_no_partition_are_a_type_error():
-    with pytest.raises(TypeError, match="groups is 3"):
-        GroupLasso(0.1, 3)
+@pytest.mark.parametrize("groups", [3, None])
+def test_groups_that_are_no_partition_are_a_type_error(groups):
+    for penalty in (GroupLasso, SparseGroupLasso):
+        with pytest.raises(TypeError, match=f"groups is {groups}; pass a partition"):
+            penalty(0.1, groups)
+
+
+def test_a_reference_of_numbers_is_a_type_error():
+    with pytest.raises(TypeError, match=r"reference holds 1\.0 in leaf '0'"):
+        L1.adaptive(0.1, [1.0, 2.0])
 
 
 @pytest.mark.parametrize("name", PENALTIES)

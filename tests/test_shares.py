@@ -57,9 +57,17 @@ def test_a_network_is_pruned_to_the_budgets_and_a_path_is_taken_literally():
     [
         (lambda: erdos_renyi(tensors(), 1.5), "sparsity=1.5"),
         (lambda: by_size(tensors(), -0.1), "sparsity=-0.1"),
+        (lambda: by_size(tensors(), 0.99999), "would keep none"),
         (lambda: by_size(tensors(), 0.5, power=2), "power=2 is outside"),
     ],
 )
 def test_bad_input_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_every_leaf_keeps_a_weight():
+    leaves = {"small": jnp.ones((2, 2)), "large": jnp.ones((60, 60))}
+    for power in (0.0, 0.5):
+        counts = {k: c.count for k, c in by_size(leaves, 0.999, power).of.items()}
+        assert counts == {"small": 1, "large": 2}

@@ -105,3 +105,23 @@ def test_is_refused(call, words):
         call(lambda p, b: b)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda p: po.plans.distil(3, p), "forward is 3; pass a function"),
+    (lambda p: po.plans.distil(len, p, 3), "loss is 3; pass a function"),
+    (lambda p: po.plans.penalised(p, L1(0.1), Cardinality(count=3), len), r"shrink is L1\(.*; pass a function"),
+    (lambda p: po.plans.lottery(p, None, Cardinality(count=3)), "train is None; pass a function"),
+    (lambda p: po.plans.lottery(p, len, Cardinality(count=3), early=3), "early is 3; pass a function"),
+], ids=["forward", "loss", "shrink", "train", "early"])  # fmt: skip
+def test_what_is_no_function_is_a_type_error(call, says):
+    with pytest.raises(TypeError, match=says):
+        call({"a": jnp.ones((2, 3))})
+
+
+def test_training_that_returns_nothing_and_a_temperature_in_words_are_refused():
+    p = {"a": jnp.ones((2, 3))}
+    with pytest.raises(ValueError, match="train's result has structure"):
+        po.plans.lottery(p, lambda p, s: None, Cardinality(count=3), progress=False)
+    with pytest.raises(ValueError, match="temperature='a' is not a positive number"):
+        po.plans.distil(lambda p, b: b, p, lambda p, b: 0.0, temperature="a")

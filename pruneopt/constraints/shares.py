@@ -18,8 +18,9 @@ def by_size(params: Tree, sparsity: float, power: float = 0.5, *, leaves: Choice
     """Of a leaf of n weights min(n, c n^(1 - power)) are kept: small layers, which carry more a weight, keep more.
 
     power: 0 is the same density everywhere, 1 the same count. leaves: default the prunable ones.
-    Together exactly floor((1 - sparsity) n + 1e-9) weights. For `plans.layerwise`, whose constraint holds for each
-    layer by itself. Raises ValueError for a sparsity outside [0, 1), a power outside [0, 1].
+    Together exactly floor((1 - sparsity) n + 1e-9) weights, at least one a leaf. For `plans.layerwise`, whose
+    constraint holds for each layer by itself. Raises ValueError for a sparsity outside [0, 1) or one that keeps fewer
+    weights than there are leaves, a power outside [0, 1].
     """
     if not 0 <= power <= 1:
         raise ValueError(f"power={power!r} is outside [0, 1]; pass 0 for equal densities, 1 for equal counts")
@@ -30,8 +31,8 @@ def by_size(params: Tree, sparsity: float, power: float = 0.5, *, leaves: Choice
 def erdos_renyi(params: Tree, sparsity: float, *, leaves: Choice = None) -> ByPath:
     """Budgets for each leaf in proportion to the sum of its axes' lengths, at most all of it.
 
-    Together exactly floor((1 - sparsity) n + 1e-9) weights. Source: Mocanu et al. 2018, equation 3; with kernels'
-    window axes in the sum, Evci et al. 2020, section 3 (ERK). Raises ValueError for a sparsity outside [0, 1).
+    Together exactly floor((1 - sparsity) n + 1e-9) weights, at least one a leaf. Source: Mocanu et al. 2018,
+    equation 3; with kernels' window axes in the sum, Evci et al. 2020, section 3 (ERK). Raises ValueError as `by_size`.
     """
     shapes = _shapes(params, leaves)
     return _shared(shapes, sparsity, {path: float(sum(shape)) for path, shape in shapes.items()})
@@ -60,4 +61,14 @@ def _shared(shapes: dict[str, tuple[int, ...]], sparsity: float, parts: dict[str
     by_remainder = sorted(sizes, key=lambda path: counts[path] - wanted[path])
     for path in by_remainder[: total - sum(counts.values())]:
         counts[path] += 1
+    if total < len(sizes):
+        least = min(counts, key=lambda path: counts[path])
+        raise ValueError(
+            f"sparsity={sparsity!r} keeps {total} weights for {len(sizes)} leaves, so that leaf '{least}' would keep "
+            "none; lower the sparsity, or choose fewer leaves="
+        )
+    for path in sizes:
+        if counts[path] == 0:  # a leaf keeps one at least, at the cost of the leaf that keeps most
+            counts[max(counts, key=lambda path: counts[path])] -= 1
+            counts[path] = 1
     return ByPath({glob.escape(path): Cardinality(count=count) for path, count in counts.items()})

@@ -110,7 +110,7 @@ class SparseGroupLasso(GroupNorm):
 
 def check_partition(groups: Any) -> None:
     """Raise TypeError unless `groups` is a Partition; placeholders inside a transformation pass."""
-    if not isinstance(groups, Partition) and type(groups) is not object and groups is not None:
+    if not isinstance(groups, Partition) and type(groups) is not object:
         raise TypeError(f"groups is {groups!r}; pass a partition such as Partition.slices(params, axis=-1)")
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pruneopt import _tree
 from pruneopt.penalties.base import Penalty, absolute, check_factors, check_share, check_weight, entry_by_entry
 
 Tree = Any
@@ -39,8 +40,12 @@ class L1(Penalty):
         reference: trained or least-squares weights. An entry of zero counts as the smallest that is not.
         Source: Zou 2006, equation 4.
         """
-        if not 0 < power < math.inf:
+        if isinstance(power, bool) or not isinstance(power, int | float | np.floating) or not 0 < power < math.inf:
             raise ValueError(f"power={power!r} is not a number > 0; pass the exponent, such as 1.0")
+
+        for path, x in _tree.named_leaves(reference):
+            if not _tree.is_array(x):
+                raise TypeError(f"reference holds {x!r} in leaf '{path}'; pass a tree of arrays like the weights")
 
         def factor(x: Any) -> np.ndarray:
             size = np.abs(np.asarray(x, np.float64))

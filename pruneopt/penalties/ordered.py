@@ -41,6 +41,7 @@ class OWL(Penalty):
     def oscar(weight: float, size: int, slope: float) -> OWL:
         """factors_i = 1 + slope (size - i), which ties weights of like size (Bondell and Reich 2008)."""
         check_weight(slope, "slope")
+        _check_size(size)
         return OWL(weight, jnp.asarray(1 + slope * np.arange(size - 1, -1, -1)))
 
     @staticmethod
@@ -49,8 +50,9 @@ class OWL(Penalty):
 
         Source: Bogdan et al. 2015, equation 1.3.
         """
-        if not 0 < level < 1:
+        if not isinstance(level, int | float | np.floating) or not 0 < level < 1:
             raise ValueError(f"level={level!r} is outside (0, 1); pass the rate of false discoveries, such as 0.1")
+        _check_size(size)
         normal = NormalDist()
         return OWL(weight, jnp.asarray([normal.inv_cdf(1 - level * i / (2 * size)) for i in range(1, size + 1)]))
 
@@ -93,6 +95,11 @@ class OWL(Penalty):
     def conjugate(self, u: Tree) -> float:
         """0 where the dual norm of u is at most weight, else infinite."""
         return 0.0 if self.weight_max(u) <= self.weight * (1 + _ROUNDING) else math.inf
+
+
+def _check_size(size: Any) -> None:
+    if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
+        raise ValueError(f"size={size!r} is not a whole number >= 1; pass how many weights are penalised")
 
 
 def _sorted(w: Tree) -> np.ndarray:

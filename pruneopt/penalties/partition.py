@@ -39,6 +39,8 @@ class Partition:
         """
         if isinstance(span, bool) or not isinstance(span, int) or span < 1:
             raise ValueError(f"span={span!r} is not a whole number >= 1; pass how many indices make one group")
+        if isinstance(axis, bool) or not hasattr(axis, "__index__"):
+            raise ValueError(f"axis={axis!r} is not a whole number; pass an axis, such as -1 for outputs")
         count = 0
 
         def label(path: str, leaf: Any) -> np.ndarray:

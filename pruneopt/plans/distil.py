@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pruneopt import _tree
 
 Tree = Any
 
@@ -27,7 +30,11 @@ def distil(
     part; None with share=1: no labels are read. T^2 keeps the gradient's size as T changes.
     Source: Hinton, Vinyals and Dean 2015, section 2. Raises ValueError for a temperature or a share outside its range.
     """
-    if not 0 < temperature < float("inf"):
+    for name, call in (("forward", forward), ("loss", loss)):
+        if not callable(call) and (name == "forward" or call is not None):
+            raise TypeError(f"{name} is {call!r}; pass a function (params, batch)")
+    number = isinstance(temperature, Real) or (_tree.is_array(temperature) and jnp.ndim(temperature) == 0)
+    if not number or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature!r} is not a positive number; pass one, such as 4.0")
     if not 0 <= share <= 1 or (loss is None and share < 1):
         needs = "share=1 where loss is None" if loss is None else "a number in [0, 1]"

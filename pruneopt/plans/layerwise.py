@@ -232,7 +232,10 @@ class _Task:
             aside = None if others is None else calibration.gram(others, e)
             if aside is not None:
                 _check_inputs(aside.matrix, "held_out", _name(op, e))
-            solution, damping = self._best(center[e], inputs, aside, constraints[e], jax.random.fold_in(key, e))
+            try:
+                solution, damping = self._best(center[e], inputs, aside, constraints[e], jax.random.fold_in(key, e))
+            except ValueError as error:
+                raise ValueError(str(error).replace("leaf ''", f"layer '{_name(op, e)}'")) from error
             found.append(solution)
             dampings.append(damping)
         errors = [s.stats["relative_error"] for s in found]

@@ -10,7 +10,7 @@ from pruneopt.constraints.base import Constraint
 from pruneopt.plans.gradual import Iterative
 from pruneopt.plans.prune import FineTune, prune
 from pruneopt.solution import Pruned
-from pruneopt.structure.leaves import Choice
+from pruneopt.structure.leaves import Choice, check_like
 
 Tree = Any
 
@@ -39,14 +39,22 @@ def lottery(
         (Frankle et al. 2020, section 4), else `params` themselves. constraint, leaves: as in `prune`.
     Source: Frankle and Carbin 2019, section 1, the iterative strategy with resetting. Raises as `prune`.
     """
+    if not callable(train):
+        raise TypeError(f"train is {train!r}; pass a function (params, support) -> params, such as plans.retrain(...)")
+    if early is not None and not callable(early):
+        raise TypeError(f"early is {early!r}; pass a function params -> params, the first steps of training, or None")
     start = params if early is None else early(params)
+
+    check_like(start, params, "early's result")
+    trained = train(start, None)
+    check_like(trained, params, "train's result")
 
     def from_start(_: Tree, support: Tree) -> Tree:
         return train(apply(start, support), support)
 
     return prune(
         None,
-        train(start, None),
+        trained,
         None,
         constraint,
         schedule=Iterative(rounds),

@@ -73,6 +73,7 @@ def path(
     Raises ValueError for weights that are not finite and > 0, and what `solve` raises.
     Source: Friedman, Hastie and Tibshirani 2010, section 2.5.
     """
+    _check_penalty(penalty)
     solver, start = solver or _usual(objective, penalty), None
     if weights is None:
         if isinstance(points, bool) or not isinstance(points, int) or points < 1 or not 0 < least < 1:
@@ -81,9 +82,15 @@ def path(
         if isinstance(objective, QuadraticObjective):  # a network at zero may have no gradient
             start = jax.tree.map(jnp.zeros_like, objective.center)
         weights = tuple(float(w) for w in top * np.geomspace(1, least, points))
-    if not weights or not all(0 < w < math.inf for w in weights):
+    values = np.asarray(weights if hasattr(weights, "__len__") else None)
+    if (
+        values.ndim != 1
+        or not values.size
+        or values.dtype.kind not in "iuf"
+        or not np.all((values > 0) & (values < math.inf))
+    ):
         raise ValueError(f"weights={weights!r} are not all finite and > 0; pass weights such as (0.1, 0.01)")
-    falling = tuple(sorted(map(float, weights), reverse=True))
+    falling = tuple(sorted(map(float, values), reverse=True))
     found: list[Solution] = []
     for weight in tqdm(falling, desc="path", unit="weight", disable=not progress):
         found.append(_at(objective, penalty, solver, weight, found[-1] if found else start))
@@ -114,10 +121,18 @@ def at_sparsity(
     best of its size is not proven.
     stats: weight, where the support was found; solves; tied, weights or groups that were cut at that tie.
 
-    Raises ValueError where no weight keeps enough (naming how many live at the smallest tried), for a count of 0,
-    and what `solve` raises.
+    It needs a gradient at w = 0, as quadratics and losses of one layer have; in a network of two layers or more that is
+    zero, and `path(..., weights=...)` or `plans.penalised` serve.
+
+    Raises ValueError where no weight keeps enough (naming how many live at the smallest tried), for a count of 0, where
+    the gradient at zero is zero, and what `solve` raises.
     Source: Friedman et al. 2010 (path); Belloni and Chernozhukov 2013 (least squares on the lasso's support).
     """
+    _check_penalty(penalty)
+    if isinstance(solves, bool) or not hasattr(solves, "__index__") or solves < 1:
+        raise ValueError(
+            f"solves={solves!r} is not a whole number >= 1; pass how many problems may be solved, such as 40"
+        )
     solver = solver or _usual(objective, penalty)
     if debias is None:
         if isinstance(objective, Loss):
@@ -160,6 +175,11 @@ def at_sparsity(
     return replace(fitted, status=_unproven(fitted.status), bound=-math.inf, gap=math.inf, evidence=None, stats=stats)
 
 
+def _check_penalty(penalty: Any) -> None:
+    if not isinstance(penalty, Penalty):
+        raise TypeError(f"penalty is {penalty!r}; pass a penalty such as L1(1.0)")
+
+
 def _unproven(status: Status) -> Status:
     return Status.FEASIBLE if status is Status.OPTIMAL else status
 
@@ -185,8 +205,9 @@ def _largest(objective: Objective, penalty: Penalty) -> float:
     most = penalty.weight_max(slope)
     if not 0 < most < math.inf:
         raise ValueError(
-            f"penalty={type(penalty).__name__} has no largest useful weight here ({most}): the gradient at zero is "
-            "zero, or some weights are not penalised; pass weights= to `path`"
+            f"penalty={type(penalty).__name__} has no largest useful weight here ({most}): the gradient where all "
+            "weights are zero is zero, as in a network of two layers, or some weights are not penalised; solve at "
+            "weights of your own by `path(..., weights=(0.1, 0.01))`, or prune by `plans.penalised`"
         )
     return most
 

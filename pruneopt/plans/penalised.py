@@ -33,6 +33,11 @@ def penalised(
     fine_tune: (params, support) -> params, such as retrain(loss, batches, optax.adam(a)). The rest as in `prune`.
     Source: Liu et al. 2015 and 2017 (train with the penalty, prune, retrain). Raises as `prune`.
     """
+    for name, call in (("shrink", shrink), ("fine_tune", fine_tune)):
+        if not callable(call):
+            raise TypeError(
+                f"{name} is {call!r}; pass a function (params, support) -> params, such as plans.retrain(...)"
+            )
     small = shrink(params, None)
     return prune(
         None, small, None, constraint, fine_tune=fine_tune, evaluate=evaluate, leaves=leaves, progress=progress

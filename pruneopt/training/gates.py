@@ -13,6 +13,7 @@ from jax import lax
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
+from pruneopt.penalties.base import check_weight
 from pruneopt.solution import Pruned
 from pruneopt.structure.leaves import Choice
 from pruneopt.training.base import (
@@ -80,8 +81,7 @@ def l0(
     Source: Louizos, Welling and Kingma 2018, equations 10 to 13. Raises ValueError for a negative or NaN weight,
     and at `finish` where the params are not theta z, since something chained after this one moved them.
     """
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"weight={weight!r} is not a finite number >= 0; pass the price of a living weight")
+    check_weight(weight)
 
     def price(_: jax.Array, living: jax.Array, theta: Tree) -> jax.Array:
         return jnp.asarray(weight, living.dtype)

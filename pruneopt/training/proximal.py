@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from pruneopt.training.base import (
     own_state,
     towards,
 )
-from pruneopt.training.metric import Metric
+from pruneopt.training.metric import Metric, adam_metric, rms_metric
 
 Tree = Any
 
@@ -70,13 +71,17 @@ def proximal(
     inner = as_optimizer(optimizer, "proximal")
     if not isinstance(penalty, Penalty):
         raise TypeError(f"penalty is {penalty!r}; pass a penalty such as L1(1e-4)")
+    if metric is not None and (not callable(metric) or metric in (adam_metric, rms_metric)):
+        raise TypeError(f"metric is {metric!r}; pass adam_metric(), rms_metric() or a function from the state to d")
     if metric is not None and not penalty.is_entrywise:
         raise ValueError(
             f"penalty is a {type(penalty).__name__}, whose prox in a metric is not known; pass an optimiser without a "
             "metric (SGD, momentum), or a penalty that is a sum over entries, such as L1"
         )
     rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
-    if not callable(learning_rate) and not 0 < learning_rate < float("inf"):
+    given: Any = learning_rate
+    number = isinstance(given, Real) or (_tree.is_array(given) and jnp.ndim(given) == 0)
+    if not callable(given) and not (number and 0 < cast(float, given) < float("inf")):
         raise ValueError(f"learning_rate={learning_rate!r} is not a positive number; pass that of the optimiser")
 
     def init(params: Tree) -> ProximalState:
