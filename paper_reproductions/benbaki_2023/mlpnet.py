@@ -99,7 +99,7 @@ def main():
         one_stage.Setting(network, [(jnp.asarray(images[drawn]), jnp.asarray(labels[drawn]))], MODELS)
         for drawn in one_stage.draws(pool, given)
     ]
-    one_stage.table(settings, METHODS, given, lambda setting, params: float(accuracy(params, *test)))
+    one_stage.table(settings, METHODS, given, {"": lambda setting, params: float(accuracy(params, *test))})
 
 
 if __name__ == "__main__":

@@ -170,13 +170,15 @@ def summary(rows):
     return "".join(f"{m:>8.2f} ±{e:4.2f}" for m, e in zip(mean, error, strict=True))
 
 
-def table(settings, rows, given, score):
-    """Print score(setting, params) of each row of `given.methods`, draw by draw and in the mean, then the rows' Q.
+def table(settings, rows, given, scores):
+    """Print each of `scores` ({what is added to a row's name: (setting, params) -> accuracy}) of each row of
+    `given.methods`, draw by draw and in the mean, then the rows' Q.
 
     CPU seconds: of one draw's sparsities, the model included.
     """
-    header = f"{'accuracy %':<32}" + "".join(f"{s:>14}" for s in given.sparsities) + "   CPU s"
-    measured, seconds, q = ({name: [] for name in given.methods} for _ in range(3))
+    header = f"{'accuracy %':<44}" + "".join(f"{s:>14}" for s in given.sparsities) + "   CPU s"
+    measured = {(name, label): [] for name in given.methods for label in scores}
+    seconds, q = ({name: [] for name in given.methods} for _ in range(2))
     for number, setting in enumerate(settings, 1):
         print(f"draw {number} of {len(settings)}\n{header}")
         for name in given.methods:
@@ -185,14 +187,16 @@ def table(settings, rows, given, score):
             clock = time.process_time()
             found = [row(setting, s) for s in given.sparsities]
             seconds[name].append(prepared + time.process_time() - clock)
-            measured[name].append([score(setting, setting.whole(w)) for w in found])
             if number == 1:
                 q[name] = [setting.model("fisher")[0].value(w) for w in found]
-            print(f"{name:<32}" + summary(measured[name][-1:]) + f"{seconds[name][-1]:>9.1f}", flush=True)
+            for label, score in scores.items():
+                measured[name, label].append([score(setting, setting.whole(w)) for w in found])
+                print(f"{name + label:<44}" + summary(measured[name, label][-1:]) + f"{seconds[name][-1]:>9.1f}")
+            sys.stdout.flush()
         setting.release()
     print(f"all draws\n{header}")
-    for name in given.methods:
-        print(f"{name:<32}" + summary(measured[name]) + f"{np.median(seconds[name]):>9.1f}")
-    print(f"\n{'Q, the first draw':<32}" + "".join(f"{s:>12}" for s in given.sparsities))
+    for (name, label), values in measured.items():
+        print(f"{name + label:<44}" + summary(values) + f"{np.median(seconds[name]):>9.1f}")
+    print(f"\n{'Q, the first draw':<44}" + "".join(f"{s:>12}" for s in given.sparsities))
     for name, values in q.items():
-        print(f"{name:<32}" + "".join(f"{v:>12.2e}" for v in values))
+        print(f"{name:<44}" + "".join(f"{v:>12.2e}" for v in values))
