@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from pruneopt import _data, _tree
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge
 from pruneopt.curvature.diagonal import Diagonal
-from pruneopt.structure.leaves import Rest, check_like
+from pruneopt.structure.leaves import Rest, as_key, check_like
 
 Tree = Any
 _COLUMNS = 16  # products in one pass over the data
@@ -65,7 +65,7 @@ class Streamed(Curvature):
         """
         if probes < 1:
             raise ValueError(f"probes={probes!r} is below 1; pass the number of random sign vectors")
-        keys = jax.random.split(jax.random.key(0) if key is None else key, probes)
+        keys = jax.random.split(as_key(key), probes)
         total = jnp.zeros(self.layout.size, self._dtype)
         for start in range(0, probes, _COLUMNS):
             signs = _signs(keys[start : start + _COLUMNS], total)

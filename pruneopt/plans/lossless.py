@@ -16,7 +16,7 @@ from pruneopt.plans.methods import method as row_of
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution
 from pruneopt.solve import solve
-from pruneopt.structure.leaves import Choice, check_finite, combine, partition
+from pruneopt.structure.leaves import Choice, as_key, check_finite, combine, partition
 
 Tree = Any
 
@@ -47,7 +47,7 @@ def lossless(
     check_finite(chosen, "params")
     loss = Loss(fn, params, batches, leaves)
     row = row_of(method)
-    key = jax.random.key(0) if key is None else key
+    key = as_key(key)
     model = row.model(fn, params, loss.stream, leaves, key)
     dense = loss.finite_value(chosen)
 

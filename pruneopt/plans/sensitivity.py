@@ -16,7 +16,7 @@ from pruneopt.plans.methods import Method
 from pruneopt.plans.methods import method as row_of
 from pruneopt.problem import Problem
 from pruneopt.solve import solve
-from pruneopt.structure.leaves import Choice, check_finite, partition
+from pruneopt.structure.leaves import Choice, as_key, check_finite, partition
 
 Tree = Any
 
@@ -78,7 +78,7 @@ def sensitivity(
     loss = Loss(fn, params, batches, leaves)
     dense = loss.finite_value(chosen)
     row = row_of(method)
-    key = jax.random.key(0) if key is None else key
+    key = as_key(key)
     model = row.model(fn, params, loss.stream, leaves, key)
     cut = [solve(Problem(model, subject_to=c), row.solver, key=key).value for c in constraints]
     paths = [path for path, _ in _tree.named_leaves(chosen)]
