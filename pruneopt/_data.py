@@ -29,7 +29,8 @@ class Batches:
     """Checked access to the user's batches.
 
     `source` is a re-iterable (a list, a data loader) or a zero-argument callable that returns a new iterator.
-    The first pass checks that batches have one structure and finite floats; later passes that none is missing.
+    The first pass over each batch checks that it has the structure of the others and finite floats; later passes that
+    none is missing.
 
     Raises: TypeError for a one-shot iterator, an array or None; ValueError for an empty source, a batch of
     another structure, a NaN or an infinity (naming the batch), a pass that ends before the first one did. They speak of
@@ -37,12 +38,14 @@ class Batches:
     """
 
     def __init__(self, source: Source | Batches | None, name: str = "batches"):
-        self._known: int | None = None
+        self._known: int | None = None  # batches of a whole pass
+        self._checked, self._structure = 0, None
         self._name = name
         self._last: Any = None
         self._source: Any = source
         if isinstance(source, Batches):
             self._known, self._source, self._name = source._known, source._source, source._name
+            self._checked, self._structure = source._checked, source._structure
             return
         if source is None:
             raise TypeError(f"{name} is None, but this method reads data; pass a list of batches")
@@ -65,16 +68,17 @@ class Batches:
         if isinstance(stream, Iterator) and stream is self._last:
             raise TypeError(f"{self._name}() returned the same one-shot iterator twice; return a new one each time")
         self._last = stream if isinstance(stream, Iterator) else None
-        first, structure, seen = self._known is None, None, 0
+        seen = 0
         for batch in stream:
-            if first:
-                structure = structure or jax.tree.structure(batch)
-                _check(batch, seen, structure, self._name)
+            if self._known is None and seen >= self._checked:
+                self._structure = self._structure or jax.tree.structure(batch)
+                _check(batch, seen, self._structure, self._name)
+                self._checked = seen + 1
             seen += 1
             yield batch
-        if seen == 0 and first:
+        if seen == 0 and self._known is None:
             raise ValueError(f"{self._name} is empty; pass at least one batch")
-        if not first and seen < (self._known or 0):
+        if seen < (self._known or 0):
             raise ValueError(
                 f"{self._name} ended after {seen} of {self._known} batches on a later pass; pass a list, or a function "
                 "that returns a new full iterator each time"
