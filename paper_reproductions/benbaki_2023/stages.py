@@ -1,17 +1,19 @@
-"""CHITA in 15 stages on MLPNet: at most 240,000 training examples seen, no optimiser but the stages' own models.
+"""CHITA in stages: each models the loss on fresh examples; no optimiser but the stages' own models.
 
-    python paper_reproductions/benbaki_2023/stages.py [--seeds 3] [--methods NAME ...] [--validate]
+    python paper_reproductions/benbaki_2023/stages.py [--network mlpnet | resnet20] [--seeds 3] [--methods NAME ...]
+                                                      [--sparsities S ...] [--ridge R] [--validate]
 
-As the published code, each stage reads 16,000 fresh images in 1,000 groups of 16 (here 995, for the 1,000 images on
-which `plans.staged` measures each stage), models the loss with the gradient term and halves what is left to remove:
-sparsities 0.1 + (s - 0.1) c (1 - 2^-t), t = 0 ... 14. The mean gradient g of a group of 16 has the second moments of
-the Fisher over 16, so the rows are 4 g, and the published ridge of 1e-3 on the groups' moments is 0.016.
+MLPNet: 15 stages of 16,000 images, 240,000 in all. ResNet-20: 8 of 4,800 cropped and mirrored ones, 38,400 in all,
+batch norm by its running statistics; scored with these, and with statistics re-estimated on the last stage's images.
+As in the published code a stage reads its images in groups of 16 (some of which measure the stage in `plans.staged`),
+models the loss with the gradient term and halves what is left to remove: sparsities 0.1 + (s - 0.1) c (1 - 2^-t). The
+mean gradient g of a group of 16 has the second moments of the Fisher over 16, so the rows are 4 g, and the published
+ridge of 1e-3 on the groups' moments is 0.016.
 
-Rows: the steps from refits (`Pursuit`), iterative hard thresholding (`CHITA`) under the same model, and the published
-code (mazumder-lab+CHITA in PEERS; torch, numba and scikit-learn), which has 1,000 groups a stage: its solver on
-gradients from PyTorch's loop over the groups, as its pruner computes them. All take turns at each sparsity, on one
-thread (the process is bound to one CPU). CPU seconds of all stages; compilation, reading and choosing the data aside.
-Data: PRUNEOPT_DATA.
+Rows: the steps from refits (`Pursuit`), iterative hard thresholding (`CHITA`) under the same model, and for MLPNet the
+published code (mazumder-lab+CHITA in PEERS; torch, numba and scikit-learn): its solver on gradients from PyTorch's loop
+over the groups, as its pruner computes them. All take turns at each sparsity, on one thread (the process is bound to
+one CPU). CPU seconds of all stages; compilation, reading and choosing the data aside. Data: PRUNEOPT_DATA.
 """
 
 import argparse
@@ -21,8 +23,11 @@ import io
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -33,63 +38,98 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from paper_reproductions.benbaki_2023 import one_stage
-from paper_reproductions.benbaki_2023.mlpnet import accuracy
-from paper_reproductions.networks import mlpnet
+import pruneopt as po
+from paper_reproductions.benbaki_2023 import mlpnet, one_stage, resnet20
+from paper_reproductions.networks import mlpnet as mlp
+from paper_reproductions.networks import resnet20 as resnet
 from pruneopt.constraints import Cardinality
 from pruneopt.curvature import empirical_fisher
 from pruneopt.objectives import Quadratic
 from pruneopt.plans import Method, Stage, staged
 from pruneopt.solvers import CHITA, Pursuit
+from pruneopt.structure.leaves import partition
 
-STAGES, GROUPS, GROUP = 15, 1000, 16
-JUDGED = 5  # groups of each stage that measure it, in ours
-RIDGE = 0.016
+GROUP = 16  # images
+RIDGE = 1e-3 * GROUP
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """The mean cross-entropy of images, or of groups of them, times `scale`."""
+
+    forward: Callable
+    scale: float = 1.0
+
+    def __call__(self, params, batch):
+        images, labels = batch[0].reshape(-1, *batch[0].shape[-self.axes :]), batch[1].reshape(-1)
+        return self.scale * one_stage.cross_entropy(self.forward(params, images), (images, labels))
+
+    @property
+    def axes(self):
+        return 1 if self.forward is mlp.forward else 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its stages, the groups of 16 of each and how many of them measure it, and the scores of a result.
+
+    pool: the images that may be seen. examples: (their indices, generator) -> images and labels.
+    """
+
+    network: one_stage.Network
+    stages: int
+    groups: int
+    judged: int
+    pool: Any
+    examples: Callable
+    held_out: Any
+    scores: Callable
+    sparsities: tuple
+
+
+@dataclass(frozen=True)
 class Halving:
     """Sparsity 0.1 after the first stage, then each removes half of what is left to remove; the last ends at s."""
 
+    count: int
+
     def stages(self, density):
         s = 1 - density
-        return [Stage(min(1.0, r / s)) for r in reached(s)[:-1]] + [Stage(1.0)]
+        return [Stage(min(1.0, r / s)) for r in reached(s, self.count)[:-1]] + [Stage(1.0)]
 
 
-def reached(s):
-    """The sparsities after each stage."""
-    last = STAGES - 1
-    return [0.1 + (s - 0.1) * (1 - 0.5**t) / (1 - 0.5**last) for t in range(STAGES)]
+def reached(s, count):
+    """The sparsities after each of `count` stages."""
+    return [0.1 + (s - 0.1) * (1 - 0.5**t) / (1 - 0.5 ** (count - 1)) for t in range(count)]
 
 
-def loss(params, batch):
-    """The cross-entropy of images, or of groups of them."""
-    images, labels = batch[0].reshape(-1, 784), batch[1].reshape(-1)
-    return one_stage.cross_entropy(mlpnet.forward(params, images), (images, labels))
-
-
-def scaled(params, batch):
-    return jnp.sqrt(jnp.float32(GROUP)) * loss(params, batch)
-
-
-def model(fn, params, batches, leaves, key):
+@dataclass(frozen=True)
+class Model:
     """<g, d> + 1/2 <d, (F + ridge I) d> from gradients of groups."""
-    fisher = empirical_fisher(scaled, params, batches, leaves, ridge=RIDGE)
-    mean = np.mean(np.asarray(fisher.gradients), axis=0) / GROUP**0.5
-    return Quadratic(params, fisher, fisher.layout.tree(jnp.asarray(mean), params))
+
+    ridge: float
+
+    def __call__(self, fn, params, batches, leaves, key):
+        fisher = empirical_fisher(Grouped(fn.forward, GROUP**0.5), params, batches, leaves, ridge=self.ridge)
+        mean = np.mean(np.asarray(fisher.gradients), axis=0) / GROUP**0.5
+        center = partition(params, leaves)[0]
+        return Quadratic(center, fisher, fisher.layout.tree(jnp.asarray(mean), center))
 
 
-def ours(solver, params, groups, held, sparsity):
+def ours(solver, task, groups, sparsity, ridge):
     """The stages of `plans.staged`."""
+    network = task.network
     pruned = staged(
-        loss, params, lambda stage: [tuple(x[JUDGED:] for x in groups[stage])], Cardinality(sparsity=sparsity), [held],
-        method=Method(model, solver, "Benbaki et al. 2023, section 3.4"), schedule=Halving(), rise=10.0, progress=False,
+        Grouped(network.forward), network.params, lambda stage: [tuple(x[task.judged :] for x in groups[stage])],
+        Cardinality(sparsity=sparsity), [task.held_out], method=Method(Model(ridge), solver, "CHITA++"),
+        schedule=Halving(task.stages), rise=10.0, leaves=network.leaves, progress=False,
     )  # fmt: skip
-    assert len(pruned.history) == STAGES
+    assert len(pruned.history) == task.stages
     return jax.block_until_ready(pruned.params)
 
 
 def published_code():
-    """(params, groups, held, sparsity) -> params by the solver in PEERS, or None where it cannot be imported."""
+    """(task, groups, sparsity, ridge) -> params by the solver in PEERS, or None where it cannot be imported."""
     folder = Path(os.environ.get("PEERS", "")) / "mazumder-lab+CHITA"
     if not folder.is_dir() or any(importlib.util.find_spec(name) is None for name in ("torch", "numba", "sklearn")):
         return None
@@ -98,18 +138,18 @@ def published_code():
     return partial(theirs, module.Active_IHTCDLS_PP)
 
 
-def theirs(solver, params, groups, held, sparsity):
-    """The published stages: ridge 1e-3, 50 iterations, the gradient term, gradients of groups in float64."""
+def theirs(solver, task, groups, sparsity, ridge):
+    """The published stages on MLPNet: 50 iterations, the gradient term, gradients of groups in float64."""
     import torch
     from torch.nn import functional
 
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(task.network.params)
     weights = [torch.tensor(np.array(x), requires_grad=True) for x in leaves]
     sizes = [w.numel() for w in weights]
-    for stage, s in enumerate(reached(sparsity)):
+    for stage, s in enumerate(reached(sparsity, task.stages)):
         images, labels = (torch.from_numpy(x) for x in groups[stage])
-        rows = torch.zeros(GROUPS, sum(sizes))
-        for i in range(GROUPS):
+        rows = torch.zeros(task.groups, sum(sizes))
+        for i in range(task.groups):
             named = jax.tree.unflatten(structure, weights)
             x = functional.relu(images[i] @ named["fc1"])
             x = functional.relu(x @ named["fc2"])
@@ -121,8 +161,9 @@ def theirs(solver, params, groups, held, sparsity):
         w0 = torch.cat([w.detach().reshape(-1) for w in weights]).numpy().astype(np.float64)
         with contextlib.redirect_stdout(io.StringIO()):
             found = solver(
-                g @ w0, g, w0, int((1 - s) * w0.size), alpha=g.sum(axis=0) / GROUP, lambda2=1e-3 * GROUPS / 2,
-                beta_tilde1=0 * w0, beta_tilde2=w0.copy(), iht_max_itr=50, ftol=1e-7, act_max_itr=50, kimp=1.5,
+                g @ w0, g, w0, int((1 - s) * w0.size), alpha=g.sum(axis=0) / GROUP, beta_tilde1=0 * w0,
+                beta_tilde2=w0.copy(), lambda2=ridge / GROUP * task.groups / 2,
+                iht_max_itr=50, ftol=1e-7, act_max_itr=50, kimp=1.5,
             )[0]  # fmt: skip
         with torch.no_grad():
             for w, part in zip(weights, np.split(found, np.cumsum(sizes)[:-1]), strict=True):
@@ -137,37 +178,72 @@ METHODS = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="*", default=[name for name, method in METHODS.items() if method])
-    parser.add_argument("--sparsities", nargs="*", type=float, default=[0.5, 0.8, 0.9, 0.95, 0.98])
-    parser.add_argument("--validate", action="store_true", help="score on 9,000 training images, not the test set")
-    given = parser.parse_args()
-    folder = os.environ["PRUNEOPT_DATA"]
-    params, (images, labels) = mlpnet.load(folder), mlpnet.mnist(folder, "train")
+def mlpnet_task(folder, validate):
+    images, labels = mlp.mnist(folder, "train")
     order = np.random.default_rng(0).permutation(len(labels))
     pool, held, kept = order[:50000], order[50000:51000], order[51000:]
-    test = (images[kept], labels[kept]) if given.validate else mlpnet.mnist(folder, "test")
-    shape = (len(given.methods), given.seeds, len(given.sparsities))
-    found, seconds = np.zeros(shape), np.zeros(shape)
+    test = (images[kept], labels[kept]) if validate else mlp.mnist(folder, "test")
+    scores = lambda params, groups: {"": float(mlpnet.accuracy(params, *test))}  # noqa: E731
+    network = one_stage.Network(mlp.forward, mlp.load(folder))
+    examples = lambda seen, rng: (images[seen], labels[seen])  # noqa: E731
+    return Task(network, 15, 1000, 5, pool, examples, (images[held], labels[held]), scores, (0.5, 0.8, 0.9, 0.95, 0.98))
+
+
+def resnet20_task(folder, validate):
+    images, labels = resnet.cifar10(folder, "train20k", *resnet.PUBLISHED)
+    order = np.random.default_rng(0).permutation(len(labels))
+    pool, kept, held = order[:15000], order[15000:17000], order[17000:17300]
+    test = (images[kept], labels[kept]) if validate else resnet.cifar10(folder, "test1k", *resnet.PUBLISHED)
+    network = one_stage.Network(resnet.forward, resnet20.prepared(folder), resnet20.is_pruned)
+
+    def scores(params, groups):
+        last = resnet20.pieces(groups[-1][0].reshape(-1, *images.shape[1:]))
+        again = po.plans.recalibrate(resnet20.statistics, params, last)
+        return {"": resnet20.accuracy(params, *test), ", re-estimated": resnet20.accuracy(again, *test)}
+
+    examples = lambda seen, rng: (resnet.cropped(images[seen], *resnet.PUBLISHED, rng), labels[seen])  # noqa: E731
+    return Task(network, 8, 300, 19, pool, examples, (images[held], labels[held]), scores, (0.5, 0.7, 0.8, 0.9))
+
+
+TASKS = {"mlpnet": mlpnet_task, "resnet20": resnet20_task}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--network", choices=TASKS, default="mlpnet")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--sparsities", nargs="*", type=float)
+    parser.add_argument("--ridge", type=float, default=RIDGE)
+    parser.add_argument("--validate", action="store_true", help="score on training images that nothing else reads")
+    given = parser.parse_args()
+    task = TASKS[given.network](os.environ["PRUNEOPT_DATA"], given.validate)
+    usable = [name for name, method in METHODS.items() if method and (given.network == "mlpnet" or method.func is ours)]
+    methods, sparsities = given.methods or usable, given.sparsities or task.sparsities
+    seconds, found = np.zeros((len(methods), given.seeds, len(sparsities))), {}
     for seed in range(-1, given.seeds):  # seed -1 compiles
         rng = np.random.default_rng(seed + 100)
-        seen = np.concatenate([rng.permutation(pool) for _ in range(5)])[: STAGES * GROUPS * GROUP]
-        groups = [(images[at], labels[at]) for at in seen.reshape(STAGES, GROUPS, GROUP)]
-        for j, s in enumerate(given.sparsities[:1] if seed < 0 else given.sparsities):
-            for i, name in enumerate(given.methods):
+        count = task.stages * task.groups * GROUP
+        seen = np.concatenate([rng.permutation(task.pool) for _ in range(count // len(task.pool) + 1)])[:count]
+        cut = lambda x: x.reshape(task.stages, task.groups, GROUP, *x.shape[1:])  # noqa: E731
+        groups = list(zip(*(cut(x) for x in task.examples(seen, rng)), strict=True))
+        for j, s in enumerate(sparsities[:1] if seed < 0 else sparsities):
+            for i, name in enumerate(methods):
                 clock = time.process_time()
-                pruned = METHODS[name](params, groups, (images[held], labels[held]), s)
+                pruned = METHODS[name](task, groups, s, given.ridge)
                 if seed >= 0:
                     seconds[i, seed, j] = time.process_time() - clock
-                    found[i, seed, j] = float(accuracy(pruned, *test))
-                    print(
-                        f"seed {seed}, {s}: {name} {found[i, seed, j]:.2f} % in {seconds[i, seed, j]:.1f} s", flush=True
-                    )
-    print(f"{'accuracy %':<30}" + "".join(f"{s:>14}" for s in given.sparsities) + "   CPU s of each sparsity")
-    for name, rows, times in zip(given.methods, found, seconds, strict=True):
-        print(f"{name:<30}" + one_stage.summary(rows) + "   " + " ".join(f"{s:.1f}" for s in np.median(times, 0)))
+                    for label, score in task.scores(pruned, groups).items():
+                        found.setdefault(name + label, np.zeros(seconds.shape[1:]))[seed, j] = score
+                        print(
+                            f"seed {seed}, {s}: {name + label} {score:.2f} %, {seconds[i, seed, j]:.1f} s", flush=True
+                        )
+    print(f"{'accuracy %':<40}" + "".join(f"{s:>14}" for s in sparsities))
+    for name, rows in found.items():
+        print(f"{name:<40}" + one_stage.summary(rows))
+    print("CPU seconds of each sparsity, medians")
+    for name, times in zip(methods, seconds, strict=True):
+        print(f"{name:<40}" + "".join(f"{s:>14.1f}" for s in np.median(times, 0)))
 
 
 if __name__ == "__main__":
