@@ -13,9 +13,9 @@ import numpy as np
 from pruneopt import _linalg, _tree
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.support import Support
+from pruneopt.curvature.base import is_semidefinite
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.gram import Gram
-from pruneopt.curvature.low_rank import LowRank
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
 from pruneopt.solution import Duality, Evidence, Separable, Solution, Status, StrongConvexity
@@ -165,22 +165,14 @@ def _modulus(f: QuadraticObjective, ridge: float) -> float:
 
 
 def _is_convex(f: QuadraticObjective) -> bool:
-    """Whether H + lambda I is semidefinite, checked and not assumed; a singular Gram needs damping to show it."""
+    """Whether H + lambda I is semidefinite, checked and not assumed; damping may show it where H alone is not."""
     ridge = float(f.ridge())
-    if isinstance(f.curvature, Identity):
-        return True
-    if isinstance(f.curvature, LowRank):
-        return f.curvature.ridge + ridge >= 0
     if isinstance(f.curvature, Diagonal):
         return min(float(jnp.min(h)) for h in jax.tree.leaves(f.curvature.values)) + ridge >= 0
     if isinstance(f.curvature, Gram):
         h = np.asarray(f.curvature.matrix, np.float64)
-        try:
-            np.linalg.cholesky(h + ridge * np.eye(len(h)))
-        except np.linalg.LinAlgError:
-            return False
-        return True
-    return False
+        return is_semidefinite(h + ridge * np.eye(len(h)))
+    return f.curvature is not None and f.curvature.semidefinite
 
 
 def _gap(objective: float, bound: float) -> float:

@@ -1,5 +1,7 @@
 """Hessian, Gauss-Newton and true Fisher against the dense matrix by plain autodiff in float64, and their refusals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,22 @@ from cases import tiny_batches, tiny_loss, tree
 from jax.flatten_util import ravel_pytree
 
 import pruneopt as po
-from pruneopt.curvature import GaussNewton, Hessian, empirical_fisher, sampled_fisher, softmax_fisher
+from pruneopt.curvature import (
+    BlockDiagonal,
+    Diagonal,
+    GaussNewton,
+    Gram,
+    Hessian,
+    Kronecker,
+    LowRankPlusDiagonal,
+    Shrunk,
+    empirical_fisher,
+    sampled_fisher,
+    softmax_fisher,
+)
 from pruneopt.objectives import Quadratic
 from pruneopt.penalties import L1
+from pruneopt.solution import Duality
 from pruneopt.solvers import CBS, CHITA, GlobalADMM, ProximalGradient
 
 BOTH = ["a", "b"]
@@ -101,7 +116,7 @@ def test_proximal_gradient_on_products_over_the_data_is_that_on_the_same_matrix_
         po.solve(po.Problem(Quadratic(center, h, damping=0.1), penalty=L1(0.05)), ProximalGradient())
         for h in (streamed, softmax_fisher(logits, params, tiny_batches(), BOTH))
     ]
-    assert [s.status for s in found] == [po.Status.FEASIBLE, po.Status.OPTIMAL]  # a Gauss-Newton is not known convex
+    assert [s.status for s in found] == [po.Status.OPTIMAL, po.Status.OPTIMAL]
     assert found[0].stats["gap"] < 1e-6 * found[0].objective
     np.testing.assert_allclose(flat(found[0].value)[0], flat(found[1].value)[0], rtol=1e-9, atol=1e-12)
 
@@ -261,3 +276,113 @@ def test_one_example_has_a_hessian():
     h = Hessian.of(tiny_loss, tree(1), tiny_batches((1,)), BOTH)
     assert np.isfinite(flat(h.mv(tree(2)))[0]).all()
     assert empirical_fisher(tiny_loss, tree(1), tiny_batches((1, 1)), BOTH).n == 2
+
+
+# ------------------------------------------------------------------------------------------ whether H is semidefinite
+
+
+def welsch(z, batch):
+    """Bounded in the residual, so concave where that is large."""
+    return jnp.mean(jnp.sum(1 - jnp.exp(-((z - 3 * batch[1]) ** 2)), axis=1))
+
+
+def between_examples(z, batch):
+    """Convex in each example's outputs, not in those of two."""
+    return jnp.mean(z**2) - 3 * jnp.mean(z[1:] * z[:-1])
+
+
+def both_as_a_pair(z, batch):
+    return squares(z[0], batch) + entropy(z[1], batch)
+
+
+@pytest.mark.parametrize(("loss", "model"), [
+    (squares, logits), (entropy, logits), (lambda z, b: jnp.mean(jnp.abs(z - b[1])), logits),
+    (both_as_a_pair, lambda p, b: (logits(p, b), 30 * logits(p, b))),
+    (welsch, logits), (between_examples, logits),
+], ids=["squares", "softmax", "absolute", "a pair of outputs", "welsch", "between examples"])  # fmt: skip
+def test_a_gauss_newton_says_whether_its_loss_is_convex_at_its_outputs(loss, model):
+    params = tree(1, SHAPES)
+    h = GaussNewton.of(model, loss, params, tiny_batches((5, 5)), BOTH)
+    convex = loss not in (welsch, between_examples)
+    least = np.linalg.eigvalsh(h.dense())[0]
+    assert (least > -1e-12) == convex
+    assert h.semidefinite == convex
+
+
+def test_a_gauss_newton_of_many_outputs_claims_nothing():
+    wide = lambda p, b: jnp.repeat(logits(p, b), 50, axis=1)  # noqa: E731
+    h = GaussNewton.of(wide, lambda z, b: jnp.mean(z**2), tree(1, SHAPES), tiny_batches((10,)), BOTH)
+    assert not h.semidefinite
+
+
+def bent_down():
+    """(w, a Hessian that is indefinite there)."""
+    w = tree(1)
+    h = Hessian.of(tiny_loss, w, tiny_batches((10,)), BOTH)
+    assert np.linalg.eigvalsh(h.dense())[0] < 0
+    return w, h
+
+
+def test_what_is_made_of_an_indefinite_hessian_does_not_call_itself_semidefinite():
+    w, h = bent_down()
+    positive = jax.tree.map(jnp.ones_like, w)
+    assert not h.semidefinite
+    assert not Shrunk.checked(h, positive, 0.1).semidefinite
+    assert Shrunk.checked(h, positive, 1.0).semidefinite
+    for by in ("leaf", "out", "in", 1, 5):
+        blocks = BlockDiagonal.of(h, by)
+        dense = np.stack([flat(blocks.mv(unflat))[0] for unflat in map(flat(w)[1], np.eye(12))])
+        assert blocks.semidefinite == (np.linalg.eigvalsh(dense)[0] >= 0), by
+    assert not BlockDiagonal.of(h).semidefinite
+    assert BlockDiagonal.of(empirical_fisher(tiny_loss, w, tiny_batches((2,)), BOTH), 5).semidefinite  # rank 2
+
+
+def test_the_others_check_their_numbers():
+    w = tree(1)
+    signed, ones = Diagonal(w), Diagonal(jax.tree.map(jnp.ones_like, w))
+    assert not signed.semidefinite
+    assert ones.semidefinite
+    fisher = empirical_fisher(tiny_loss, w, tiny_batches((4,)), BOTH)
+    assert LowRankPlusDiagonal(fisher, ones.values).semidefinite
+    assert not LowRankPlusDiagonal(fisher, signed.values).semidefinite
+    assert not Gram.checked(jnp.asarray([[1.0, 3.0], [3.0, 1.0]])).semidefinite
+    assert Gram.checked(jnp.ones((2, 2))).semidefinite
+    assert Gram.checked(jnp.zeros((2, 2))).semidefinite
+    k = Kronecker.of(tiny_loss, w, tiny_batches((3,)), BOTH)
+    assert k.semidefinite
+    assert not Kronecker(k.inputs, tuple(-s for s in k.outputs), k.entries, k.layout).semidefinite
+
+
+@pytest.mark.parametrize("make", [lambda h, w: Shrunk.checked(h, jax.tree.map(jnp.ones_like, w), 0.1),
+                                  lambda h, w: BlockDiagonal.of(h)], ids=["shrunk", "blocks"])  # fmt: skip
+def test_nothing_is_proven_of_an_indefinite_model_however_it_is_wrapped(make):
+    w, h = bent_down()
+    problem = po.Problem(Quadratic(w, make(h, w)), subject_to=po.constraints.L1Ball(1.0))
+    solution = po.solve(problem, ProximalGradient())
+    assert "gap" not in solution.stats
+    assert solution.bound == -np.inf
+
+
+@pytest.mark.parametrize("solver", [CHITA(), GlobalADMM(), CBS()], ids=lambda s: type(s).__name__)
+def test_shrinking_or_cutting_hides_no_indefinite_hessian_from_a_solver(solver):
+    w = {"a": 3 * tree(1)["a"], "b": tree(1)["b"]}
+    h = Hessian.of(tiny_loss, w, tiny_batches((10,)), BOTH)
+    h = BlockDiagonal.of(h) if solver == CBS() else Shrunk.checked(h, jax.tree.map(lambda x: 0 * x, w), 0.01)
+    problem = po.Problem(Quadratic(w, h, w), subject_to=po.constraints.Cardinality(count=6))
+    with pytest.raises(ValueError, match="indefinite"):
+        po.solve(problem, solver)
+
+
+@pytest.mark.parametrize(("loss", "shrunk"), [(squares, False), (entropy, True), (welsch, False)])
+def test_certify_proves_the_gap_of_a_gauss_newton_where_the_loss_is_convex_and_not_elsewhere(loss, shrunk):
+    center, params, rng = tree(3, SHAPES), tree(1, SHAPES), np.random.default_rng(0)
+    h = GaussNewton.of(logits, loss, params, tiny_batches((10,)), BOTH)
+    h = Shrunk.checked(h, jax.tree.map(jnp.ones_like, params), 0.2) if shrunk else h
+    problem = po.Problem(Quadratic(center, h, damping=0.1), penalty=L1(0.05))
+    solution = po.solve(problem, ProximalGradient(iterations=5 if loss is welsch else 400))
+    claim = dataclasses.replace(solution, evidence=Duality(jax.tree.map(np.asarray, solution.value)))
+    bound = po.certify(problem, claim).bound
+    assert (solution.status is po.Status.OPTIMAL) == (bound > -np.inf) == (loss is not welsch)
+    for size in (1e-3, 0.1, 1.0) if loss is not welsch else ():  # the objective is nowhere below it
+        step = jax.tree.map(lambda x: rng.standard_normal(x.shape), center)
+        assert problem.value(jax.tree.map(lambda x, d, s=size: x + s * d, solution.value, step)) >= bound - 1e-12

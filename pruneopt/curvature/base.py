@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +13,16 @@ Tree = Any
 
 
 class Curvature(abc.ABC):
-    """A symmetric operator H on trees, the curvature of a mean loss; positive semidefinite where `semidefinite`.
+    """A symmetric operator H on trees, the curvature of a mean loss.
 
     Its class states its structure, so a solver asks by type. Subclasses are final frozen dataclasses, registered
     as pytrees whose leaves are their arrays. Where they exist: `block(which)`, `dense()`, `solve(b, ridge)`.
     """
 
-    semidefinite: ClassVar[bool] = True
+    @cached_property
+    def semidefinite(self) -> bool:
+        """Whether H is known to be positive semidefinite: by its form, or since its numbers were checked."""
+        return False
 
     @abc.abstractmethod
     def mv(self, direction: Tree) -> Tree:
@@ -31,6 +35,17 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def form(self, w: Tree, center: Tree, ridge: float) -> float:
         """<d, (H + ridge I) d> for d = w - center, in float64 whatever JAX's mode."""
+
+
+def is_semidefinite(matrix: np.ndarray) -> bool:
+    """Whether H + 10 eps tr(H) I has a Cholesky factor in float64, eps its rounding."""
+    h = np.array(matrix, np.float64)
+    h[np.diag_indices(len(h))] += 10 * np.finfo(np.float64).eps * np.trace(h)
+    try:
+        np.linalg.cholesky(h)
+    except np.linalg.LinAlgError:
+        return not np.any(h)
+    return True
 
 
 def check_ridge(ridge: float) -> None:

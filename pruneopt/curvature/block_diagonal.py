@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pruneopt import _linalg, _tree
-from pruneopt.curvature.base import Curvature, check_ridge
+from pruneopt.curvature.base import Curvature, check_ridge, is_semidefinite
 from pruneopt.curvature.low_rank import LowRank
 from pruneopt.curvature.streamed import Streamed
 
@@ -56,6 +57,11 @@ class BlockDiagonal(Curvature):
         if isinstance(curvature, LowRank):
             return BlockDiagonal(tuple(_of_low_rank(curvature, entries)), entries, layout, curvature.ridge)
         return BlockDiagonal(tuple(_of_products(curvature, entries)), entries, layout)
+
+    @cached_property
+    def semidefinite(self) -> bool:
+        """Whether every block is, checked, and the ridge is not negative. Blocks of an indefinite Hessian may be."""
+        return self.ridge >= 0 and all(is_semidefinite(h) for h, _ in self._each())
 
     def mv(self, direction: Tree) -> Tree:
         """H d."""

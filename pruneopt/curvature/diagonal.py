@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from pruneopt import _linalg
+from pruneopt import _linalg, _tree
 from pruneopt.curvature.base import Curvature
 
 Tree = Any
@@ -34,10 +35,20 @@ def _sum_of_forms(diagonal: Tree, w: Tree, center: Tree, ridge: float) -> float:
         return sum(float(x) for x in _forms(*map(jax.tree.leaves, (diagonal, w, center)), ridge))
 
 
+@jax.jit
+def _least(tree: Tree) -> jax.Array:
+    return jnp.min(jnp.stack([jnp.min(x).astype(_tree.wide(x.dtype)) for x in jax.tree.leaves(tree)]))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Identity(Curvature):
     """H = I: the quadratic model under which magnitude pruning is optimal."""
+
+    @cached_property
+    def semidefinite(self) -> bool:
+        """True."""
+        return True
 
     def mv(self, direction: Tree) -> Tree:
         """d."""
@@ -62,6 +73,11 @@ class Diagonal(Curvature):
     """
 
     values: Tree
+
+    @cached_property
+    def semidefinite(self) -> bool:
+        """Whether no value is negative."""
+        return bool(_least(self.values) >= 0)
 
     def mv(self, direction: Tree) -> Tree:
         """values * d."""

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from pruneopt import _data, _tree
-from pruneopt.curvature.streamed import Streamed, over_rows
+from pruneopt.curvature.streamed import Streamed, over_rows, widened
 from pruneopt.structure import evaluate
 from pruneopt.structure.leaves import Choice, Rest, combine, partition
 
 Tree = Any
 Outputs = Callable[[Tree, Any], Any]
+_MOST = 128  # outputs of an example for which H_L is checked
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +31,9 @@ class GaussNewton(Streamed):
     H_L the Hessian of loss(outputs, batch) in the outputs.
 
     Made by `of`. Positive semidefinite where the loss is convex in the outputs, as squares and softmax cross-entropy
-    are; with the negative log-likelihood of an exponential family in its natural parameters it is the true Fisher.
-    A product costs about as much as one with the Hessian. Source: Schraudolph 2002; Martens 2020, section 8.
+    are; `semidefinite` looks at H_L and assumes nothing. With the negative log-likelihood of an exponential family in
+    its natural parameters it is the true Fisher. A product costs about as much as one with the Hessian.
+    Source: Schraudolph 2002; Martens 2020, section 8.
     """
 
     chosen: Tree
@@ -53,6 +59,29 @@ class GaussNewton(Streamed):
         evaluate.check_scalar(lambda p, b: loss(model(p, b), b), chosen, rest, stream)
         return GaussNewton(chosen, rest, model, loss, stream)
 
+    @cached_property
+    def semidefinite(self) -> bool:
+        """Whether H_L is, at the outputs of every example: its least eigenvalue against its largest entry, in float64.
+
+        A mean over examples has a block of H_L for each of them. Another loss, or more than 128 outputs an example, is
+        not known to be convex. One pass through the network.
+        """
+        least = largest = 0.0
+        with jax.enable_x64(True):
+            chosen, rest = widened(self.chosen), widened(self.rest)
+            for batch in map(widened, self.batches):
+                z = jax.eval_shape(lambda c, r, b: self.model(combine(c, r), b), chosen, rest, batch)
+                n, size = _data.examples(batch), _tree.size(z)
+                if any(x.shape[:1] != (n,) for x in jax.tree.leaves(z)) or size > n * _MOST:
+                    return False
+                probe = np.random.default_rng(0).standard_normal((n, size // n))
+                blocks, apart = map(np.asarray, _output_bends(self.model, self.loss, chosen, rest, batch, probe))
+                high = float(np.max(np.abs(blocks)))
+                if not np.max(np.abs(apart)) <= 1e-9 * high:
+                    return False
+                least, largest = min(least, float(np.min(np.linalg.eigvalsh(blocks)))), max(largest, high)
+        return least >= -1e-12 * largest
+
     def on_batch(self, chosen: Tree, rest: Rest, batch: Any, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
         """Products on one batch: forward through the network, through H_L, and back."""
         return _products(self.model, self.loss, chosen, rest, batch, rows)
@@ -69,3 +98,18 @@ def _products(model: Outputs, loss: Outputs, chosen: Tree, rest: Rest, batch: An
         return jax.vjp(outputs, chosen)[1](bent)[0]
 
     return over_rows(product, _tree.Layout.of(chosen), chosen, rows)
+
+
+@partial(jax.jit, static_argnames=("model", "loss"))
+def _output_bends(
+    model: Outputs, loss: Outputs, chosen: Tree, rest: Rest, batch: Any, probe: Float[Array | np.ndarray, "n k"]
+) -> tuple[Float[Array, "n k k"], Float[Array, "n k"]]:
+    """The examples' blocks of H_L, and what a product with H_L has beside theirs."""
+    outputs = model(combine(chosen, rest), batch)
+    back = ravel_pytree(jax.tree.map(lambda x: x[0], outputs))[1]
+    z = jax.vmap(lambda one: ravel_pytree(one)[0])(outputs)  # (n, k)
+    slope = jax.grad(lambda z: loss(jax.vmap(back)(z), batch))
+    product = lambda d: jax.jvp(slope, (z,), (d,))[1]  # noqa: E731
+    rows = lax.map(lambda e: product(jnp.broadcast_to(e, z.shape)), jnp.eye(z.shape[1]))  # (k, n, k)
+    blocks = jnp.swapaxes(rows, 0, 1)
+    return blocks, product(probe) - jnp.einsum("nkj,nk->nj", blocks, probe)

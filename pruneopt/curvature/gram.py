@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pruneopt import _tree
-from pruneopt.curvature.base import Curvature
+from pruneopt.curvature.base import Curvature, is_semidefinite
 
 Tree = Any
 
@@ -53,6 +54,11 @@ class Gram(Curvature):
         x = jnp.asarray(inputs)
         x = x.astype(_tree.wide(x.dtype))
         return Gram.checked(jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST) / jnp.asarray(x.shape[0], x.dtype))
+
+    @cached_property
+    def semidefinite(self) -> bool:
+        """Whether the matrix is, checked."""
+        return is_semidefinite(np.asarray(self.matrix))
 
     def mv(self, direction: Float[Array, "n_in n_out"]) -> Float[Array, "n_in n_out"]:
         """H D."""

@@ -36,9 +36,8 @@ class Hessian(Streamed):
     rest: Rest
     loss: evaluate.Loss = field(metadata={"static": True})
     batches: _data.Batches = field(metadata={"static": True})
-    semidefinite: ClassVar[bool] = False
     name: ClassVar[str] = "Hessian"
-    instead: ClassVar[str] = "use GaussNewton or empirical_fisher, which are never indefinite"
+    instead: ClassVar[str] = "use empirical_fisher, or GaussNewton with a loss convex in the outputs: never indefinite"
 
     @staticmethod
     def of(loss: evaluate.Loss, params: Tree, batches: _data.Source, leaves: Choice = None) -> Hessian:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pruneopt import _data, _tree
-from pruneopt.curvature.base import Curvature, check_memory, check_ridge
+from pruneopt.curvature.base import Curvature, check_memory, check_ridge, is_semidefinite
 from pruneopt.structure import evaluate
 from pruneopt.structure.capture import capture
 from pruneopt.structure.graph import trace
@@ -72,6 +72,12 @@ class Kronecker(Curvature):
         each = {name: (s.count / n)[:, None, None].astype(grams[name].dtype) for name, s in found.items()}  # positions
         inputs = tuple(gram * each[name] for name, gram in grams.items())
         return Kronecker(inputs, tuple(slopes.values()), entries, layout, float(ridge))
+
+    @cached_property
+    def semidefinite(self) -> bool:
+        """Whether all factors are, checked, and the ridge is not negative."""
+        factors = (m for stack in self.inputs + self.outputs for m in np.asarray(stack))
+        return self.ridge >= 0 and all(map(is_semidefinite, factors))
 
     def mv(self, direction: Tree) -> Tree:
         """A D S + ridge D for each operator."""

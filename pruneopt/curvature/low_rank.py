@@ -60,6 +60,11 @@ class LowRank(Curvature):
         """Number of vectors."""
         return self.gradients.shape[0]
 
+    @cached_property
+    def semidefinite(self) -> bool:
+        """Whether the ridge is not negative: the rest is a sum of squares."""
+        return self.ridge >= 0
+
     def mv(self, direction: Tree) -> Tree:
         """G^T (G d) / n + ridge d."""
         return _product(self, direction)

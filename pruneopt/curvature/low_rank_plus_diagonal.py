@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -45,6 +46,11 @@ class LowRankPlusDiagonal(Curvature):
     def layout(self) -> _tree.Layout:
         """Where the leaves lie in a vector."""
         return self.low_rank.layout
+
+    @cached_property
+    def semidefinite(self) -> bool:
+        """Whether both parts are."""
+        return self.low_rank.semidefinite and Diagonal(self.values).semidefinite
 
     def mv(self, direction: Tree) -> Tree:
         """Both products added."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt.curvature.base import Curvature
+from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.structure.leaves import check_finite, check_like
 
 Tree = Any
@@ -45,6 +47,11 @@ class Shrunk(Curvature):
         if any(bool(jnp.any(jnp.asarray(v) < 0)) for v in jax.tree.leaves(values)):
             raise ValueError("values holds a negative number, and they are to be the diagonal of H; pass its diagonal")
         return Shrunk(curvature, values, float(share))
+
+    @cached_property
+    def semidefinite(self) -> bool:
+        """Whether what it mixes is: with a share below 1, H as well as diag(values)."""
+        return Diagonal(self.values).semidefinite and (self.share == 1 or self.curvature.semidefinite)
 
     def mv(self, direction: Tree) -> Tree:
         """(1 - share) H d + share * values * d."""

@@ -131,11 +131,11 @@ class Streamed(Curvature):
     def _products(self, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
         """Mean over the examples, in the dtype of `rows`; in float64 all that is floating becomes float64."""
         wider = rows.dtype == jnp.float64
-        chosen, rest = (_widened(t) if wider else t for t in (self.chosen, self.rest))
+        chosen, rest = (widened(t) if wider else t for t in (self.chosen, self.rest))
         total, n = None, 0
         for index, batch in enumerate(self.batches):
             size = _data.examples(batch)
-            part = self.on_batch(chosen, rest, _widened(batch) if wider else batch, rows)
+            part = self.on_batch(chosen, rest, widened(batch) if wider else batch, rows)
             if not bool(jnp.all(jnp.isfinite(part))):
                 if not bool(jnp.all(jnp.abs(rows) < 1e15)):
                     raise ValueError(
@@ -165,7 +165,7 @@ def _signs(keys: Array, like: Float[Array, " p"]) -> Float[Array, "k p"]:
     return jnp.where(draw, jnp.ones((), like.dtype), -jnp.ones((), like.dtype))
 
 
-def _widened(tree: Tree) -> Tree:
+def widened(tree: Tree) -> Tree:
     """Floating arrays in float64."""
     is_narrow = lambda x: _tree.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
     return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float64) if is_narrow(x) else x, tree)

@@ -94,11 +94,9 @@ class QuadraticObjective(Objective):
     @property
     def is_separable(self) -> bool:
         """Whether f is a sum of one term a weight, smallest at w0: no gradient, a diagonal H without negatives."""
-        if self.gradient is not None:
+        if self.gradient is not None or not isinstance(self.curvature, Diagonal | Identity):
             return False
-        if isinstance(self.curvature, Diagonal):
-            return bool(_least(self.curvature.values) >= 0)
-        return isinstance(self.curvature, Identity)
+        return self.curvature.semidefinite
 
     def saliency(self) -> Tree:
         """What removing each weight alone costs: s_i = -g_i w_i + 1/2 (H_ii + lambda) w_i^2. Traceable by JAX.
@@ -123,11 +121,6 @@ def _float64(x: Any) -> jax.Array:
     """In float64 where it is floating; what a network indexes with stays."""
     x = jnp.asarray(x)
     return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
-@jax.jit
-def _least(tree: Tree) -> jax.Array:
-    return jnp.min(jnp.stack([jnp.min(x).astype(_tree.wide(x.dtype)) for x in jax.tree.leaves(tree)]))
 
 
 @jax.jit

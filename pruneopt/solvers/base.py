@@ -144,8 +144,9 @@ def indefinite(solver: Solver, f: QuadraticObjective, bend: float) -> ValueError
     """What to raise where a direction d has <d, (H + lambda I) d> = bend <d, d> < 0."""
     return ValueError(
         f"{type(solver).__name__} met a direction d with <d, (H + lambda I) d> = {bend:.3g} <d, d>: the "
-        f"{type(f.curvature).__name__} is indefinite there and the model falls without end; pass a GaussNewton or "
-        f"empirical_fisher curvature, which are never indefinite, or more than Quadratic(damping={f.damping:.3g})"
+        f"{type(f.curvature).__name__} is indefinite there and the model falls without end; pass an "
+        f"empirical_fisher, or the GaussNewton of a loss convex in the outputs: never indefinite; or more than "
+        f"Quadratic(damping={f.damping:.3g})"
     )
 
 

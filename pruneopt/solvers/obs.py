@@ -16,6 +16,7 @@ from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
+from pruneopt.curvature.base import Curvature
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, allowed, check_whole, without_penalty
@@ -78,7 +79,7 @@ class OBS(Solver):
         w = _flat(f.center)
         assert f.curvature is not None
         h = np.asarray(f.curvature.dense(), np.float64)  # type: ignore[attr-defined]
-        inverse = _inverse(h, float(f.ridge()), f.curvature.semidefinite)
+        inverse = _inverse(h, float(f.ridge()), f.curvature)
         if f.gradient is not None:
             w = w - inverse @ _flat(f.gradient)
         w, removed, rises = _removed(inverse, w, budget)
@@ -127,7 +128,7 @@ def _removed(
         rises.append(rise[q])
 
 
-def _inverse(h: Float[np.ndarray, "p p"], ridge: float, semidefinite: bool) -> Float[np.ndarray, "p p"]:
+def _inverse(h: Float[np.ndarray, "p p"], ridge: float, curvature: Curvature) -> Float[np.ndarray, "p p"]:
     """(H + ridge I)^-1. Raises ValueError where that is not positive definite."""
     matrix = h + ridge * np.eye(len(h))
     try:
@@ -135,7 +136,7 @@ def _inverse(h: Float[np.ndarray, "p p"], ridge: float, semidefinite: bool) -> F
     except np.linalg.LinAlgError:
         least = float(scipy.linalg.eigh(matrix, eigvals_only=True, subset_by_index=(0, 0))[0])
         mean = float(np.mean(np.diagonal(h)))
-        advice = [] if semidefinite else ["a Gauss-Newton or Fisher curvature"]
+        advice = [] if curvature.semidefinite else ["a Fisher curvature, or the Gauss-Newton of a convex loss"]
         if mean > 0:
             enough = max((ridge - least) / mean, 1e-6)
             advice.append(f"Quadratic(damping=) above {enough:.3g}, in units of mean(diag H) = {mean:.3g}")

@@ -13,6 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pruneopt.constraints.ball import Ball
+from pruneopt.curvature.base import Curvature
+from pruneopt.curvature.shrunk import Shrunk
 from pruneopt.curvature.streamed import Streamed
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.loss import Loss
@@ -84,7 +86,7 @@ class ProximalGradient(Solver):
         f: Any = problem.objective
         model = _Model(_float64(f.curvature), _float64(f.center), _float64(f.gradient), jnp.float64(f.ridge()))
         penalty, w = _float64(_proximal(problem)), _float64(start)
-        streamed = isinstance(f.curvature, Streamed)
+        streamed = _is_streamed(f.curvature)
         step = self.step or 1 / float(_streamed_curvature(model, key) if streamed else _curvature(model, key))
         iterated = _streamed if streamed else _iterated
         slope, zero = _slope(model, w), jnp.zeros((), jnp.float64)
@@ -203,6 +205,10 @@ def _curvature(model: _Model, key: jax.Array) -> Float[Array, ""]:
     """The largest eigenvalue of H + ridge I, from below, by 12 power iterations, plus a twentieth."""
     flat, start = _flat(model), _random(model.center, key)
     return _raised(lax.fori_loop(0, 12, lambda _, v: _slope(flat, _unit(v)), start))
+
+
+def _is_streamed(curvature: Curvature) -> bool:
+    return isinstance(curvature, Streamed) or (isinstance(curvature, Shrunk) and _is_streamed(curvature.curvature))
 
 
 def _streamed_curvature(model: _Model, key: jax.Array) -> Float[Array, ""]:
