@@ -13,7 +13,6 @@ import numpy as np
 from pruneopt import _linalg, _tree
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.support import Support
-from pruneopt.curvature.base import is_semidefinite
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.gram import Gram
 from pruneopt.objectives.base import QuadraticObjective
@@ -74,7 +73,7 @@ def lower_bound(problem: Problem, value: Tree, support: Tree, evidence: Evidence
         return -math.inf
     if isinstance(evidence, Duality):
         check_like(evidence.point, f.center, "evidence")
-        return problem.dual_value(evidence.point) if _is_convex(f) else -math.inf
+        return problem.dual_value(evidence.point) if f.is_convex else -math.inf
     if problem.penalty is not None or not isinstance(evidence, Separable | StrongConvexity):
         return -math.inf
     if isinstance(evidence, Separable):
@@ -162,17 +161,6 @@ def _modulus(f: QuadraticObjective, ridge: float) -> float:
             return 0.0
         return 0.5 * ridge
     return 0.0
-
-
-def _is_convex(f: QuadraticObjective) -> bool:
-    """Whether H + lambda I is semidefinite, checked and not assumed; damping may show it where H alone is not."""
-    ridge = float(f.ridge())
-    if isinstance(f.curvature, Diagonal):
-        return min(float(jnp.min(h)) for h in jax.tree.leaves(f.curvature.values)) + ridge >= 0
-    if isinstance(f.curvature, Gram):
-        h = np.asarray(f.curvature.matrix, np.float64)
-        return is_semidefinite(h + ridge * np.eye(len(h)))
-    return f.curvature is not None and f.curvature.semidefinite
 
 
 def _gap(objective: float, bound: float) -> float:

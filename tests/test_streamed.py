@@ -23,7 +23,7 @@ from pruneopt.curvature import (
     sampled_fisher,
     softmax_fisher,
 )
-from pruneopt.objectives import Quadratic
+from pruneopt.objectives import Quadratic, Reconstruction
 from pruneopt.penalties import L1
 from pruneopt.solution import Duality
 from pruneopt.solvers import CBS, CHITA, GlobalADMM, ProximalGradient
@@ -386,3 +386,18 @@ def test_certify_proves_the_gap_of_a_gauss_newton_where_the_loss_is_convex_and_n
     for size in (1e-3, 0.1, 1.0) if loss is not welsch else ():  # the objective is nowhere below it
         step = jax.tree.map(lambda x: rng.standard_normal(x.shape), center)
         assert problem.value(jax.tree.map(lambda x, d, s=size: x + s * d, solution.value, step)) >= bound - 1e-12
+
+
+@pytest.mark.default_flags
+def test_damping_proves_what_rounding_made_indefinite():
+    """A Gram of fewer tokens than inputs, accumulated in float32."""
+    x = np.random.default_rng(0).standard_normal((10, 40)).astype(np.float32)
+    h = Gram.checked(jnp.asarray(x.T @ x / 10))
+    assert not h.semidefinite
+    w = jnp.asarray(np.random.default_rng(1).standard_normal((40, 3)), jnp.float32)
+    problem = po.Problem(Reconstruction(w, h, damping=0.01), penalty=L1(0.05))
+    assert problem.objective.is_convex
+    solution = po.solve(problem, ProximalGradient())
+    assert solution.stats["gap"] <= 1e-6 * solution.objective
+    signed = Diagonal({"w": jnp.asarray([[3.0, -0.1]])})
+    assert [Quadratic({"w": jnp.ones((1, 2))}, signed, damping=d).is_convex for d in (0.05, 0.2)] == [False, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _linalg, _tree
-from pruneopt.curvature.base import Curvature
+from pruneopt.curvature.base import Curvature, is_semidefinite
 from pruneopt.curvature.diagonal import Diagonal, Identity
+from pruneopt.curvature.gram import Gram
 from pruneopt.structure.leaves import check_finite, check_leaf
 
 Tree = Any
@@ -97,6 +99,17 @@ class QuadraticObjective(Objective):
         if self.gradient is not None or not isinstance(self.curvature, Diagonal | Identity):
             return False
         return self.curvature.semidefinite
+
+    @cached_property
+    def is_convex(self) -> bool:
+        """Whether H + lambda I is known to be semidefinite: `Curvature.semidefinite`, and what damping makes so."""
+        if isinstance(self.curvature, Gram):
+            h = np.asarray(self.curvature.matrix, np.float64)
+            return is_semidefinite(h + float(self.ridge()) * np.eye(len(h)))
+        if isinstance(self.curvature, Diagonal):
+            ridge = self.ridge()
+            return Diagonal(jax.tree.map(lambda h: h + ridge.astype(h.dtype), self.curvature.values)).semidefinite
+        return self.curvature is None or self.curvature.semidefinite
 
     def saliency(self) -> Tree:
         """What removing each weight alone costs: s_i = -g_i w_i + 1/2 (H_ii + lambda) w_i^2. Traceable by JAX.

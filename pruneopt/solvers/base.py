@@ -153,7 +153,7 @@ def indefinite(solver: Solver, f: QuadraticObjective, bend: float) -> ValueError
 def check_bends(solver: Solver, f: QuadraticObjective, damped: Float[np.ndarray, " p"], w: Tree | None = None) -> None:
     """Raise ValueError where a Hessian bends down: on `damped`, the diagonal of H + lambda I, or along w - w0."""
     assert f.curvature is not None
-    if f.curvature.semidefinite:
+    if f.is_convex:
         return
     least, beyond = float(np.min(damped)), 1e-9 * float(np.max(np.abs(damped)))
     if w is not None:

@@ -56,7 +56,7 @@ class CHITA(Solver):
             nonlocal products, largest
             products += 1
             curved = f.curvature.mv(x)  # type: ignore[union-attr]
-            if not f.curvature.semidefinite:  # type: ignore[union-attr]
+            if not f.is_convex:
                 bend, size = (float(value) for value in _bend(x, curved, f.ridge()))
                 largest = max(largest, size)
                 if bend < -math.sqrt(_tree.coarsest(x)) * largest:

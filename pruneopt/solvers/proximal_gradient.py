@@ -91,7 +91,7 @@ class ProximalGradient(Solver):
         iterated = _streamed if streamed else _iterated
         slope, zero = _slope(model, w), jnp.zeros((), jnp.float64)
         state = _State(w, w, slope, slope, zero + step, zero, jnp.zeros((), jnp.int32), zero + 1)
-        proven = penalty.is_convex and f.gradient is None and f.curvature.semidefinite
+        proven = penalty.is_convex and f.gradient is None and f.is_convex
         done, gap, settled = 0, math.inf, False
         while done < self.iterations and not settled:
             some = min(_CHECKED, self.iterations - done)
