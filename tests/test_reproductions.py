@@ -2,12 +2,15 @@
 
 import json
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import test_checkpoints
 
+from paper_reproductions.benbaki_2023 import mlpnet, retrained, stages
 from paper_reproductions.evci_2020 import run as evci
 from paper_reproductions.frankle_2019 import run as frankle
 from paper_reproductions.frantar_2023 import run as frantar
@@ -136,7 +139,6 @@ def test_what_is_left_of_a_sparse_lenet():
 
 @pytest.mark.slow
 def test_the_scripts_of_sparse_training_run_and_meet_their_counts(folder, optimised, monkeypatch, capsys):
-    monkeypatch.setenv("PRUNEOPT_DATA", str(folder))
     found = evci.main(["--steps", "60"])
     assert {name for name, _ in found} == {"RigL", "SET", "static", "gradual magnitude", "dense"}
     assert found["dense", 0][:2] == ([784, 300, 100], 0.0)
@@ -148,3 +150,43 @@ def test_the_scripts_of_sparse_training_run_and_meet_their_counts(folder, optimi
     monkeypatch.setattr(louizos, "GATE_RATES", {"gates": 1e-3})
     found = louizos.main(["--steps", "30"])
     assert all(100 - error > 30 for _, error, _ in found.values())
+
+
+def figures(printed, name):
+    """The first number of the last line that begins with `name`."""
+    line = [line for line in printed.splitlines() if line.startswith(name)][-1]
+    return float(line.removeprefix(name).split()[0])
+
+
+@pytest.mark.slow
+def test_tables_of_one_stage_run_on_mlpnet(folder, monkeypatch, capsys):
+    methods = ["magnitude", "M-FAC", "CHITA, each step refitted"]
+    words = ["--seeds", "1", "--examples", "60", "--sparsities", "0.5", "--methods", *methods]
+    monkeypatch.setattr(sys, "argv", ["mlpnet.py", *words])
+    mlpnet.main()
+    printed = capsys.readouterr().out.split("Q, the first draw")[0]
+    assert figures(printed, "magnitude") == pytest.approx(93.93, abs=0.01)  # as the paper has it
+    assert all(92 < figures(printed, name) < 95 for name in methods)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["CHITA, each step refitted", "CHITA, 50 iterations"])
+def test_stages_run_on_mlpnet(folder, monkeypatch, capsys, name):
+    few = lambda *given: replace(stages.mlpnet_task(*given), stages=3, groups=40, judged=2)  # noqa: E731
+    monkeypatch.setitem(stages.TASKS, "mlpnet", few)
+    monkeypatch.setattr(sys, "argv", ["stages.py", "--seeds", "1", "--sparsities", "0.5", "--methods", name])
+    stages.main()
+    assert figures(capsys.readouterr().out.split("CPU seconds")[0], name) > 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gradual magnitude", "gradual, Fisher^1/4", "one cut, then Adam"])
+def test_retraining_runs_on_mlpnet(folder, monkeypatch, capsys, name):
+    def few(*given):
+        task, *others = retrained.mlpnet_task(*given)
+        return replace(task, seen=5 * 20 * 64, piece=20), *others
+
+    monkeypatch.setitem(retrained.TASKS, "mlpnet", (few, (name,), (0.8,)))
+    monkeypatch.setattr(sys, "argv", ["retrained.py", "--seeds", "1"])
+    retrained.main()
+    assert figures(capsys.readouterr().out, f"{name} 0.002") > 92
