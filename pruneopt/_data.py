@@ -25,6 +25,22 @@ def examples(batch: Batch) -> int:
     raise ValueError("batches holds a batch without an array; each batch needs arrays whose first axis is examples")
 
 
+def each(batch: Batch, n: int, where: str) -> Batch:
+    """A batch with an entry an example in every leaf: NumPy arrays, and random keys as they are.
+
+    Raises ValueError, naming `where` and the leaves, for an array that its n examples share.
+    """
+    shapes = {path: np.shape(leaf) for path, leaf in _tree.named_leaves(batch)}
+    if any(shape[:1] != (n,) for shape in shapes.values()):
+        listed = ", ".join(f"'{path}' {shape}" for path, shape in list(shapes.items())[:8])
+        raise ValueError(
+            f"{where}: the first axes of its leaves differ ({listed}), and this method takes the examples one by one; "
+            "give each leaf an entry an example, or close fn over what they share"
+        )
+    is_key = lambda leaf: isinstance(leaf, jax.Array) and not _tree.is_array(leaf)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else np.asarray(leaf), batch)
+
+
 class Batches:
     """Checked access to the user's batches.
 

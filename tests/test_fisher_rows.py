@@ -147,6 +147,25 @@ def test_chita_falls_and_is_stationary_on_its_support_after_the_refit():
     assert po.solve(problem, CHITA(1)).status is po.Status.LIMIT
 
 
+@pytest.mark.default_flags
+@pytest.mark.parametrize(
+    "method", ["fisher", "obd", "m_fac", "woodfisher", "kfac_obs", "obs", "cbs", "chita", "global"]
+)
+def test_half_precision_weights_have_curvature_below_their_smallest_number(method):
+    def loss(params, batch):  # gradients of about 1e-4, squares of 1e-8, where float16 ends at 6e-8
+        z = batch @ params["w"].astype(jnp.float32)
+        return 1e-4 * jnp.mean(jnp.sum(z**2, axis=1))
+
+    w, data = tree(1, {"w": (3, 4)}), [np.asarray(tree(2, {"x": (8, 3)})["x"], np.float32)]
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.float16), w)
+    single = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    run = lambda params: po.prune(loss, params, data, Cardinality(count=6), method=method, progress=False)  # noqa: E731
+    got, expected = run(half), run(single)
+    assert got.params["w"].dtype == jnp.float16
+    np.testing.assert_array_equal(got.support["w"], expected.support["w"])
+    np.testing.assert_allclose(got.params["w"], expected.params["w"], rtol=2e-3, atol=1e-3)
+
+
 def test_what_they_cannot_do_is_refused():
     fine = model(damping=0.1)
     for f, solver, message in (

@@ -86,6 +86,19 @@ def test_gradients_are_the_same_to_the_bit_however_the_data_is_cut(sizes, monkey
     np.testing.assert_allclose(ravel_pytree(diagonal.values)[0], np.diag(dense(tree(1))), rtol=1e-12)
 
 
+def test_each_example_may_have_a_key_of_its_own():
+    def loss(params, batch):
+        x, y, keys = batch
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (2,)))(keys)
+        return tiny_loss(params, (jnp.where(kept, x, jnp.zeros_like(x)), y))
+
+    x, y = tiny_batches()[0]
+    keys = jax.random.split(jax.random.key(0), 10)
+    batches = [(x[:4], y[:4], keys[:4]), (x[4:], y[4:], keys[4:])]
+    expected = single_gradients(loss, tree(1), (x, y, keys))
+    np.testing.assert_allclose(empirical_fisher(loss, tree(1), batches, BOTH).gradients, expected, rtol=1e-12)
+
+
 @pytest.mark.default_flags
 def test_single_precision_and_bfloat16():
     params = tree(1)
@@ -161,6 +174,15 @@ def poisoned():
     return batches
 
 
+def weighted_loss(params, batch):
+    return tiny_loss(params, (batch["x"], batch["y"])) * batch["shared"][0]
+
+
+def shared_batch():
+    x, y = tiny_batches()[0]
+    return {"x": x, "y": y, "shared": np.ones(3)}
+
+
 def low_rank(**k):
     return LowRank.checked(jnp.ones((2, 12)), tree(1), **k)
 
@@ -179,6 +201,10 @@ REFUSED = {
     "too large": (
         lambda: empirical_fisher(tiny_loss, tree(1), tiny_batches(), BOTH, memory=100),
         ("960 bytes", "10 x 12", "bfloat16", "memory="),
+    ),
+    "an array that the examples share": (
+        lambda: empirical_fisher(weighted_loss, tree(1), [shared_batch()], BOTH),
+        ("batch 0", "'shared' (3,)", "close fn over"),
     ),
     "integer gradients": (
         lambda: empirical_fisher(tiny_loss, tree(1), tiny_batches(), BOTH, dtype=jnp.int32),

@@ -114,6 +114,15 @@ def test_sensitivity_is_the_loss_of_each_leaf_pruned_alone():
     assert len(got.plot().get_lines()) == 3
 
 
+def test_sensitivity_to_a_leaf_does_not_see_what_a_method_moved_elsewhere():
+    params, data = tree(1, SHAPES), tiny_batches((4, 6))
+    got = po.plans.sensitivity(tiny_loss, params, data, (0.5,), method="m_fac", progress=False)
+    for name in params:
+        constraint = Cardinality(sparsity=0.5)
+        alone = po.prune(tiny_loss, params, data, constraint, method="m_fac", leaves=[name], progress=False)
+        assert got.losses[name][0] == pytest.approx(float(tiny_loss(alone.params, tiny_batches()[0])), rel=1e-9)
+
+
 def test_recalibration_finds_the_mean_whatever_the_momentum_and_the_old_value():
     params = {"w": jnp.ones((2, 2)), "bn": {"mean": jnp.full(2, 7.0), "var": jnp.full(2, 9.0), "scale": jnp.ones(2)}}
     data = [jnp.asarray(x) for x in np.split(np.random.default_rng(0).standard_normal((10, 2)), [4, 7])]
@@ -147,6 +156,21 @@ def test_lossless_removes_the_free_weights_and_keeps_the_tolerance():
     assert loose.kept < free.kept
     assert loss.value(loose.params) <= loss.value(params) + 0.5
     assert loose.history[0]["count"] == 24
+
+
+def test_lossless_gives_back_the_trained_weights_where_a_method_only_raises_the_loss():
+    def rising(params, batch):
+        return jnp.mean(batch[0][:, 0] ** 2) * jnp.sum(jnp.abs(params["a"] - trained["a"]))
+
+    def wrong(fn, params, batches, leaves, key):  # a model whose minimum is elsewhere, even with nothing removed
+        center = {"a": params["a"], "b": None}
+        return po.objectives.Quadratic(center, po.curvature.Identity(), {"a": jnp.ones((2, 16)), "b": None})
+
+    trained = tree(1, SHAPES)
+    row = po.plans.Method(wrong, po.solvers.GlobalADMM(), "a test")
+    got = po.plans.lossless(rising, trained, tiny_batches(), method=row, leaves="a", progress=False)
+    assert (got.kept, got.history[-1]["rise"] > 0) == (32, True)
+    np.testing.assert_array_equal(got.params["a"], trained["a"])
 
 
 def test_the_bar_is_off_by_a_keyword(capsys):

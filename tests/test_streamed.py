@@ -146,6 +146,26 @@ def test_an_indefinite_hessian_is_refused_where_a_minimum_is_sought(solver):
 
 
 @pytest.mark.default_flags
+def test_a_function_that_fixes_float32_within_is_taken_in_its_own_precision():
+    def recurrent(params, batch):  # its state is float32 whatever comes in
+        step = lambda h, _: (jnp.tanh(batch[0] @ params["a"] + h), None)  # noqa: E731
+        h, _ = jax.lax.scan(step, jnp.zeros((batch[0].shape[0], 4), jnp.float32), length=2)
+        return h @ params["b"]
+
+    def loss(params, batch):
+        return squares(recurrent(params, batch), batch)
+
+    d, data = tree(5), tiny_batches((4, 6))
+    zero = jax.tree.map(jnp.zeros_like, d)
+    network = GaussNewton.of(recurrent, squares, tree(1), data, BOTH)
+    for h in (Hessian.of(loss, tree(1), data, BOTH), network):
+        product = flat(h.mv(d))[0]
+        assert h.form(d, zero, 0.0) == pytest.approx(float(flat(d)[0] @ product), rel=1e-5)
+        np.testing.assert_allclose(flat(Quadratic(zero, h).slope(d))[0], product, rtol=1e-4, atol=1e-6)
+    assert not network.semidefinite  # for all that is known
+
+
+@pytest.mark.default_flags
 def test_form_is_float64_and_products_are_float32_in_the_default_mode():
     h = Hessian.of(tiny_loss, tree(1), tiny_batches((4, 6)), BOTH)
     d = tree(2)

@@ -30,7 +30,8 @@ class Curvature(abc.ABC):
 
     @abc.abstractmethod
     def diagonal(self, like: Tree) -> Tree:
-        """The diagonal of H: for each leaf of `like` an array that broadcasts to its shape."""
+        """The diagonal of H: for each leaf of `like` an array that broadcasts to its shape, float32 at least:
+        squares of gradients that a half-precision weight sees are often below its smallest number."""
 
     @abc.abstractmethod
     def form(self, w: Tree, center: Tree, ridge: float) -> float:

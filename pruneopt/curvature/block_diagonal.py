@@ -70,7 +70,7 @@ class BlockDiagonal(Curvature):
     def diagonal(self, like: Tree) -> Tree:
         """The blocks' diagonals plus the ridge."""
         parts = [np.diagonal(stack, axis1=1, axis2=2) + self.ridge for stack in self.stacks]
-        return self.layout.tree(jnp.asarray(self._joined(parts)), like)
+        return self.layout.tree(jnp.asarray(self._joined(parts)), _tree.wide_shapes(like))
 
     def form(self, w: Tree, center: Tree, ridge: float) -> float:
         """<d, (H + ridge I) d>, d = w - center, in float64."""

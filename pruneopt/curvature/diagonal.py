@@ -56,7 +56,7 @@ class Identity(Curvature):
 
     def diagonal(self, like: Tree) -> Tree:
         """Ones, as scalars."""
-        return jax.tree.map(lambda x: jnp.ones((), x.dtype), like)
+        return jax.tree.map(lambda x: jnp.ones((), _tree.wide(x.dtype)), like)
 
     def form(self, w: Tree, center: Tree, ridge: float) -> float:
         """(1 + ridge) ||w - center||^2."""

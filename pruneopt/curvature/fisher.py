@@ -36,7 +36,8 @@ def empirical_fisher(
 ) -> LowRank:
     """F = 1/n sum_i g_i g_i^T + ridge I with g_i the gradient of example i's loss at `params`; n examples in all.
 
-    loss: (params, batch) -> scalar, a mean over examples; it is called on batches of one example.
+    loss: (params, batch) -> scalar, a mean over examples; it is called on batches of one example, so every array of a
+        batch has an entry an example, keys included.
     leaves: which leaves of `params` are differentiated (default: the prunable ones); None elsewhere.
     dtype: of the n x p gradients: float32 (float64 for float64 leaves) or bfloat16, half the memory at 3 digits.
 
@@ -44,7 +45,8 @@ def empirical_fisher(
     examples at a time and written into place: peak memory is that of the gradients and 16 MiB a chunk. Two passes over
     `batches`. Bit for bit the same however the data is batched.
     Raises ValueError for a loss that is not scalar, fewer than 2 examples, gradients of more than `memory` bytes, a NaN
-    or an infinity in a gradient (naming the batch and the leaf), unusable batches.
+    or an infinity in a gradient (naming the batch and the leaf), an array that is not one entry an example, unusable
+    batches.
     Source: Martens 2020, section 11; Singh and Alistarh 2020 (WoodFisher).
     """
     check_ridge(ridge)
@@ -117,9 +119,9 @@ def _chunks(stream: _data.Batches, size: int) -> Iterator[tuple[Any, list[int], 
     """
     held, origin, new = None, [], 0
     for index, batch in enumerate(stream):
-        batch = jax.tree.map(np.asarray, batch)
-        held = batch if held is None else jax.tree.map(lambda a, b: np.concatenate([a, b]), held, batch)
         more = _data.examples(batch)
+        batch = _data.each(batch, more, f"{stream.name}: batch {index}")
+        held = batch if held is None else jax.tree.map(_joined, held, batch)
         origin, new = origin + [index] * more, new + more
         while new >= size:
             first = len(origin) - new
@@ -129,6 +131,11 @@ def _chunks(stream: _data.Batches, size: int) -> Iterator[tuple[Any, list[int], 
             held, origin = jax.tree.map(lambda x, at=keep: x[at:], held), origin[keep:]
     if new:
         yield jax.tree.map(lambda x: x[-size:], held), origin[-size:], new
+
+
+def _joined(a: Any, b: Any) -> Any:
+    """Entries of examples one after another, on the host but for keys."""
+    return jnp.concatenate([a, b]) if isinstance(a, jax.Array) else np.concatenate([a, b])
 
 
 def _check(finite: Array, origin: list[int], found: list[Array], layout: _tree.Layout) -> None:

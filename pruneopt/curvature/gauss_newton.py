@@ -63,9 +63,15 @@ class GaussNewton(Streamed):
     def semidefinite(self) -> bool:
         """Whether H_L is, at the outputs of every example: its least eigenvalue against its largest entry, in float64.
 
-        A mean over examples has a block of H_L for each of them. Another loss, or more than 128 outputs an example, is
-        not known to be convex. One pass through the network.
+        A mean over examples has a block of H_L for each of them. Another loss, more than 128 outputs an example, or a
+        network that fixes float32 within, is not known to be convex. One pass through the network.
         """
+        try:
+            return self._bends_up()
+        except TypeError:  # it cannot be traced in float64
+            return False
+
+    def _bends_up(self) -> bool:
         least = largest = 0.0
         with jax.enable_x64(True):
             chosen, rest = widened(self.chosen), widened(self.rest)

@@ -87,7 +87,7 @@ class Kronecker(Curvature):
         """diag(A) diag(S)^T plus the ridge."""
         of = lambda m: np.diagonal(m, axis1=1, axis2=2)  # noqa: E731
         parts = [of(a)[:, :, None] * of(s)[:, None] for a, s in zip(self.inputs, self.outputs, strict=True)]
-        return self.layout.tree(jnp.asarray(self._joined(parts) + self.ridge), like)
+        return self.layout.tree(jnp.asarray(self._joined(parts) + self.ridge), _tree.wide_shapes(like))
 
     def form(self, w: Tree, center: Tree, ridge: float) -> float:
         """<d, (H + ridge I) d>, d = w - center, in float64."""

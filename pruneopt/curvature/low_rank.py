@@ -190,7 +190,7 @@ def _product(h: LowRank, direction: Tree) -> Tree:
 def _diagonal(h: LowRank, like: Tree) -> Tree:
     g, wide = h.gradients, _tree.wide(h.gradients.dtype)
     squares = _over_rows(jnp.square, g, jnp.zeros(g.shape[1], wide))
-    return h.layout.tree(squares / jnp.asarray(h.n, wide) + jnp.asarray(h.ridge, wide), like)
+    return h.layout.tree(squares / jnp.asarray(h.n, wide) + jnp.asarray(h.ridge, wide), _tree.wide_shapes(like))
 
 
 def _over_rows(fn: Any, g: Array, zero: Array) -> Array:

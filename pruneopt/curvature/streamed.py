@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -70,10 +70,13 @@ class Streamed(Curvature):
         for start in range(0, probes, _COLUMNS):
             signs = _signs(keys[start : start + _COLUMNS], total)
             total = total + jnp.sum(signs * self._products(signs), axis=0)
-        return Diagonal(self.layout.tree(total / jnp.asarray(probes, total.dtype), self.chosen))
+        return Diagonal(self.layout.tree(total / jnp.asarray(probes, total.dtype), _tree.wide_shapes(self.chosen)))
 
     def form(self, w: Tree, center: Tree, ridge: float) -> float:
-        """<d, (H + ridge I) d>, d = w - center, with the function, its data and d in float64."""
+        """<d, (H + ridge I) d>, d = w - center, with the function, its data and d in float64.
+
+        A function that cannot be traced in float64, because it fixes float32 within, is taken in its own precision.
+        """
         with jax.enable_x64(True):
             d = self.layout.host(w) - self.layout.host(center)
             return float(d @ np.asarray(self._products(jnp.asarray(d)[None]))[0] + ridge * d @ d)
@@ -129,13 +132,25 @@ class Streamed(Curvature):
         return _tree.widest(self.chosen)
 
     def _products(self, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
-        """Mean over the examples, in the dtype of `rows`; in float64 all that is floating becomes float64."""
-        wider = rows.dtype == jnp.float64
-        chosen, rest = (widened(t) if wider else t for t in (self.chosen, self.rest))
+        """Mean over the examples, in the dtype of `rows`; in float64 all that is floating becomes float64.
+
+        A function that fixes its dtype within, as the carry of a scan may, has no float64: it is then taken as it is.
+        """
+        if rows.dtype != jnp.float64:
+            return self._products_of(rows, lambda tree: tree)
+        try:
+            return self._products_of(rows, widened)
+        except TypeError:
+            with jax.enable_x64(False):
+                found = self._products_of(_narrowed(rows), _narrowed)
+            return jnp.asarray(found, jnp.float64)
+
+    def _products_of(self, rows: Float[Array, "k p"], cast: Callable[[Tree], Tree]) -> Float[Array, "k p"]:
+        chosen, rest = cast(self.chosen), cast(self.rest)
         total, n = None, 0
         for index, batch in enumerate(self.batches):
             size = _data.examples(batch)
-            part = self.on_batch(chosen, rest, widened(batch) if wider else batch, rows)
+            part = self.on_batch(chosen, rest, cast(batch), rows)
             if not bool(jnp.all(jnp.isfinite(part))):
                 if not bool(jnp.all(jnp.abs(rows) < 1e15)):
                     raise ValueError(
@@ -169,3 +184,9 @@ def widened(tree: Tree) -> Tree:
     """Floating arrays in float64."""
     is_narrow = lambda x: _tree.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
     return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float64) if is_narrow(x) else x, tree)
+
+
+def _narrowed(tree: Tree) -> Tree:
+    """Arrays in float64 in float32."""
+    is_wide = lambda x: _tree.is_array(x) and x.dtype == np.float64  # noqa: E731
+    return jax.tree.map(lambda x: np.asarray(x, np.float32) if is_wide(x) else x, tree)

@@ -100,10 +100,11 @@ def softmax_fisher(
 
     def with_classes() -> Iterator[tuple[Any, np.ndarray]]:
         for batch in stream:
-            whole = jax.tree.map(np.asarray, batch)
-            for at in range(0, n := _data.examples(batch), _PIECE):
+            whole = _data.each(batch, n := _data.examples(batch), stream.name)
+            for at in range(0, n, _PIECE):
                 size = min(_PIECE, n - at)
-                repeated = jax.tree.map(lambda x, at=at: np.repeat(x[at : at + _PIECE], classes, axis=0), whole)
+                which = at + np.arange(size * classes) // classes
+                repeated = jax.tree.map(lambda x, which=which: x[which], whole)
                 yield repeated, np.tile(np.arange(classes, dtype=np.int32), size)
 
     return empirical_fisher(_Weighted(model), params, with_classes, leaves, ridge=ridge, dtype=dtype, memory=memory)

@@ -82,16 +82,14 @@ class QuadraticObjective(Objective):
             return jax.tree.map(lambda x: np.asarray(x, np.float64), slope)
 
     def ridge(self) -> jax.Array:
-        """lambda = damping * mean(diag H), a scalar of the curvature's dtype."""
+        """lambda = damping * mean(diag H), a scalar in float32, or float64 for a curvature in float64."""
         leaves = jax.tree.leaves(self.center)
         if self.curvature is None or self.damping == 0:
-            return jnp.zeros((), leaves[0].dtype)
-        total, n = 0.0, 0
+            return jnp.zeros((), _tree.widest(leaves))
         diagonal = jax.tree.leaves(self.curvature.diagonal(self.center))
-        for h, w in zip(diagonal, leaves, strict=True):
-            total = total + jnp.mean(h) * w.size
-            n += w.size
-        return jnp.asarray(self.damping * total / n, diagonal[0].dtype)
+        dtype = _tree.widest(diagonal)
+        total = sum(jnp.mean(h.astype(dtype)) * w.size for h, w in zip(diagonal, leaves, strict=True))
+        return jnp.asarray(self.damping * total / sum(w.size for w in leaves), dtype)
 
     @property
     def is_separable(self) -> bool:
@@ -154,7 +152,7 @@ def _saliency(center: Tree, gradient: Tree | None, diagonal: Tree | None, ridge:
 
         def curved(w: jax.Array, h: jax.Array) -> jax.Array:
             w = wide(w)
-            return jnp.asarray(0.5, w.dtype) * (h + ridge.astype(h.dtype)).astype(w.dtype) * w * w
+            return jnp.asarray(0.5, w.dtype) * (h.astype(w.dtype) + ridge.astype(w.dtype)) * w * w
 
         scores = jax.tree.map(curved, center, diagonal)
     if gradient is not None:

@@ -16,6 +16,7 @@ from pruneopt.plans.methods import method as row_of
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution
 from pruneopt.solve import solve
+from pruneopt.solvers.score import Score
 from pruneopt.structure.leaves import Choice, as_key, check_finite, combine, partition
 
 Tree = Any
@@ -37,7 +38,8 @@ def lossless(
 
     fn: loss(params, batch) -> scalar, a mean over examples; the rise is measured on `batches`, in the loss's unit.
     The count is found by bisection (log2 of the number of weights evaluations), so a smaller count that happens to
-    meet the tolerance below one that does not may be missed; the result itself is always measured to meet it.
+    meet the tolerance below one that does not may be missed; the result itself is always measured to meet it. Where
+    none does, the trained weights come back.
     floor: weights to keep in each leaf. `history` holds each count tried with its loss.
     Raises ValueError for a negative or non-finite tolerance, and what `prune` raises.
     """
@@ -57,7 +59,8 @@ def lossless(
 
     total = _tree.size(chosen)
     low = sum(min(floor, leaf.size) for leaf in jax.tree.leaves(chosen))
-    high, best, history = total, at(total), []
+    dense_weights = solve(Problem(model, subject_to=Cardinality(count=total)), Score("random"))
+    high, best, history = total, dense_weights, []
     with tqdm(total=(total - low).bit_length(), desc="lossless", unit="try", disable=not progress) as bar:
         while low < high:
             count = (low + high) // 2

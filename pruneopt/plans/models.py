@@ -92,7 +92,9 @@ def fisher_step(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Ar
     """
     chosen = partition(params, leaves)[0]
     fisher = _bends(empirical_fisher(fn, params, batches, leaves), chosen)
-    gradient = fisher.layout.tree(jnp.mean(fisher.gradients, axis=0), chosen)
+    gradient = fisher.layout.tree(
+        jnp.mean(fisher.gradients, axis=0, dtype=_tree.widest(chosen)), _tree.wide_shapes(chosen)
+    )
     return Quadratic(chosen, fisher, gradient, damping=0.1)
 
 
@@ -133,7 +135,7 @@ def channel_factors(fn: Any, params: Tree, batches: Any, leaves: Choice, key: ja
         along = bend * np.diagonal(np.asarray(s), axis1=1, axis2=2)[:, None] / np.where(size > 0, size, 1.0)
         values[np.asarray(at)] = along
     _not_zero(values, "the Fisher of fn", "magnitude")
-    return Quadratic(chosen, Diagonal(jax.tree.map(jnp.asarray, h.layout.tree(values, chosen))))
+    return Quadratic(chosen, Diagonal(jax.tree.map(jnp.asarray, h.layout.tree(values, _tree.wide_shapes(chosen)))))
 
 
 def gradient_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:

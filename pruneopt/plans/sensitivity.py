@@ -16,6 +16,7 @@ from pruneopt.plans.methods import Method
 from pruneopt.plans.methods import method as row_of
 from pruneopt.problem import Problem
 from pruneopt.solve import solve
+from pruneopt.solvers.score import Score
 from pruneopt.structure.leaves import Choice, as_key, check_finite, partition
 
 Tree = Any
@@ -66,7 +67,8 @@ def sensitivity(
     """The mean loss with one leaf pruned to each of `levels` by `method`, all others dense.
 
     fn: loss(params, batch) -> scalar, a mean over examples. levels: sparsities in [0, 1). The method's model is built
-    once, at the dense weights. Raises what `prune` raises.
+    at the dense weights: once where the method ranks weights, for each leaf where it moves them to make up for what
+    goes, since that depends on what else goes. Raises what `prune` raises.
     Source: Han et al. 2015, section 3.4.
     """
     levels = tuple(float(level) for level in levels)
@@ -79,14 +81,17 @@ def sensitivity(
     dense = loss.finite_value(chosen)
     row = row_of(method)
     key = as_key(key)
-    model = row.model(fn, params, loss.stream, leaves, key)
-    cut = [solve(Problem(model, subject_to=c), row.solver, key=key).value for c in constraints]
+
+    def pruned(which: Choice) -> list[dict[str, Any]]:
+        model = row.model(fn, params, loss.stream, which, key)
+        found = [solve(Problem(model, subject_to=c), row.solver, key=key).value for c in constraints]
+        return [dict(_tree.named_leaves(value)) for value in found]
+
     paths = [path for path, _ in _tree.named_leaves(chosen)]
+    together = pruned(leaves) if isinstance(row.solver, Score) else None
     losses: dict[str, tuple[float, ...]] = {}
     for path in tqdm(paths, desc="sensitivity", unit="leaf", disable=not progress):
-        alone = [
-            _tree.map_named(lambda name, dense, pruned, p=path: pruned if name == p else dense, chosen, value)
-            for value in cut
-        ]
+        cut = pruned(lambda name, _, p=path: name == p) if together is None else together
+        alone = [_tree.map_named(lambda name, w, c=c, p=path: c[p] if name == p else w, chosen) for c in cut]
         losses[path] = tuple(loss.value(w) for w in alone)
     return Sensitivity(levels, losses, dense)

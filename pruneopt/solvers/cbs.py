@@ -172,8 +172,7 @@ class _Model(NamedTuple):
 
     def tree(self, vector: Flat) -> Tree:
         """The tree of a vector, in the weights' dtypes, float32 at least."""
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, _tree.wide(x.dtype)), self.f.center)
-        return jax.tree.map(jnp.asarray, self.layout.tree(vector, like))
+        return jax.tree.map(jnp.asarray, self.layout.tree(vector, _tree.wide_shapes(self.f.center)))
 
     def at(self, support: Bool[np.ndarray, " p"]) -> _Point:
         """The objective with what is outside `support` at zero."""

@@ -63,8 +63,10 @@ class CHITA(Solver):
                     raise indefinite(self, f, bend)
             return curved
 
+        center = _wide(f.center)
+
         def at(w: Tree, support: Tree) -> _Point:
-            change = _minus(w, f.center)
+            change = _minus(w, center)
             value, slope = _judged(change, product(change), f.gradient, f.ridge())
             return _Point(w, support, slope, float(value))
 
@@ -72,7 +74,8 @@ class CHITA(Solver):
             return at(*_projected(constraint, _step(point.w, point.slope, length)))
 
         feasible = init is not None and problem.violation(init.support) == 0
-        point = at(init.value, init.support) if init and feasible else at(*_projected(constraint, f.center))
+        start = (init.value, init.support) if init and feasible else _projected(constraint, f.center)
+        point = at(_wide(start[0]), start[1])
         settled, done = False, 0
         while not settled and done < self.iterations:
             done += 1
@@ -81,7 +84,9 @@ class CHITA(Solver):
             best = _searched(point, float(length), stepped)
             settled = point.value - best.value <= self.tolerance * abs(point.value)
             point = best
-        return Outcome(point.w, point.support, not settled, stats={"iterations": done, "products": products})
+        found = (_like(point.w, f.center), point.support)
+        value, support = min(found, start, key=lambda pair: f.value(pair[0]))  # rounded to the weights' dtype
+        return Outcome(value, support, not settled, stats={"iterations": done, "products": products})
 
 
 class _Point(NamedTuple):
@@ -117,6 +122,16 @@ def _projected(constraint: Constraint, w: Tree) -> tuple[Tree, Tree]:
 @jax.jit
 def _squared(w: Tree) -> Tree:
     return jax.tree.map(lambda x: jnp.square(x.astype(_tree.wide(x.dtype))), w)
+
+
+@jax.jit
+def _wide(w: Tree) -> Tree:
+    return jax.tree.map(lambda x: x.astype(_tree.wide(x.dtype)), w)
+
+
+@jax.jit
+def _like(w: Tree, like: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), w, like)
 
 
 @jax.jit

@@ -110,13 +110,12 @@ class _Scaled:
         diagonal: Any = f.curvature.diagonal(f.center)
         self.diagonal = np.concatenate([np.ravel(h) for h in jax.tree.leaves(diagonal)]) + float(self._ridge)
         self.dense, self.scale, self.slope = _scaled(f.center, diagonal, f.gradient, self._ridge)
-        self._like = f.center
 
     def product(self, rho: float, mask: Tree | None = None) -> Product:
         """u -> (A + rho I) u, on the mask."""
 
         def of(u: Tree) -> Tree:
-            curved = self._h.mv(_unscaled(u, self.scale, self._like))
+            curved = self._h.mv(_unscaled(u, self.scale))
             return _curved(u, curved, self.scale, self._ridge, rho, mask)
 
         return of
@@ -146,7 +145,7 @@ def _fixed_point(scaled: _Scaled, init: Start, rho: float) -> Tree:
 def _scaled(center: Tree, diagonal: Tree, gradient: Tree | None, ridge: Array) -> tuple[Tree, Tree, Tree]:
     """(B0, sqrt(s), g / sqrt(s)); where s vanishes it is a millionth of its mean, so that B stays defined."""
     wide = jax.tree.map(lambda w: w.astype(_tree.wide(w.dtype)), center)
-    s = jax.tree.map(lambda w, h: jnp.broadcast_to((h + ridge).astype(w.dtype), w.shape), wide, diagonal)
+    s = jax.tree.map(lambda w, h: jnp.broadcast_to(h.astype(w.dtype) + ridge.astype(w.dtype), w.shape), wide, diagonal)
     leaves = jax.tree.leaves(s)
     mean = sum(jnp.sum(x) for x in leaves) / jnp.asarray(sum(x.size for x in leaves), leaves[0].dtype)
     mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
@@ -160,8 +159,8 @@ def _scaled(center: Tree, diagonal: Tree, gradient: Tree | None, ridge: Array) -
 
 
 @jax.jit
-def _unscaled(u: Tree, scale: Tree, like: Tree) -> Tree:
-    return jax.tree.map(lambda x, s, w: (x / s).astype(w.dtype), u, scale, like)
+def _unscaled(u: Tree, scale: Tree) -> Tree:
+    return jax.tree.map(jnp.divide, u, scale)
 
 
 @jax.jit

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from jaxtyping import Array
 
 from pruneopt import _tree
 from pruneopt.constraints.support import Support
@@ -88,7 +89,12 @@ def _newton(f: QuadraticObjective) -> Tree:
     assert f.curvature is not None
     assert f.gradient is not None
     diagonal, ridge = f.curvature.diagonal(f.center), f.ridge()
-    return jax.tree.map(lambda w, g, h: w - g / (h + ridge), f.center, f.gradient, diagonal)
+
+    def one(w: Array, g: Array, h: Array) -> Array:
+        wide = _tree.wide(w.dtype)
+        return (w.astype(wide) - g.astype(wide) / (h.astype(wide) + ridge.astype(wide))).astype(w.dtype)
+
+    return jax.tree.map(one, f.center, f.gradient, diagonal)
 
 
 def _low_rank_refit(f: QuadraticObjective, h: LowRank, support: Tree) -> Tree:
