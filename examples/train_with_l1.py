@@ -34,22 +34,19 @@ parser.add_argument("--groups", action="store_true", help="a group lasso over fi
 parser.add_argument("--toy", action="store_true", help="few steps: to see that it runs")
 parser.add_argument("--out", type=Path, help="of the picture")
 args = parser.parse_args()
-args.steps = 40 if args.toy else args.steps
-name = "train_with_group_lasso" if args.groups else "train_with_l1"
-out = args.out or Path(__file__).parent / "pictures" / f"{name}.png"
-
+steps = 40 if args.toy else args.steps
 x, y, x_test, y_test = datasets.load(args.data, args.data_dir)
 n, rng = len(x) - max(1, len(x) // 600) * 100, np.random.default_rng(0)  # the rest is held out
+calibration = [(jnp.asarray(x[i : i + 100]), jnp.asarray(y[i : i + 100])) for i in range(0, 400, 100)]
 params = init(*x.shape[1:], 8)
 
 if args.groups:  # a penalty that ties weights together wants an optimiser without a metric
     leaves = ["conv*/kernel", "linear1/kernel"]  # not the ten outputs
     penalty = GroupLasso(args.weight or 0.03, Partition.slices(partition(params, leaves)[0], axis=-1))
-    rate = optax.cosine_decay_schedule(0.1, args.steps)
+    rate = optax.cosine_decay_schedule(0.1, steps)
     optimizer = training.proximal(optax.sgd(rate), penalty, rate, leaves=leaves)
 else:
-    rate = optax.cosine_decay_schedule(0.003, args.steps)
-    penalty = L1(args.weight or 0.02)
+    rate, penalty = optax.cosine_decay_schedule(0.003, steps), L1(args.weight or 0.02)
     optimizer = training.proximal(optax.adam(rate), penalty, rate, metric=training.adam_metric())
 
 
@@ -63,28 +60,21 @@ def step(params, state, images, labels):
 
 def accuracy(params, x, y):
     """Percent right, with batch-norm statistics estimated anew."""
-    params = plans.recalibrate(statistics, params, [(jnp.asarray(x_), jnp.asarray(y_)) for x_, y_ in calibration])
+    params = plans.recalibrate(statistics, params, calibration)
     return 100 * sum(int(hits(params, (x[i : i + 100], y[i : i + 100]))) for i in range(0, len(y), 100)) / len(y)
 
 
-calibration = [(x[i : i + 100], y[i : i + 100]) for i in range(0, 400, 100)]
 state, trace = optimizer.init(params), []
-bar = trange(args.steps, desc="train")
-for i in bar:
+for i in (bar := trange(steps, desc="train")):
     pick = rng.integers(0, n, 50)
     params, state = step(params, state, x[pick], y[pick])
-    if i % max(1, args.steps // 50) == 0 or i == args.steps - 1:
-        done = optimizer.finish(params, state)
-        trace.append((i + 1, 100 * done.sparsity, accuracy(params, x[n:], y[n:])))
+    if i % max(1, steps // 50) == 0 or i == steps - 1:
+        shrunk = optimizer.finish(params, state)
+        trace.append((i + 1, 100 * shrunk.sparsity, accuracy(params, x[n:], y[n:])))
         bar.set_postfix(sparsity=f"{trace[-1][1]:.1f}%", accuracy=f"{trace[-1][2]:.1f}%")
-shrunk = optimizer.finish(params, state)
-
-
-def shuffled():
-    return ((x[p], y[p]) for p in (rng.integers(0, n, 50) for _ in range(args.steps // 2)))
-
 
 # Debias: without the penalty, on the support it found (groups), or on that cut to the count asked for (L1).
+shuffled = lambda: ((x[p], y[p]) for p in (rng.integers(0, n, 50) for _ in range(steps // 2)))  # noqa: E731
 tune = plans.retrain(train_loss, shuffled, optax.adam(1e-3), has_updates=True)
 if args.groups:
     final = po.Pruned(tune(params, shrunk.support), shrunk.support)
@@ -96,20 +86,14 @@ for title, done in (("with the penalty", shrunk), ("retrained without it", final
 for path, mask in jax.tree_util.tree_leaves_with_path(final.support):
     alive = np.asarray(mask).reshape(-1, mask.shape[-1]).any(0)
     print(f"  {jax.tree_util.keystr(path, simple=True, separator='/'):16} {alive.sum()} of {len(alive)} outputs live")
-
-trace.append((args.steps + args.steps // 2, 100 * final.sparsity, accuracy(final.params, x[n:], y[n:])))
-steps, sparsity, scores = zip(*trace, strict=True)
+trace.append((steps + steps // 2, 100 * final.sparsity, accuracy(final.params, x[n:], y[n:])))
 figure = Figure(figsize=(7, 4), layout="constrained")
-left = figure.subplots()
-left.plot(steps[:-1], sparsity[:-1], "C0", steps[-2:], sparsity[-2:], "C0:o")
-left.axvline(args.steps, color="0.8", zorder=0)
-left.text(args.steps, 3, " cut, retrain" if not args.groups else " retrain", color="0.5")
-left.set(xlabel="step", ylim=(0, 100), title=f"{type(penalty).__name__} by proximal steps, {args.data}")
-left.set_ylabel("zeros among the penalised weights (%)", color="C0")
-right = left.twinx()
-right.plot(steps[:-1], scores[:-1], "C1", steps[-2:], scores[-2:], "C1:o")
-right.set_ylabel("held-out accuracy (%)", color="C1")
-right.set_ylim(0, 100)
+axes = figure.subplots()
+axes.plot([t[0] for t in trace], [t[1:] for t in trace], label=("zeros among the penalised", "held-out accuracy"))
+axes.axvline(steps, color="0.8", zorder=0, label="retraining" if args.groups else "cut, then retraining")
+axes.set(xlabel="step", ylabel="%", ylim=(0, 100), title=f"{type(penalty).__name__} by proximal steps, {args.data}")
+axes.legend()
+out = args.out or Path(__file__).parent / f"pictures/train_with_{'group_lasso' if args.groups else 'l1'}.png"
 out.parent.mkdir(parents=True, exist_ok=True)
 figure.savefig(out, dpi=120)
 print(f"picture: {out}")

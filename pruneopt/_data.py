@@ -115,8 +115,13 @@ class Batches:
             n += size
         return _scaled(total, 1.0 / n)
 
-    def finite_mean(self, fn: Callable[[Batch], Any], what: str) -> Any:
-        """`mean`, or ValueError for a NaN or an infinity, naming `what`, the batch and the leaf, by another pass."""
+    def finite_mean(
+        self, fn: Callable[[Batch], Any], what: str, check: Callable[[Batch, str], None] = lambda batch, where: None
+    ) -> Any:
+        """`mean`, or ValueError for a NaN or an infinity, naming `what`, the batch and the leaf, by another pass.
+
+        check: raises first where that batch, as it is called, has something worse to say.
+        """
         mean = self.mean(fn)
         path = _tree.first_nonfinite(mean)
         if path is None:
@@ -124,6 +129,7 @@ class Batches:
         for index, batch in enumerate(self):
             found = _tree.first_nonfinite(fn(batch))
             if found is not None:
+                check(batch, f"{self._name}: batch {index}")
                 raise ValueError(
                     f"{self._name}: batch {index}: {what} holds a NaN or an infinity in leaf '{found}'; repair that "
                     "batch, or the loss there"

@@ -199,7 +199,7 @@ CASES = {
     "NaN in a leaf that is only read": (
         lambda: prune(nan_at(params(), "b1"), method="taylor"),
         ValueError,
-        ("gradient of fn", "NaN"),
+        ("batches: batch 0: fn returns nan", "repair"),
     ),
     "NaN in a batch": (
         lambda: prune(data=[*batches(1), (jnp.full((5, 4), jnp.nan), jnp.zeros((5, 2)))], method="taylor"),
@@ -211,11 +211,16 @@ CASES = {
         ValueError,
         ("gradient of fn", "NaN", "'w1'"),
     ),
-    "NaN of the loss on one batch": (
-        lambda: prune(fn=nan_above, data=[*batches(), (batches(1)[0][0] + 99, batches(1)[0][1])], method="snip"),
-        ValueError,
-        ("batches", "batch 2", "gradient of fn", "NaN"),
-    ),
+    **{
+        f"NaN of the loss on one batch, {method}": (
+            lambda method=method: prune(
+                fn=nan_above, data=[*batches(), (batches(1)[0][0] + 99, batches(1)[0][1])], method=method
+            ),
+            ValueError,
+            ("batches: batch 2: fn returns nan at the given params; repair that batch",),
+        )
+        for method in ("snip", "grasp", "obd", "fisher", "m_fac", "kfac_obd", "hap", "kfac_channels")
+    },
     **{
         f"Fisher of zero, {method}": (
             lambda method=method: prune(fn=lambda p, b: 0 * loss(p, b), method=method),

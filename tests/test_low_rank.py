@@ -163,8 +163,12 @@ def test_blocks_and_dense_are_the_matrix_by_autodiff():
 
 
 def bad_loss(params, batch):
-    x, _ = batch
-    return tiny_loss(params, batch) + jnp.where(jnp.max(x) > 90, jnp.nan, 0.0) * jnp.sum(params["b"])
+    """Finite, its gradient is not."""
+    return tiny_loss(params, batch) + jnp.sqrt(jnp.where(jnp.max(batch[0]) > 90, 0.0, 1.0) * jnp.sum(params["b"] ** 2))
+
+
+def nan_loss(params, batch):
+    return tiny_loss(params, batch) * jnp.where(jnp.max(batch[0]) > 90, jnp.nan, 1.0)
 
 
 def poisoned():
@@ -196,6 +200,10 @@ REFUSED = {
     "NaN in one batch": (
         lambda: empirical_fisher(bad_loss, tree(1), poisoned(), BOTH),
         ("batch 1", "gradient of fn", "'b'"),
+    ),
+    "a loss that is NaN in one batch": (
+        lambda: empirical_fisher(nan_loss, tree(1), poisoned(), BOTH),
+        ("batches: batch 1: fn returns nan",),
     ),
     "NaN, diagonal": (lambda: empirical_fisher_diagonal(bad_loss, tree(1), poisoned(), BOTH), ("batch 1",)),
     "too large": (

@@ -240,7 +240,12 @@ def test_the_sampled_fisher_of_another_likelihood():
 
 
 def bad_loss(params, batch):
-    return tiny_loss(params, batch) * jnp.where(jnp.max(batch[0]) > 90, jnp.nan, 1.0)
+    """Finite, its Hessian is not."""
+    return tiny_loss(params, batch) + jnp.sqrt(jnp.where(jnp.max(batch[0]) > 90, 0.0, 1.0) * jnp.sum(params["b"] ** 2))
+
+
+def nan_above(value, batch):
+    return value * jnp.where(jnp.max(batch[0]) > 90, jnp.nan, 1.0)
 
 
 def poisoned():
@@ -261,6 +266,16 @@ REFUSED = {
     "NaN on one batch": (
         lambda: Hessian.of(bad_loss, tree(1), poisoned(), BOTH).mv(tree(1)),
         ("batch 1", "Hessian of fn", "NaN"),
+    ),
+    "a loss that is NaN on one batch": (
+        lambda: Hessian.of(lambda p, b: nan_above(tiny_loss(p, b), b), tree(1), poisoned(), BOTH).mv(tree(1)),
+        ("batches: batch 1: fn returns nan",),
+    ),
+    "a loss of outputs that is NaN on one batch": (
+        lambda: GaussNewton.of(
+            logits, lambda z, b: nan_above(squares(z, b), b), tree(1, SHAPES), poisoned(), BOTH
+        ).diagonal(tree(1, SHAPES)),
+        ("batches: batch 1: fn returns nan",),
     ),
     "transposed": (
         lambda: made("Hessian")[0].mv(jax.tree.map(jnp.transpose, tree(1))),

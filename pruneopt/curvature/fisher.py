@@ -69,7 +69,7 @@ def empirical_fisher(
     for examples, origin, new in _chunks(stream, _at_once(layout)):
         start += new - len(origin) if start else 0  # the last chunk overlaps the one before
         found, finite = _each(Separable(loss), chosen, rest, examples)
-        _check(finite, origin, found, layout)
+        _check(loss, chosen, rest, examples, found, finite, origin)
         gradients = _written(gradients, found, start)
         start += len(origin)
     return LowRank(gradients, layout, float(ridge))
@@ -94,7 +94,7 @@ def empirical_fisher_diagonal(
     total = jnp.zeros(layout.size, _dtype(chosen, None))
     for examples, origin, new in _chunks(stream, _at_once(layout)):
         found, finite = _each(Separable(loss), chosen, rest, examples)
-        _check(finite, origin, found, layout)
+        _check(loss, chosen, rest, examples, found, finite, origin)
         total, n = _with_squares(total, found, new), n + new
     return Diagonal(layout.tree(total / jnp.asarray(n, total.dtype)))
 
@@ -138,11 +138,15 @@ def _joined(a: Any, b: Any) -> Any:
     return jnp.concatenate([a, b]) if isinstance(a, jax.Array) else np.concatenate([a, b])
 
 
-def _check(finite: Array, origin: list[int], found: list[Array], layout: _tree.Layout) -> None:
-    """Raise ValueError naming the first batch whose gradient is not finite, and the leaf."""
+def _check(
+    loss: evaluate.Loss, chosen: Tree, rest: Rest, examples: Any, found: list[Array], finite: Array, origin: list[int]
+) -> None:
+    """Raise ValueError naming the first batch whose loss or gradient is not finite, and the leaf."""
     if not np.all(finite):
         bad = int(np.argmin(finite))
-        path = next(p for p, g in zip(layout.paths, found, strict=True) if not np.all(np.isfinite(g[bad])))
+        example, paths = jax.tree.map(lambda x: x[bad : bad + 1], examples), _tree.Layout.of(chosen).paths
+        evaluate.check_value(loss, chosen, rest, example, f"batches: batch {origin[bad]}")
+        path = next(p for p, g in zip(paths, found, strict=True) if not np.all(np.isfinite(g[bad])))
         raise ValueError(
             f"batches: batch {origin[bad]}: the gradient of fn holds a NaN or an infinity in leaf '{path}'; repair "
             "that batch, or the loss there"

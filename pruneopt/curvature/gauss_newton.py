@@ -56,8 +56,14 @@ class GaussNewton(Streamed):
         for fn in (model, loss):
             if not callable(fn):
                 raise TypeError(f"{fn!r} is no function; pass model(params, batch) and loss(outputs, batch)")
-        evaluate.check_scalar(lambda p, b: loss(model(p, b), b), chosen, rest, stream)
-        return GaussNewton(chosen, rest, model, loss, stream)
+        made = GaussNewton(chosen, rest, model, loss, stream)
+        evaluate.check_scalar(made.mean_loss, chosen, rest, stream)
+        return made
+
+    @property
+    def mean_loss(self) -> evaluate.Loss:
+        """The loss of the model's outputs."""
+        return lambda params, batch: self.loss(self.model(params, batch), batch)
 
     @cached_property
     def semidefinite(self) -> bool:

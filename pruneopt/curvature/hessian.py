@@ -51,6 +51,11 @@ class Hessian(Streamed):
         evaluate.check_scalar(loss, chosen, rest, stream)
         return Hessian(chosen, rest, loss, stream)
 
+    @property
+    def mean_loss(self) -> evaluate.Loss:
+        """The loss itself."""
+        return self.loss
+
     def on_batch(self, chosen: Tree, rest: Rest, batch: Any, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
         """Hessian-vector products on one batch."""
         return _products(self.loss, chosen, rest, batch, rows)

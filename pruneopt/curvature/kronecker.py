@@ -66,6 +66,8 @@ class Kronecker(Curvature):
         slopes: dict[str, Any] = {name: statistics.output_gradient for name, statistics in found.items()}
         for name, slope in slopes.items():
             if not np.all(np.isfinite(slope)):
+                for index, batch in enumerate(stream):
+                    evaluate.check_value(loss, chosen, rest, batch, f"batches: batch {index}")
                 raise ValueError(
                     f"batches: the gradient in the outputs of '{name}' holds a NaN or an infinity; repair it"
                 )

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from pruneopt import _data, _tree
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge
 from pruneopt.curvature.diagonal import Diagonal
+from pruneopt.structure import evaluate
 from pruneopt.structure.leaves import Rest, as_key, check_like
 
 Tree = Any
@@ -25,7 +26,7 @@ class Streamed(Curvature):
     """A curvature of the mean over all examples of `batches`, whatever their sizes, that gives products alone.
 
     One product is a pass over the data. `dense`, `block` and the exact `diagonal` take a pass for every 16 columns.
-    A subclass has the fields `chosen`, `rest` and `batches`, and defines the mean product over one batch.
+    A subclass has the fields `chosen`, `rest` and `batches`, and defines its loss and the mean product over one batch.
     """
 
     chosen: Tree
@@ -33,6 +34,11 @@ class Streamed(Curvature):
     batches: _data.Batches
     name: ClassVar[str]
     instead: ClassVar[str]
+
+    @property
+    @abc.abstractmethod
+    def mean_loss(self) -> evaluate.Loss:
+        """The loss whose curvature this is, of params and a batch."""
 
     @abc.abstractmethod
     def on_batch(self, chosen: Tree, rest: Rest, batch: Any, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
@@ -157,6 +163,7 @@ class Streamed(Curvature):
                         f"direction: it holds a NaN or entries above 1e15, and its product with the {self.name} is not "
                         f"finite: a solver that diverges along an indefinite matrix asks for that; {self.instead}"
                     )
+                evaluate.check_value(self.mean_loss, chosen, rest, cast(batch), f"batches: batch {index}")
                 raise ValueError(
                     f"batches: batch {index}: the {self.name} of fn holds a NaN or an infinity; repair that batch, or "
                     "the loss there"

@@ -56,12 +56,8 @@ class Loss(Objective):
         if math.isfinite(value):
             return value
         for index, batch in enumerate(self.stream):
-            one = float(evaluate.value(self.fn, w, self.rest, batch, self.has_updates))
-            if not math.isfinite(one):
-                raise ValueError(
-                    f"{self.stream.name}: batch {index}: fn returns {one} at the given params; repair that batch, or "
-                    "the loss there"
-                )
+            where = f"{self.stream.name}: batch {index}"
+            evaluate.check_value(self.fn, w, self.rest, batch, where, self.has_updates)
         raise ValueError(f"fn returns {value} at the given params over all of {self.stream.name}; scale fn down")
 
     def gradient(self, w: Tree) -> Tree:

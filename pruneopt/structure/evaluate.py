@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -82,6 +83,17 @@ def mean_value(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, has
     return total / n
 
 
+def check_value(loss: Loss, chosen: Tree, rest: Rest, batch: Any, where: str, has_updates: bool = False) -> None:
+    """Raise ValueError where the loss on a batch, called `where`, is a NaN or an infinity."""
+    found = float(value(loss, chosen, rest, batch, has_updates))
+    if not math.isfinite(found):
+        raise ValueError(f"{where}: fn returns {found} at the given params; repair that batch, or the loss there")
+
+
 def mean_gradient(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, has_updates: bool = False) -> Tree:
     """Mean of the gradient over all examples. Raises ValueError for a NaN or an infinity, naming the batch."""
-    return batches.finite_mean(lambda batch: gradient(loss, chosen, rest, batch, has_updates), "the gradient of fn")
+    return batches.finite_mean(
+        lambda batch: gradient(loss, chosen, rest, batch, has_updates),
+        "the gradient of fn",
+        lambda batch, where: check_value(loss, chosen, rest, batch, where, has_updates),
+    )
