@@ -40,7 +40,7 @@ def linear(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) 
     stream = _data.Batches(batches)
     evaluate.check_scalar(fn, chosen, rest, stream)
     gradient = evaluate.mean_gradient(fn, chosen, rest, stream)
-    return Quadratic(chosen, None, _not_zero(gradient, "the gradient of fn", "fisher"))
+    return Quadratic(chosen, None, _not_zero(gradient, "the gradient of fn", "obd"))
 
 
 def diagonal_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:

@@ -48,8 +48,8 @@ def staged(
 
     The loss on `held_out` is measured after every stage. A stage after which it is more than `rise` times what it was
     (for one below zero: higher by more than rise - 1 times its size) is taken back and made half as long, with the same
-    model, up to three times; what is still to be cut follows in further stages. The eighth of a stage is taken whatever
-    it does, and `history` says so.
+    model, up to three times; what is still to be cut follows in further stages. The eighth of a stage, or the shortest
+    that cuts a weight, is taken whatever it does, and `history` says so.
 
     fn: loss(params, batch) -> scalar, a mean over examples. batches: stage -> the examples that its model reads.
     held_out: examples that no stage reads; the trained network's loss on them is the first to compare with.
@@ -83,24 +83,28 @@ def staged(
     waiting = [stage.cut for stage in stages_of(schedule or Iterative(15), constraint, chosen)]
     tried = as_dampings("dampings", dampings) if np.size(dampings) else ()
 
-    cut, index, support, solution = 0.0, 0, None, None
+    cut, index, live, support, solution = 0.0, 0, _tree.size(chosen), None, None
     history: list[dict[str, Any]] = []
     bar = tqdm(total=1.0, desc="staged", unit="cut", disable=not progress)
     while waiting:
         clock, key = time.perf_counter(), jax.random.fold_in(jax.random.key(0), index)
         objective = row.model(fn, combine(chosen, rest), batches(index), leaves, key)
-        halved, goal = 0, waiting[0]
+        halved, goal, longer = 0, waiting[0], None
         while True:
             allowed = constraint if goal == 1 else constraint.relaxed(goal)
             allowed = allowed if support is None else Intersection((Support(support), allowed))
             solution, loss = judged(objective, allowed, row.solver, judge, before, key, tried)
+            if longer is not None and _tree.kept(solution.support) == live:  # so short that it cuts nothing
+                over, halved, (goal, solution, loss) = True, halved - 1, longer
+                break
             over = not loss <= before + (rise - 1) * abs(before)
             if not over or halved == _HALVINGS:
                 break
+            longer = goal, solution, loss
             halved, goal = halved + 1, cut + (goal - cut) / 2
         waiting = waiting[1:] if goal == waiting[0] else waiting
         bar.update(goal - cut)
-        kept = _tree.kept(solution.support)
+        kept = live = _tree.kept(solution.support)
         history.append(
             {"stage": index, "cut": goal, "sparsity": 1 - kept / _tree.size(chosen), "kept": kept}
             | {name: solution.stats[name] for name in FACTS if name in solution.stats}
