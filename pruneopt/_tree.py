@@ -43,6 +43,12 @@ def wide_shapes(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wide(x.dtype)), tree)
 
 
+def float64(tree: Tree) -> Tree:
+    """Floating arrays in float64, where JAX has it; all else as it is."""
+    is_floating = lambda x: is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float64) if is_floating(x) else x, tree)
+
+
 def coarsest(tree: Tree) -> float:
     """The largest relative rounding of the leaves' dtypes."""
     return max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))

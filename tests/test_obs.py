@@ -99,6 +99,23 @@ def test_what_it_cannot_do_is_refused():
         OBS(memory=0)
 
 
+@pytest.mark.default_flags
+def test_a_small_ridge_is_not_lost_in_single_precision():
+    g = (np.random.default_rng(0).standard_normal((6, 12)) * np.exp(np.arange(12) - 6)).astype(np.float32)
+    run = lambda dtype: po.solve(  # noqa: E731
+        po.Problem(
+            Quadratic(c := tree(1, dtype=dtype), LowRank.checked(jnp.asarray(g, dtype), c), damping=1e-8),
+            subject_to=Cardinality(count=8, floor=0),
+        ),
+        OBS(),
+    )
+    single = run(jnp.float32)
+    with jax.enable_x64(True):
+        double = run(jnp.float64)
+    np.testing.assert_array_equal(single.stats["removed"], double.stats["removed"])
+    np.testing.assert_allclose(single.stats["rises"], double.stats["rises"], rtol=1e-4)
+
+
 def test_the_damping_that_it_asks_for_is_enough():
     for semidefinite in (True, False):
         f = model(rank=5) if semidefinite else indefinite()

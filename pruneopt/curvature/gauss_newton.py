@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from pruneopt import _data, _tree
-from pruneopt.curvature.streamed import Streamed, over_rows, widened
+from pruneopt.curvature.streamed import Streamed, over_rows
 from pruneopt.structure import evaluate
 from pruneopt.structure.leaves import Choice, Rest, combine, partition
 
@@ -80,8 +80,8 @@ class GaussNewton(Streamed):
     def _bends_up(self) -> bool:
         least = largest = 0.0
         with jax.enable_x64(True):
-            chosen, rest = widened(self.chosen), widened(self.rest)
-            for batch in map(widened, self.batches):
+            chosen, rest = _tree.float64(self.chosen), _tree.float64(self.rest)
+            for batch in map(_tree.float64, self.batches):
                 z = jax.eval_shape(lambda c, r, b: self.model(combine(c, r), b), chosen, rest, batch)
                 n, size = _data.examples(batch), _tree.size(z)
                 if any(x.shape[:1] != (n,) for x in jax.tree.leaves(z)) or size > n * _MOST:

@@ -145,7 +145,7 @@ class Streamed(Curvature):
         if rows.dtype != jnp.float64:
             return self._products_of(rows, lambda tree: tree)
         try:
-            return self._products_of(rows, widened)
+            return self._products_of(rows, _tree.float64)
         except TypeError:
             with jax.enable_x64(False):
                 found = self._products_of(_narrowed(rows), _narrowed)
@@ -185,12 +185,6 @@ def _signs(keys: Array, like: Float[Array, " p"]) -> Float[Array, "k p"]:
     """Random signs, a row a key; one draw for the whole tree: compiling the generator for each leaf takes seconds."""
     draw = jax.lax.map(lambda key: jax.random.bits(key, like.shape, jnp.uint8), keys) < 128
     return jnp.where(draw, jnp.ones((), like.dtype), -jnp.ones((), like.dtype))
-
-
-def widened(tree: Tree) -> Tree:
-    """Floating arrays in float64."""
-    is_narrow = lambda x: _tree.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
-    return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float64) if is_narrow(x) else x, tree)
 
 
 def _narrowed(tree: Tree) -> Tree:

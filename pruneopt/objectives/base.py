@@ -73,7 +73,7 @@ class QuadraticObjective(Objective):
         """The gradient of f at w, g + (H + lambda I) (w - w0), in float64 NumPy arrays whatever JAX's mode."""
         ridge = float(self.ridge())
         with jax.enable_x64(True):
-            wide = jax.tree.map(_float64, (self.curvature, w, self.center, self.gradient))
+            wide = _tree.float64((self.curvature, w, self.center, self.gradient))
             curvature, w, center, gradient = wide
             slope = jax.tree.map(jnp.zeros_like, center) if gradient is None else gradient
             if curvature is not None:
@@ -126,12 +126,6 @@ class QuadraticObjective(Objective):
         largest = max(float(_largest(leaf)) for leaf in jax.tree.leaves(self.center))
         scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
         return _saliency(self.center, self.gradient, diagonal, self.ridge(), min(max(scale, 2.0**-126), 2.0**126))
-
-
-def _float64(x: Any) -> jax.Array:
-    """In float64 where it is floating; what a network indexes with stays."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 @jax.jit

@@ -34,7 +34,7 @@ class OBS(Solver):
     until the constraint holds: Cardinality over the tree or per leaf, a Support, or both. What a Support cuts goes
     first. The result is the exact refit of its support.
 
-    memory: bytes that H and C may take, 16 p^2 for p weights. In float64 on the host; about 2 p^2 operations a removal.
+    memory: bytes that H and C may take, 16 p^2 for p weights. In float64, H included; about 2 p^2 operations a removal.
     stats: removed, the weights in their order as indices into the leaves laid end to end; rises, of each removal.
     `init` is not used. Raises ValueError for an H + lambda I that is not positive definite.
     Source: Hassibi and Stork 1993, equation 5 and the box on page 3 (with H kept while weights go).
@@ -78,7 +78,8 @@ class OBS(Solver):
         assert budget is not None
         w = _flat(f.center)
         assert f.curvature is not None
-        h = np.asarray(f.curvature.dense(), np.float64)  # type: ignore[attr-defined]
+        with jax.enable_x64(True):  # what a small ridge stands for is lost in a float32 matrix
+            h = np.asarray(_tree.float64(f.curvature).dense(self.memory), np.float64)
         inverse = _inverse(h, float(f.ridge()), f.curvature)
         if f.gradient is not None:
             w = w - inverse @ _flat(f.gradient)
