@@ -290,6 +290,53 @@ def test_the_wrong_order_is_found_out_where_the_last_word_is_on_values(name, aft
         inside.finish(p, state)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("place", [(0, 0), (0, 299), (783, 0), (391, 150)])
+def test_a_later_step_on_any_one_weight_is_found_out(place, dtype):
+    """At the sizes of LeNet's first layer, by a tenth of the weight."""
+    rng = np.random.default_rng(0)
+    p = {"w": jnp.asarray(rng.normal(0, 0.05, (784, 300)), dtype)}
+    p["w"] = p["w"].at[place].set(0.05)
+    inside = t.proximal(ADAM(), L1(1e-4), 0.02, metric=t.adam_metric())
+    nudge = {"w": jnp.zeros((784, 300), dtype).at[place].set(5e-3)}
+
+    def moved(updates, state, params):
+        return jax.tree.map(jnp.add, updates, nudge), state
+
+    later = optax.GradientTransformation(lambda params: optax.EmptyState(), moved)
+    for optimizer in (inside, optax.chain(inside, later)):
+        state = optimizer.init(p)
+        updates, state = jax.jit(optimizer.update)(jax.tree.map(jnp.cos, p), state, p)
+        new = optax.apply_updates(p, updates)
+        if optimizer is inside:
+            inside.finish(new, state)
+        else:
+            with pytest.raises(ValueError, match="params holds weights in leaf 'w' that are not those of the last"):
+                inside.finish(new, state)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_the_right_order_is_never_refused_for_its_rounding(dtype):
+    """Weights of one sign, whose sums round most; the step compiled with the loop and without."""
+    rng = np.random.default_rng(0)
+    p = {
+        "w": jnp.asarray(rng.uniform(1, 2, (2000, 20)), dtype),
+        "c": jnp.asarray(rng.normal(0, 1, (3, 3, 8, 4)), dtype),
+    }
+    optimizer = t.proximal(optax.sgd(0.01), L1(0.1), 0.01)
+
+    def step(carry, _):
+        p, state = carry
+        updates, state = optimizer.update(jax.tree.map(jnp.sin, p), state, p)
+        return (optax.apply_updates(p, updates), state), None
+
+    apart = (p, optimizer.init(p))
+    for _ in range(5):
+        apart, _ = step(apart, None)
+        optimizer.finish(*apart)
+    optimizer.finish(*jax.jit(lambda c: jax.lax.scan(step, c, length=30)[0])((p, optimizer.init(p))))
+
+
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"gradual"}))
 def test_finish_needs_no_update(name):
     done = of(name).finish(params(), of(name).init(params()))
@@ -749,6 +796,25 @@ def test_is_refused_in_one_sentence(name):
     for word in words:
         assert word in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_of_other_trees_is_refused_in_one_sentence(name):
+    optimizer, p = of(name), params()
+    state = optimizer.init(p)
+    less = {"a": p["a"]}
+    turned = p | {"b": {"kernel": p["b"]["kernel"].T}}
+    cases = (
+        (less, p, ("gradient has structure", "params has")),
+        (turned, p, ("gradient: leaf 'b/kernel' has shape (4, 5)", "(5, 4)")),
+        (less, less, ("params has structure", "`init`")),
+    )
+    for gradient, given, words in cases:
+        for update in (optimizer.update, jax.jit(optimizer.update)):
+            with pytest.raises(ValueError, match=r"structure|shape") as caught:
+                update(gradient, state, given)
+            assert all(word in str(caught.value) for word in words), str(caught.value)
+            assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("ball", [po.constraints.L1Ball(1.0), po.constraints.GroupBall(1.0)], ids=str)

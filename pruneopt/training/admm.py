@@ -18,10 +18,10 @@ from pruneopt.training.base import (
     as_optimizer,
     check_alive,
     check_constraint,
+    checked,
     chosen,
     everywhere,
     is_hole,
-    needed,
     on_masks,
     on_support,
     own_state,
@@ -83,7 +83,7 @@ def admm(
         )
 
     def update(gradient: Tree, state: ADMMState, params: Tree | None = None, **extra: Any) -> tuple[Tree, ADMMState]:
-        params, step = needed(params), state.step
+        params, step = checked(params, gradient, state.masks), state.step
         stage = when.stage(step)
 
         def projected(goal: Tree, masks: Tree) -> tuple[Tree, Tree]:

@@ -13,7 +13,7 @@ import optax
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.solution import Pruned
-from pruneopt.structure.leaves import Choice, partition
+from pruneopt.structure.leaves import Choice, check_like, partition
 
 Tree = Any
 
@@ -186,10 +186,16 @@ def check_constraint(constraint: Any) -> None:
         )
 
 
-def needed(params: Tree | None) -> Tree:
-    """`params`, or ValueError for None."""
+def checked(params: Tree | None, gradient: Tree, held: Tree) -> Tree:
+    """`params`, or ValueError where there are none, or the gradient or `held`, a tree of the state with holes, are not
+    like them.
+    """
     if params is None:
         raise ValueError("params is None; call update(gradient, state, params): the zeros are where the weights are")
+    given, first = (jax.tree.structure(tree, is_leaf=is_hole) for tree in (params, held))
+    if given != first:
+        raise ValueError(f"params has structure {given}, at `init` it had {first}; pass those, or a new state")
+    check_like(gradient, params, "gradient")
     return params
 
 

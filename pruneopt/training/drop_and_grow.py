@@ -23,10 +23,10 @@ from pruneopt.training.base import (
     as_optimizer,
     check_alive,
     check_constraint,
+    checked,
     chosen,
     forgotten,
     magnitudes,
-    needed,
     on_masks,
     on_support,
     own_state,
@@ -121,7 +121,7 @@ def _drop_and_grow(
     def update(
         gradient: Tree, state: MaskedState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, MaskedState]:
-        params = needed(params)
+        params = checked(params, gradient, state.masks)
 
         def rewired(masks: Tree) -> Tree:
             share = drop / 2 * (1 + jnp.cos(jnp.pi * (state.step.astype(jnp.float32) / end)))

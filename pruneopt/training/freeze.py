@@ -16,8 +16,8 @@ from pruneopt.training.base import (
     MaskedState,
     SparseOptimizer,
     as_optimizer,
+    checked,
     chosen,
-    needed,
     on_support,
     own_state,
     step_on,
@@ -61,7 +61,8 @@ def freeze(
     def update(
         gradient: Tree, state: MaskedState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, MaskedState]:
-        updates, new = step_on(inner, gradient, state.inner, needed(params), state.masks, extra)
+        params = checked(params, gradient, state.masks)
+        updates, new = step_on(inner, gradient, state.inner, params, state.masks, extra)
         return updates, MaskedState(state.step + 1, state.masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:

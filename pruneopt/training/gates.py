@@ -21,11 +21,11 @@ from pruneopt.training.base import (
     as_optimizer,
     check_alive,
     check_trained,
+    checked,
     chosen,
     everywhere,
     filled,
     is_hole,
-    needed,
     own_state,
     towards,
 )
@@ -140,7 +140,7 @@ class Gating(NamedTuple):
         def update(
             gradient: Tree, state: GatedState, params: Tree | None = None, **extra: Any
         ) -> tuple[Tree, GatedState]:
-            params, theta, log_alpha = needed(params), state.weights, state.log_alpha
+            params, theta, log_alpha = checked(params, gradient, state.weights), state.weights, state.log_alpha
             gates, masks = state.gates, state.masks
 
             # Gates: the chain rule through z, and the price of being open.

@@ -17,10 +17,10 @@ from pruneopt.training.base import (
     as_optimizer,
     check_alive,
     check_constraint,
+    checked,
     chosen,
     everywhere,
     magnitudes,
-    needed,
     on_support,
     own_state,
     step_on,
@@ -58,7 +58,7 @@ def gradual(
     def update(
         gradient: Tree, state: MaskedState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, MaskedState]:
-        params = needed(params)
+        params = checked(params, gradient, state.masks)
 
         def cut(masks: Tree) -> Tree:
             return constraint.select_stage(magnitudes(masks, params), cuts, when.stage(state.step))

@@ -18,9 +18,9 @@ from pruneopt.training.base import (
     as_optimizer,
     check_alive,
     check_constraint,
+    checked,
     chosen,
     everywhere,
-    needed,
     on_masks,
     on_support,
     own_state,
@@ -65,7 +65,7 @@ def hard_threshold(
     def update(
         gradient: Tree, state: MaskedState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, MaskedState]:
-        params, step = needed(params), state.step
+        params, step = checked(params, gradient, state.masks), state.step
         masks = lax.cond(when.is_due(step), lambda m: select(m, params), lambda m: m, state.masks)
         held = (step >= end) | ((step >= begin) & ((step - begin) % every < hold))
         open_ = on_masks(lambda m: m | ~held, masks)

@@ -17,10 +17,10 @@ from pruneopt.structure.leaves import Choice, partition
 from pruneopt.training.base import (
     SparseOptimizer,
     as_optimizer,
+    checked,
     chosen,
     is_hole,
     moved_by,
-    needed,
     own_state,
     towards,
 )
@@ -30,9 +30,10 @@ Tree = Any
 
 
 class ProximalState(NamedTuple):
-    """step: updates made. seen: the first weights of each penalised leaf after the last one. inner: the optimiser's.
+    """step: updates made. seen: the sums of each penalised leaf over all axes but the last, after the last one.
+    inner: the optimiser's.
 
-    By those, 64 at most, `finish` knows its own params.
+    By those `finish` knows its own params: a weight that something else has moved moves its sum.
     """
 
     step: jax.Array
@@ -87,12 +88,12 @@ def proximal(
         picked = chosen(params, leaves)
         penalty.check(picked)
         _check_step(inner, rate, metric, params)
-        return ProximalState(jnp.zeros((), jnp.int32), _first(picked), inner.init(params))
+        return ProximalState(jnp.zeros((), jnp.int32), jax.tree.map(_sums, picked), inner.init(params))
 
     def update(
         gradient: Tree, state: ProximalState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, ProximalState]:
-        picked, _ = partition(needed(params), leaves)
+        picked, _ = partition(checked(params, gradient, state.seen), leaves)
         updates, new = inner.update(gradient, state.inner, params, **extra)
         moved = jax.tree.map(
             lambda w, u: None if w is None else w + u.astype(w.dtype), picked, updates, is_leaf=is_hole
@@ -111,15 +112,14 @@ def proximal(
             target = penalty.prox(moved, steps)
         updates = towards(target, params, updates)
         moves = jax.tree.map(lambda w, u: None if w is None else u.astype(w.dtype), picked, updates, is_leaf=is_hole)
-        left = jax.tree.map(jnp.add, _first(picked), _first(moves))
+        left = jax.tree.map(lambda w, u: _sums(w + u), picked, moves)
         return updates, ProximalState(state.step + 1, left, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
         picked = chosen(params, leaves)
         own = own_state(state, ProximalState)
-        for (path, w), left in zip(_tree.named_leaves(_first(picked)), jax.tree.leaves(own.seen), strict=True):
-            near = jnp.max(jnp.abs(left)) * jnp.sqrt(jnp.finfo(w.dtype).eps).astype(w.dtype)
-            if int(own.step) > 0 and bool(jnp.any(jnp.abs(w - left) > near)):
+        for (path, w), left in zip(_tree.named_leaves(picked), jax.tree.leaves(own.seen), strict=True):
+            if int(own.step) > 0 and bool(jnp.any(jnp.abs(_sums(w) - left) > _rounding(w))):
                 raise ValueError(
                     f"params holds weights in leaf '{path}' that are not those of the last step: {moved_by('proximal')}"
                 )
@@ -128,8 +128,18 @@ def proximal(
     return SparseOptimizer(init, update, finish)
 
 
-def _first(tree: Tree) -> Tree:
-    return jax.tree.map(lambda w: w.reshape(-1)[:64], tree)
+def _sums(w: jax.Array) -> jax.Array:
+    """Over all axes but the last, or over all there are; in float32 at least."""
+    return jnp.sum(w, axis=tuple(range(w.ndim - 1)) or None, dtype=_tree.wide(w.dtype))
+
+
+def _rounding(w: jax.Array) -> jax.Array:
+    """How far two ways of compiling one step may take `_sums`: each weight off by a rounding of its own dtype, one of
+    them by that of the step it made, and what the sum itself rounds.
+    """
+    own, wide = (float(jnp.finfo(dtype).eps) for dtype in (w.dtype, _tree.wide(w.dtype)))
+    sizes = _sums(jnp.abs(w))
+    return (own + 4 * (w.size / sizes.size) ** 0.5 * wide) * sizes + own**0.5 * jnp.max(jnp.abs(w))
 
 
 def _check_step(

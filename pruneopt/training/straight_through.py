@@ -18,10 +18,10 @@ from pruneopt.training.base import (
     check_alive,
     check_constraint,
     check_trained,
+    checked,
     chosen,
     filled,
     is_hole,
-    needed,
     own_state,
     towards,
 )
@@ -74,7 +74,7 @@ def straight_through(
         return DenseState(jnp.zeros((), jnp.int32), dense, select(dense), inner.init(params))
 
     def update(gradient: Tree, state: DenseState, params: Tree | None = None, **extra: Any) -> tuple[Tree, DenseState]:
-        params, dense, masks = needed(params), state.dense, state.masks
+        params, dense, masks = checked(params, gradient, state.masks), state.dense, state.masks
 
         def refined(m: Any, g: Any, w: Any) -> Any:
             return g if m is None else g + jnp.where(m, jnp.zeros((), g.dtype), decay * w.astype(g.dtype))
