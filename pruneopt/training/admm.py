@@ -9,21 +9,19 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.solution import Pruned
 from pruneopt.structure.leaves import Choice
 from pruneopt.training.base import (
     SparseOptimizer,
     as_optimizer,
-    check_alive,
     check_constraint,
     checked,
     chosen,
     everywhere,
+    held_from,
     is_hole,
     on_masks,
-    on_support,
     own_state,
     step_on,
 )
@@ -110,10 +108,6 @@ def admm(
         return jax.tree.map(pulled, goal, updates, params, is_leaf=is_hole), ADMMState(step + 1, goal, masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        own = own_state(state, ADMMState)
-        if int(own.step) > end:
-            return check_alive(on_support(params, own.masks, own.step, "admm"), constraint)
-        masks = constraint.select(on_masks(lambda m, w: jnp.abs(w), own.masks, params))
-        return check_alive(Pruned(_tree.masked(params, masks), masks), constraint)
+        return held_from(end, params, own_state(state, ADMMState), constraint, "admm")
 
     return SparseOptimizer(init, update, finish)

@@ -259,3 +259,11 @@ def check_alive(done: Pruned, constraint: Constraint) -> Pruned:
                     "sparsity, pass floor=1 (or more) to keep some, or floor=0 to allow it"
                 )
     return done
+
+
+def held_from(end: int, params: Tree, own: Any, constraint: Constraint, name: str) -> Pruned:
+    """The Pruned on the masks that a state holds from step `end` on; before, cut to the constraint's best by |w|."""
+    if int(own.step) > end:
+        return check_alive(on_support(params, own.masks, own.step, name), constraint)
+    masks = constraint.select(on_masks(lambda m, w: jnp.abs(w), own.masks, params))
+    return check_alive(Pruned(_tree.masked(params, masks), masks), constraint)

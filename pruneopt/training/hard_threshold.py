@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.solution import Pruned
 from pruneopt.structure.leaves import Choice
@@ -16,13 +15,12 @@ from pruneopt.training.base import (
     MaskedState,
     SparseOptimizer,
     as_optimizer,
-    check_alive,
     check_constraint,
     checked,
     chosen,
     everywhere,
+    held_from,
     on_masks,
-    on_support,
     own_state,
     step_on,
 )
@@ -73,10 +71,6 @@ def hard_threshold(
         return updates, MaskedState(step + 1, masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        own = own_state(state, MaskedState)
-        if int(own.step) > end:
-            return check_alive(on_support(params, own.masks, own.step, "hard_threshold"), constraint)
-        masks = select(own.masks, params)
-        return check_alive(Pruned(_tree.masked(params, masks), masks), constraint)
+        return held_from(end, params, own_state(state, MaskedState), constraint, "hard_threshold")
 
     return SparseOptimizer(init, update, finish)
