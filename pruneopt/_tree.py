@@ -97,7 +97,7 @@ class Layout:
     def place(self, which: str | slice | Sequence[int]) -> Any:
         """Where some entries lie: of a leaf given by its path, or a slice or indices as they are.
 
-        Raises ValueError for a path that is no leaf, TypeError for indices that are not whole numbers.
+        Raises ValueError for a path that is no leaf or an index twice, TypeError for what are not whole numbers.
         """
         if isinstance(which, slice):
             return which
@@ -108,15 +108,28 @@ class Layout:
         indices = np.asarray(which)
         if indices.ndim != 1 or indices.dtype.kind not in "iu" or np.any((indices < 0) | (indices >= self.size)):
             raise TypeError(f"block: {which!r} are no indices; pass whole numbers in [0, {self.size}) or a path")
+        if len(np.unique(indices)) < len(indices):
+            raise ValueError(f"block: {which!r} holds an index twice; pass each once")
         return indices
 
     def vector(self, tree: Tree, dtype: Any) -> jax.Array:
         """The entries of a tree of this layout."""
-        return jnp.concatenate([jnp.asarray(x).reshape(-1).astype(dtype) for x in jax.tree.leaves(tree)])
+        return jnp.concatenate([jnp.asarray(x).reshape(-1).astype(dtype) for x in self._leaves(tree)])
 
     def host(self, tree: Tree) -> np.ndarray:
         """The entries of a tree of this layout as a float64 NumPy vector, whatever JAX's mode."""
-        return np.concatenate([np.asarray(x).astype(np.float64).reshape(-1) for x in jax.tree.leaves(tree)])
+        return np.concatenate([np.asarray(x).astype(np.float64).reshape(-1) for x in self._leaves(tree)])
+
+    def _leaves(self, tree: Tree) -> list[Any]:
+        """The leaves of a tree, or ValueError where their shapes are not those of this layout."""
+        leaves = jax.tree.leaves(tree)
+        shapes = tuple(np.shape(x) for x in leaves)
+        if shapes != self.shapes:
+            wanted = ", ".join(f"'{p}' {s}" for p, s in list(zip(self.paths, self.shapes, strict=True))[:8])
+            raise ValueError(
+                f"a tree with leaves of shapes {list(shapes[:8])} does not fit weights {wanted}; pass one that does"
+            )
+        return leaves
 
     def tree(self, vector: Any, like: Tree = None) -> Tree:
         """The tree of a vector, its leaves in the dtypes of `like`, or in the vector's own."""

@@ -226,6 +226,12 @@ REFUSED = {
     "NaN rows": (lambda: LowRank.checked(jnp.full((2, 12), jnp.nan), tree(1)), ("gradients", "NaN")),
     "dense too large": (lambda: low_rank().dense(memory=1000), ("1,152 bytes", "mv")),
     "block too large": (lambda: low_rank().block("a", memory=100), ("512 bytes", "fewer entries")),
+    "an index twice": (lambda: low_rank().block([1, 1]), ("[1, 1]", "twice")),
+    "a product with another tree": (
+        lambda: low_rank().mv({"a": jnp.ones((4, 2)), "b": jnp.ones((4, 1))}),
+        ("(4, 2)", "'a' (2, 4)"),
+    ),
+    "a solve of another tree": (lambda: low_rank(ridge=1.0).solve({"a": jnp.ones((2, 4))}), ("[(2, 4)]", "'b' (4, 1)")),
     "no such leaf": (lambda: low_rank().block("c"), ("'c'", "'a'")),
     "no such entry": (lambda: low_rank().block([12]), ("indices", "12")),
 }

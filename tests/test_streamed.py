@@ -285,6 +285,8 @@ REFUSED = {
         lambda: made("Hessian")[0].mv(jax.tree.map(lambda x: x * jnp.inf, tree(1))),
         ("direction", "diverges", "GaussNewton"),
     ),
+    "half a probe": (lambda: made("Hessian")[0].hutchinson(2.5), ("probes=2.5", "whole number")),
+    "an index twice": (lambda: made("Hessian")[0].block([0, 0, 1]), ("[0, 0, 1]", "twice")),
     "no probe": (lambda: made("Hessian")[0].hutchinson(0), ("probes=0",)),
     "no scalar": (lambda: Hessian.of(logits, tree(1, SHAPES), tiny_batches(), BOTH), ("not one floating",)),
     "no model": (lambda: GaussNewton.of(None, squares, tree(1), tiny_batches(), BOTH), ("model(params, batch)",)),

@@ -163,7 +163,17 @@ def biased(params, batch):
     return tiny_loss({"a": params["a"], "b": params["b"] + params["c"]}, batch)
 
 
+def tied(params, tokens):
+    table = params["table"]
+    return jnp.mean(jnp.square(jnp.tanh(table[tokens]) @ table.T))
+
+
 REFUSED = {
+    "tied embedding": (
+        lambda: Kronecker.of(tied, tree(1, {"table": (5, 3)}), [jnp.arange(4)], ["table"]),
+        ("'table'", "looked up by index", "leaves="),
+    ),
+    "repeated entry of blocks": (lambda: BlockDiagonal.of(fisher(), 5).block([0, 0, 1]), ("[0, 0, 1]", "twice")),
     "unknown blocks": (lambda: BlockDiagonal.of(fisher(), "rows"), ("by='rows'", '"out"')),
     "blocks of nothing": (lambda: BlockDiagonal.of(fisher(), 0), ("by=0", "size >= 1")),
     "blocks too large": (lambda: BlockDiagonal.of(fisher(), memory=100), ("640 bytes", "by=512")),

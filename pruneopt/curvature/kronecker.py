@@ -49,7 +49,8 @@ class Kronecker(Curvature):
         """The factors of loss(params, batch), a mean over examples, captured in one pass over the data.
 
         The labels of the loss make it the empirical Fisher's; for the true one, draw them from the model.
-        Raises ValueError for a leaf that no operator reads, or reads scaled or twice; as `capture`.
+        Raises ValueError for a leaf that no operator reads, or reads scaled or twice, or that is looked up by index
+        too; as `capture`.
         """
         check_ridge(ridge)
         stream = _data.Batches(batches)
@@ -59,6 +60,12 @@ class Kronecker(Curvature):
         found = capture(loss, params, stream, leaves=leaves, output_gradients=True)
         n = sum(_data.examples(batch) for batch in stream)
         graph = trace(loss, params, next(iter(stream)))
+        looked_up = {path for look in graph.lookups for path in look.paths} & set(layout.paths)
+        if looked_up:
+            raise ValueError(
+                f"leaves: '{min(looked_up)}' is looked up by index too, as a tied embedding is, which the factors of "
+                "its product do not see; leave it out of leaves="
+            )
         entries = tuple(_entries(graph.operator(name), params, layout) for name in found)
         if not np.array_equal(np.sort(np.concatenate([e.reshape(-1) for e in entries])), np.arange(layout.size)):
             raise ValueError("leaves: some weights stand in no operator, or in several; choose leaves read once each")

@@ -69,8 +69,8 @@ class Streamed(Curvature):
         The variance of an entry is the sum of its row's squared off-diagonal entries over `probes`. The same probes
         serve every batch. key: defaults to seed 0. Source: Bekas, Kokiopoulou, Saad 2007, section 2.
         """
-        if probes < 1:
-            raise ValueError(f"probes={probes!r} is below 1; pass the number of random sign vectors")
+        if isinstance(probes, bool) or not hasattr(probes, "__index__") or probes < 1:
+            raise ValueError(f"probes={probes!r} is not a whole number >= 1; pass the number of random sign vectors")
         keys = jax.random.split(as_key(key), probes)
         total = jnp.zeros(self.layout.size, self._dtype)
         for start in range(0, probes, _COLUMNS):
