@@ -109,6 +109,21 @@ def test_hutchinson_is_unbiased_and_the_same_however_the_data_is_cut():
     np.testing.assert_allclose(flat(h.hutchinson(20, key).values)[0], cut, rtol=1e-11, atol=1e-13)
 
 
+def test_the_exact_diagonal_is_computed_once():
+    """A damped objective asks for it at each value; each time would be a pass for every 16 weights."""
+    passes = []
+
+    def batches():
+        passes.append(1)
+        return iter(tiny_batches((10,)))
+
+    model = Quadratic(tree(1), Hessian.of(tiny_loss, tree(1), batches, BOTH), damping=0.1)
+    first = model.value(tree(2))
+    before = len(passes)
+    assert model.value(tree(2)) == first
+    assert len(passes) == before + 1  # the form alone
+
+
 def test_proximal_gradient_on_products_over_the_data_is_that_on_the_same_matrix_in_memory():
     center, params = tree(3, SHAPES), tree(1, SHAPES)
     streamed = GaussNewton.of(logits, entropy, params, tiny_batches((10,)), BOTH)

@@ -13,6 +13,7 @@ compilation and reading the data aside.
     one cut, then Adam  one second-order cut at the start, of 1,000 examples. MLPNet: their Gauss-Newton matrix,
                         GlobalADMM. ResNet-20: layer by layer, as in resnet20.py
     3 cuts and Adam     three such cuts to the densities d^(1/2), d^(3/4) and d, at 0, 20 and 40 % of the steps
+    one cut, gradual    one such cut to the density d^(1/2), then gradual magnitude from there
 
 Rates are chosen with --validate: on training images that nothing else reads.
 Data: PRUNEOPT_DATA.
@@ -136,20 +137,20 @@ def run(task, method, batches, sparsity, optimizer):
     state, support, owed = optimizer.init(params), None, 0
     mask = jax.tree.map(jnp.ones_like, params)
     density, last = 1 - sparsity, 3 * task.stretches // 5
-    cuts = {"one cut, then Adam": {0: sparsity}}.get(method, {})
+    cuts = {"one cut, then Adam": {0: sparsity}, "one cut, gradual": {0: 1 - density**0.5}}.get(method, {})
     if method == "3 cuts and Adam":
         cuts = {i * task.stretches // 5: 1 - density**power for i, power in enumerate((0.5, 0.75, 1.0))}
     for i, (images, labels) in enumerate(batches):
         chosen, rest = partition(params, leaves)
-        cut = i in cuts or (method.startswith("gradual") and i <= last)
+        cut = i in cuts or ("gradual" in method and i <= last)
         if i in cuts:
             first = tuple(x.reshape(-1, *x.shape[2:])[:READ] for x in (images, labels))
             params, support = task.cut(params, first, cuts[i], support)
             owed += -(-task.spent // BATCH)
         elif cut:
-            goal = sparsity - sparsity * (1 - (i + 1) / (last + 1)) ** 3
+            goal = sparsity - (sparsity - cuts.get(0, 0.0)) * (1 - (i + 1) / (last + 1)) ** 3
             curvature: Any = Identity()
-            if method != "gradual magnitude" and i:
+            if "Fisher" in method and i:
                 power = 1.0 if method == "gradual Fisher" else 0.25
                 moments = partition(state[0].nu, leaves)[0]
                 curvature = Diagonal(jax.tree.map(lambda v, power=power: v**power, moments))
@@ -188,7 +189,8 @@ def resnet20_task(folder, validate):
     return task, pool, lambda seen, rng: (resnet.cropped(images[seen], *resnet.PUBLISHED, rng), labels[seen])
 
 
-METHODS = ("gradual magnitude", "gradual Fisher", "gradual, Fisher^1/4", "one cut, then Adam", "3 cuts and Adam")
+METHODS = ("gradual magnitude", "gradual Fisher", "gradual, Fisher^1/4", "one cut, then Adam", "3 cuts and Adam",
+           "one cut, gradual")  # fmt: skip
 TASKS = {
     "mlpnet": (mlpnet_task, METHODS, (0.5, 0.8, 0.9, 0.95, 0.98)),
     "resnet20": (resnet20_task, METHODS, (0.8, 0.9, 0.95, 0.98)),

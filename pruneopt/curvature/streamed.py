@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import jax
@@ -56,12 +57,16 @@ class Streamed(Curvature):
         return self.layout.tree(self._products(row)[0], direction)
 
     def diagonal(self, like: Tree) -> Tree:
-        """The exact diagonal, p products; `hutchinson` estimates it from a few."""
+        """The exact diagonal, p products, kept for later calls; `hutchinson` estimates it from a few."""
+        return self.layout.tree(jnp.asarray(self._exact_diagonal), like)
+
+    @cached_property
+    def _exact_diagonal(self) -> Float[np.ndarray, " p"]:
         p = self.layout.size
         found = np.empty(p, self._dtype)
         for at, rows in self.columns(np.arange(p)):
             found[at] = rows[np.arange(len(at)), at]
-        return self.layout.tree(jnp.asarray(found), like)
+        return found
 
     def hutchinson(self, probes: int = 8, key: jax.Array | None = None) -> Diagonal:
         """The mean over probes of v * (H v), v of random signs: unbiased, and exact where H is diagonal.
