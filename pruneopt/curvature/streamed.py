@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from typing import Any, ClassVar
+from functools import cached_property, partial
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pruneopt import _data, _tree
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge
@@ -158,25 +158,42 @@ class Streamed(Curvature):
 
     def _products_of(self, rows: Float[Array, "k p"], cast: Callable[[Tree], Tree]) -> Float[Array, "k p"]:
         chosen, rest = cast(self.chosen), cast(self.rest)
-        total, n = None, 0
-        for index, batch in enumerate(self.batches):
+        total, n = jnp.zeros_like(rows), 0
+        for batch in self.batches:
             size = _data.examples(batch)
-            part = self.on_batch(chosen, rest, cast(batch), rows)
-            if not bool(jnp.all(jnp.isfinite(part))):
-                if not bool(jnp.all(jnp.abs(rows) < 1e15)):
-                    raise ValueError(
-                        f"direction: it holds a NaN or entries above 1e15, and its product with the {self.name} is not "
-                        f"finite: a solver that diverges along an indefinite matrix asks for that; {self.instead}"
-                    )
+            total, n = _added(total, self.on_batch(chosen, rest, cast(batch), rows), size), n + size
+        mean, finite = _mean(total, n)
+        if not finite:
+            self._blame(rows, cast)
+        return mean
+
+    def _blame(self, rows: Float[Array, "k p"], cast: Callable[[Tree], Tree]) -> NoReturn:
+        """Raise ValueError for products that are not finite: `rows`, or the first batch that makes them so."""
+        if not bool(jnp.all(jnp.abs(rows) < 1e15)):
+            raise ValueError(
+                f"direction: it holds a NaN or entries above 1e15, and its product with the {self.name} is not "
+                f"finite: a solver that diverges along an indefinite matrix asks for that; {self.instead}"
+            )
+        chosen, rest = cast(self.chosen), cast(self.rest)
+        for index, batch in enumerate(self.batches):
+            if not bool(jnp.all(jnp.isfinite(self.on_batch(chosen, rest, cast(batch), rows)))):
                 evaluate.check_value(self.mean_loss, chosen, rest, cast(batch), f"batches: batch {index}")
                 raise ValueError(
                     f"batches: batch {index}: the {self.name} of fn holds a NaN or an infinity; repair that batch, or "
                     "the loss there"
                 )
-            total = part * size if total is None else total + part * size
-            n += size
-        assert total is not None
-        return total / n
+        raise ValueError(f"the {self.name} of fn overflows, summed over batches; scale fn down")
+
+
+@partial(jax.jit, donate_argnums=0)
+def _added(total: Float[Array, "k p"], part: Float[Array, "k p"], size: int) -> Float[Array, "k p"]:
+    return total + part * jnp.asarray(size).astype(total.dtype)
+
+
+@jax.jit
+def _mean(total: Float[Array, "k p"], n: int) -> tuple[Float[Array, "k p"], Bool[Array, ""]]:
+    mean = total / jnp.asarray(n).astype(total.dtype)
+    return mean, jnp.all(jnp.isfinite(mean))
 
 
 def over_rows(product: Any, layout: _tree.Layout, like: Tree, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
