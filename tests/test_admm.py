@@ -288,6 +288,7 @@ PEERS = [
 @pytest.mark.default_flags
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(("layer", "spec", "sparsegpt", "alps"), PEERS)
+@pytest.mark.slow
 def test_presets_on_real_layers(folder, layer, spec, sparsegpt, alps):
     with np.load(folder / "layers" / f"{layer}.npz", allow_pickle=False) as archive:
         gram = jnp.asarray(archive["H"] / archive["n_samples"].astype(np.float32))

@@ -111,6 +111,7 @@ def test_prune_cnn_prints_its_table_and_draws_its_picture(tmp_path):
         (("--data", "cifar10"), "pass --data-dir"),
     ],
 )
+@pytest.mark.slow
 def test_prune_cnn_says_what_to_pass(args, words):
     done = run(*args)
     assert done.returncode != 0

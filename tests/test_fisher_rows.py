@@ -151,6 +151,7 @@ def test_chita_falls_and_is_stationary_on_its_support_after_the_refit():
 @pytest.mark.parametrize(
     "method", ["fisher", "obd", "m_fac", "woodfisher", "kfac_obs", "obs", "cbs", "chita", "global"]
 )
+@pytest.mark.slow
 def test_half_precision_weights_have_curvature_below_their_smallest_number(method):
     def loss(params, batch):  # gradients of about 1e-4, squares of 1e-8, where float16 ends at 6e-8
         z = batch @ params["w"].astype(jnp.float32)

@@ -539,6 +539,7 @@ def test_network_learns(network):
     assert network.accuracy(network.params) > 0.9
 
 
+@pytest.mark.slow
 def test_the_prunable_leaves_are_chosen(network, case):
     _, pruned = case
     assert list(named(pruned.support)) == list(network.taken)
@@ -615,6 +616,7 @@ def test_magnitude_is_numpys_argsort(network, per):
 
 
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name != "numpy-arrays"], indirect=True)
+@pytest.mark.slow
 def test_taylor_and_fisher_keep_the_largest_scores(network):
     def loss(weights, image, label):
         logits = network.logits(network.put(network.params, weights), image[None])
@@ -660,6 +662,7 @@ def test_two_of_four_along_the_inputs(network):
     assert_untouched(network)
 
 
+@pytest.mark.slow
 def test_whole_filters_and_neurons(network):
     constraint = po.constraints.Slices(network.out_axis, po.constraints.Cardinality(sparsity=0.5, per="leaf"))
     pruned = po.prune(None, network.params, None, constraint, leaves=network.sliced, progress=False)
@@ -725,6 +728,7 @@ def test_pruning_with_a_schedule_and_retraining(network):
     [("nnx", ["bn/mean/value", "bn/var/value"]), ("equinox", ["1/1/0", "1/1/1"])],
     indirect=["network"],
 )
+@pytest.mark.slow
 def test_retraining_leaves_running_statistics_to_the_updates(network, paths):
     """By default, without `trained=`: their paths do not tell, but `updates` has them."""
     full = {path: np.ones(w.shape, bool) for path, w in network.taken.items()}

@@ -316,6 +316,7 @@ def test_a_later_step_on_any_one_weight_is_found_out(place, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.slow
 def test_the_right_order_is_never_refused_for_its_rounding(dtype):
     """Weights of one sign, whose sums round most; the step compiled with the loop and without."""
     rng = np.random.default_rng(0)
