@@ -51,6 +51,7 @@ def runs_by_sorting(scores, per, span, budget):
 
 @pytest.mark.parametrize("per", ["in", "out"])
 @pytest.mark.parametrize("span", [3, 9])
+@pytest.mark.slow
 def test_runs_share_a_budget(per, span):
     for shape in ((8, 7), (2, 4, 7)):  # the same matrix
         for ties in (True, False):
@@ -241,6 +242,7 @@ def test_transposable_over_stacked_matrices_many_tiles_and_vmap(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(1, 4), (4, 4), (16, 16), (2, 1), (-1, 1), (8,)])
 @pytest.mark.parametrize("scope", ["tree", "out", "in"])
+@pytest.mark.slow
 def test_blocks_with_the_largest_sums_live(shape, scope):
     scores = np.abs(np.random.default_rng(8).standard_normal((16, 32)))
     box = [1, *shape][-2:]
@@ -388,6 +390,7 @@ INTERSECTIONS = {
 
 
 @pytest.mark.parametrize("name", INTERSECTIONS)
+@pytest.mark.slow
 def test_intersections_are_feasible_and_optimal_where_they_say(name):
     parts, shape, oracle, exact = INTERSECTIONS[name]
     constraint = Intersection(parts)

@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 
 import pruneopt as po
 
-pytestmark = pytest.mark.default_flags
+pytestmark = [pytest.mark.default_flags, pytest.mark.slow]
 
 Tree = Any
 Weights = dict[str, Any]
@@ -539,7 +539,6 @@ def test_network_learns(network):
     assert network.accuracy(network.params) > 0.9
 
 
-@pytest.mark.slow
 def test_the_prunable_leaves_are_chosen(network, case):
     _, pruned = case
     assert list(named(pruned.support)) == list(network.taken)
@@ -616,7 +615,6 @@ def test_magnitude_is_numpys_argsort(network, per):
 
 
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name != "numpy-arrays"], indirect=True)
-@pytest.mark.slow
 def test_taylor_and_fisher_keep_the_largest_scores(network):
     def loss(weights, image, label):
         logits = network.logits(network.put(network.params, weights), image[None])
@@ -642,7 +640,6 @@ def test_taylor_and_fisher_keep_the_largest_scores(network):
         assert kept == pytest.approx(best, rel=1e-5), (method, per)
 
 
-@pytest.mark.slow
 def test_two_of_four_along_the_inputs(network):
     axis = "in" if network.in_axis == -2 else network.in_axis
     constraint = po.constraints.NM(2, 4, axis)
@@ -662,7 +659,6 @@ def test_two_of_four_along_the_inputs(network):
     assert_untouched(network)
 
 
-@pytest.mark.slow
 def test_whole_filters_and_neurons(network):
     constraint = po.constraints.Slices(network.out_axis, po.constraints.Cardinality(sparsity=0.5, per="leaf"))
     pruned = po.prune(None, network.params, None, constraint, leaves=network.sliced, progress=False)
@@ -681,7 +677,6 @@ def test_whole_filters_and_neurons(network):
 # ----------------------------------------------------------------------------------------------- retraining
 
 
-@pytest.mark.slow
 def test_retraining_keeps_the_zeros(network):
     constraint = po.constraints.Cardinality(sparsity=0.8, per="leaf")
     pruned = po.prune(None, network.params, None, constraint, progress=False)
@@ -702,7 +697,6 @@ def test_retraining_keeps_the_zeros(network):
     assert_untouched(network)
 
 
-@pytest.mark.slow
 def test_pruning_with_a_schedule_and_retraining(network):
     pruned = po.prune(
         network.loss,
@@ -728,7 +722,6 @@ def test_pruning_with_a_schedule_and_retraining(network):
     [("nnx", ["bn/mean/value", "bn/var/value"]), ("equinox", ["1/1/0", "1/1/1"])],
     indirect=["network"],
 )
-@pytest.mark.slow
 def test_retraining_leaves_running_statistics_to_the_updates(network, paths):
     """By default, without `trained=`: their paths do not tell, but `updates` has them."""
     full = {path: np.ones(w.shape, bool) for path, w in network.taken.items()}
@@ -824,7 +817,6 @@ def test_lossless_meets_its_tolerance(network):
     assert_untouched(network)
 
 
-@pytest.mark.slow
 def test_layer_by_layer_beats_magnitude_at_its_own_sparsity(network):
     """Of any framework, without an adapter: each layer on the inputs that the pruned ones before it give."""
     half = po.constraints.Cardinality(sparsity=SPARSITY)

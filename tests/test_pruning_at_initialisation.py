@@ -29,6 +29,7 @@ def pruned(method, params, count, fn=tiny_loss, **more):
                     progress=False, **more)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_snip_and_grasp_are_their_formulas():
     params, (whole,) = tree(1, SHAPES), tiny_batches()
     w, unflat = jax.flatten_util.ravel_pytree(params)
