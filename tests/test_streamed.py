@@ -124,6 +124,15 @@ def test_the_exact_diagonal_is_computed_once():
     assert len(passes) == before + 1  # the form alone
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_exact_diagonal_of_half_precision_weights_is_not_rounded_to_them(dtype):
+    wide, half = tree(1), jax.tree.map(lambda x: x.astype(dtype), tree(1))
+    model = Hessian.of(tiny_loss, wide, tiny_batches((10,)), BOTH)
+    got, want = model.diagonal(half), model.diagonal(wide)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got))
+    np.testing.assert_allclose(flat(got)[0], flat(want)[0], rtol=1e-6)
+
+
 def test_proximal_gradient_on_products_over_the_data_is_that_on_the_same_matrix_in_memory():
     center, params = tree(3, SHAPES), tree(1, SHAPES)
     streamed = GaussNewton.of(logits, entropy, params, tiny_batches((10,)), BOTH)

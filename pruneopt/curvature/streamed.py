@@ -58,7 +58,7 @@ class Streamed(Curvature):
 
     def diagonal(self, like: Tree) -> Tree:
         """The exact diagonal, p products, kept for later calls; `hutchinson` estimates it from a few."""
-        return self.layout.tree(jnp.asarray(self._exact_diagonal), like)
+        return self.layout.tree(jnp.asarray(self._exact_diagonal), _tree.wide_shapes(like))
 
     @cached_property
     def _exact_diagonal(self) -> Float[np.ndarray, " p"]:
