@@ -151,13 +151,9 @@ def _check(batch: Batch, index: int, structure: Any, name: str) -> None:
 
 @jax.jit
 def _scaled(tree: Any, factor: float) -> Any:
-    return jax.tree.map(lambda x: _wide(x) * jnp.asarray(factor, _tree.wide(x.dtype)), tree)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(_tree.wide(x.dtype))
+    return jax.tree.map(lambda x: _tree.widened(x) * jnp.asarray(factor, _tree.wide(x.dtype)), tree)
 
 
 @jax.jit
 def _added(total: Any, tree: Any, factor: float) -> Any:
-    return jax.tree.map(lambda t, x: t + _wide(x) * jnp.asarray(factor, t.dtype), total, tree)
+    return jax.tree.map(lambda t, x: t + _tree.widened(x) * jnp.asarray(factor, t.dtype), total, tree)

@@ -38,6 +38,11 @@ def widest(tree: Tree) -> Any:
     return max((wide(x.dtype) for x in jax.tree.leaves(tree)), key=lambda dtype: dtype.itemsize)
 
 
+def widened(tree: Tree) -> Tree:
+    """The leaves in the dtypes to compute them in."""
+    return jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree)
+
+
 def wide_shapes(tree: Tree) -> Tree:
     """The shapes of a tree, in the dtypes to compute its leaves in."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wide(x.dtype)), tree)

@@ -86,7 +86,7 @@ class L1Ball(Ball):
 
     def project(self, values: Tree) -> Tree:
         """The nearest point of the ball: soft thresholding at the level that meets the radius. Traceable by JAX."""
-        wide = jax.tree.map(_wide, values)
+        wide = _tree.widened(values)
         level = _level(jnp.concatenate([jnp.abs(x).reshape(-1) for x in jax.tree.leaves(wide)]), self.radius)
 
         def shrunk(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -126,7 +126,7 @@ class GroupBall(Ball):
 
     def project(self, values: Tree) -> Tree:
         """The nearest point of the ball. Traceable by JAX."""
-        wide = jax.tree.map(_wide, values)
+        wide = _tree.widened(values)
         norms = jax.tree.map(lambda x: jnp.sqrt(jnp.sum(x * x, axis=self._others(x), keepdims=True)), wide)
         level = _level(jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(norms)]), self.radius)
 
@@ -150,10 +150,6 @@ class GroupBall(Ball):
     def _sizes(self, w: Tree) -> np.ndarray:
         wide = [np.asarray(x, np.float64) for x in jax.tree.leaves(w)]
         return np.concatenate([np.sqrt(np.sum(x * x, axis=self._others(x))) for x in wide])
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(_tree.wide(x.dtype))
 
 
 def _level(sizes: Float[Array, " p"], radius: float) -> Float[Array, ""]:

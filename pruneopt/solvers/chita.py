@@ -63,7 +63,7 @@ class CHITA(Solver):
                     raise indefinite(self, f, bend)
             return curved
 
-        center = _wide(f.center)
+        center = _tree.widened(f.center)
 
         def at(w: Tree, support: Tree) -> _Point:
             change = _minus(w, center)
@@ -75,7 +75,7 @@ class CHITA(Solver):
 
         feasible = init is not None and problem.violation(init.support) == 0
         start = (init.value, init.support) if init and feasible else _projected(constraint, f.center)
-        point = at(_wide(start[0]), start[1])
+        point = at(_tree.widened(start[0]), start[1])
         settled, done = False, 0
         while not settled and done < self.iterations:
             done += 1
@@ -122,11 +122,6 @@ def _projected(constraint: Constraint, w: Tree) -> tuple[Tree, Tree]:
 @jax.jit
 def _squared(w: Tree) -> Tree:
     return jax.tree.map(lambda x: jnp.square(x.astype(_tree.wide(x.dtype))), w)
-
-
-@jax.jit
-def _wide(w: Tree) -> Tree:
-    return jax.tree.map(lambda x: x.astype(_tree.wide(x.dtype)), w)
 
 
 @jax.jit

@@ -144,7 +144,7 @@ def _fixed_point(scaled: _Scaled, init: Start, rho: float) -> Tree:
 @jax.jit
 def _scaled(center: Tree, diagonal: Tree, gradient: Tree | None, ridge: Array) -> tuple[Tree, Tree, Tree]:
     """(B0, sqrt(s), g / sqrt(s)); where s vanishes it is a millionth of its mean, so that B stays defined."""
-    wide = jax.tree.map(lambda w: w.astype(_tree.wide(w.dtype)), center)
+    wide = _tree.widened(center)
     s = jax.tree.map(lambda w, h: jnp.broadcast_to(h.astype(w.dtype) + ridge.astype(w.dtype), w.shape), wide, diagonal)
     leaves = jax.tree.leaves(s)
     mean = sum(jnp.sum(x) for x in leaves) / jnp.asarray(sum(x.size for x in leaves), leaves[0].dtype)
