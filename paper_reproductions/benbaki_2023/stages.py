@@ -59,15 +59,12 @@ class Grouped:
     """The mean cross-entropy of images, or of groups of them, times `scale`."""
 
     forward: Callable
+    image: tuple  # its shape
     scale: float = 1.0
 
     def __call__(self, params, batch):
-        images, labels = batch[0].reshape(-1, *batch[0].shape[-self.axes :]), batch[1].reshape(-1)
+        images, labels = batch[0].reshape(-1, *self.image), batch[1].reshape(-1)
         return self.scale * one_stage.cross_entropy(self.forward(params, images), (images, labels))
-
-    @property
-    def axes(self):
-        return 1 if self.forward is mlp.forward else 3
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class Model:
     ridge: float
 
     def __call__(self, fn, params, batches, leaves, key):
-        fisher = empirical_fisher(Grouped(fn.forward, GROUP**0.5), params, batches, leaves, ridge=self.ridge)
+        fisher = empirical_fisher(replace(fn, scale=GROUP**0.5), params, batches, leaves, ridge=self.ridge)
         mean = np.mean(np.asarray(fisher.gradients), axis=0) / GROUP**0.5
         center = partition(params, leaves)[0]
         return Quadratic(center, fisher, fisher.layout.tree(jnp.asarray(mean), center))
@@ -120,8 +117,9 @@ class Model:
 def ours(solver, task, groups, sparsity, ridge):
     """The stages of `plans.staged`, none of them shortened, as published."""
     network = task.network
+    loss = Grouped(network.forward, task.held_out[0].shape[1:])
     pruned = staged(
-        Grouped(network.forward), network.params, lambda stage: [tuple(x[task.judged :] for x in groups[stage])],
+        loss, network.params, lambda stage: [tuple(x[task.judged :] for x in groups[stage])],
         Cardinality(sparsity=sparsity), [task.held_out], method=Method(Model(ridge), solver, "CHITA++"),
         schedule=Halving(task.stages), rise=1e9, leaves=network.leaves, progress=False,
     )  # fmt: skip
