@@ -21,8 +21,8 @@ from tqdm import trange
 
 import pruneopt as po
 from pruneopt import plans, training
+from pruneopt.network.leaves import partition
 from pruneopt.penalties import L1, GroupLasso, Partition
-from pruneopt.structure.leaves import partition
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data", choices=("digits", "mnist", "cifar10"), default="digits")

@@ -7,14 +7,17 @@ nouns live in the rooms `objectives`, `curvature`, `constraints`, `penalties`, `
 optax loop), `plans` and `structure`.
 """
 
-from pruneopt import constraints, curvature, objectives, penalties, plans, solvers, structure, training
-from pruneopt.apply import apply, from_masks
+from pruneopt import structure  # first: it names `capture`, which stands on it
+
+# isort: split
+from pruneopt import constraints, curvature, objectives, penalties, plans, solvers, training
 from pruneopt.certify import certify
-from pruneopt.files import load, load_masks, save
+from pruneopt.delivery.apply import apply, from_masks
+from pruneopt.delivery.files import load, load_masks, save
+from pruneopt.delivery.report import Report, report
 from pruneopt.plans.prune import prune
+from pruneopt.plans.redundancy import Redundancy, redundancy
 from pruneopt.problem import Problem
-from pruneopt.redundancy import Redundancy, redundancy
-from pruneopt.report import Report, report
 from pruneopt.solution import Pruned, Solution, Status
 from pruneopt.solve import SolveError, solve
 

@@ -15,10 +15,10 @@ from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.support import Support
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.gram import Gram
+from pruneopt.network.leaves import check_like
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
 from pruneopt.solution import Duality, Evidence, Separable, Solution, Status, StrongConvexity
-from pruneopt.structure.leaves import check_like
 
 Tree = Any
 _OPTIMAL_GAP = 1e-6

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from pruneopt import _linalg, _tree
 from pruneopt.certify import verify
+from pruneopt.network.leaves import as_key, check_finite, check_like
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solution import Solution, Status
 from pruneopt.solvers.base import Solver, Start, ignored_values
 from pruneopt.solvers.swap import sampled_gain
-from pruneopt.structure.leaves import as_key, check_finite, check_like
 
 Tree = Any
 

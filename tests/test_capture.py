@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pruneopt.structure import forms
-from pruneopt.structure.capture import _sums, capture
+from pruneopt.capture.statistics import _sums, capture
+from pruneopt.program import forms
 from pruneopt.structure.graph import trace
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}

@@ -8,7 +8,7 @@ from cases import tiny_batches, tiny_loss, tree
 from jax.flatten_util import ravel_pytree
 
 from pruneopt.curvature import Gram, empirical_fisher_diagonal, hessian_vector_product, hutchinson_diagonal
-from pruneopt.structure import evaluate, leaves
+from pruneopt.network import calls, leaves
 
 CUTS = [(10,), (4, 4, 2), (1,) * 10]
 BOTH = ["a", "b"]
@@ -75,16 +75,16 @@ def test_batching_does_not_matter(sizes):
     params = tree(1)
     for estimate in (
         lambda data: hutchinson_diagonal(tiny_loss, params, data, BOTH, probes=3, key=jax.random.key(5)).values,
-        lambda data: evaluate.mean_gradient(tiny_loss, *leaves.partition(params, BOTH), _batches(data)),
+        lambda data: calls.mean_gradient(tiny_loss, *leaves.partition(params, BOTH), _batches(data)),
     ):
         one, many = estimate(tiny_batches()), estimate(tiny_batches(sizes))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), one, many)
 
 
 def _batches(data):
-    from pruneopt import _data
+    from pruneopt.network.batches import Batches
 
-    return _data.Batches(data)
+    return Batches(data)
 
 
 def test_only_the_chosen_leaves_are_differentiated():

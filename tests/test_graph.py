@@ -21,7 +21,7 @@ from jax.extend.core import primitives
 from jax.sharding import AxisType, PartitionSpec
 
 from paper_reproductions.networks import resnet20, stories
-from pruneopt.structure.capture import capture
+from pruneopt.capture.statistics import capture
 from pruneopt.structure.graph import Graph, trace
 
 Shape = tuple[int, int, int, int]  # problems, n_in, n_out, uses

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import pruneopt as po
+from pruneopt.capture import calibration, layerwise
 from pruneopt.constraints import NM, ByPath, Cardinality, Support
-from pruneopt.plans import calibration, layerwise
 from pruneopt.plans.layerwise import DAMPINGS
 from pruneopt.solvers import ADMM, Polish, Score, Then, factors
 from pruneopt.structure import segment

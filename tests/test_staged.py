@@ -12,10 +12,10 @@ from cases import tiny_batches, tiny_loss, tree
 import pruneopt as po
 from pruneopt.constraints import Cardinality
 from pruneopt.curvature import Identity
+from pruneopt.network.leaves import partition
 from pruneopt.objectives import Quadratic
 from pruneopt.plans import Iterative, Method
 from pruneopt.solvers import Score
-from pruneopt.structure.leaves import partition
 
 SHAPES = {"a": (2, 8), "b": (8, 1)}
 GOAL = Cardinality(sparsity=0.75, floor=1)

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import pruneopt as po
 from pruneopt.constraints import Cardinality, Support, by_size
 from pruneopt.curvature import Diagonal, Identity, empirical_fisher
+from pruneopt.network.leaves import combine, partition
 from pruneopt.objectives import Quadratic
 from pruneopt.solvers import CHITA, Polish, Pursuit, Score, SummedOBS
-from pruneopt.structure.leaves import combine, partition
 
 N = 1000
 RIDGE = 1e-4  # of Q

@@ -41,9 +41,9 @@ from paper_reproductions.networks import mlpnet as mlp
 from paper_reproductions.networks import resnet20 as resnet
 from pruneopt.constraints import Cardinality, Intersection, Support, by_size
 from pruneopt.curvature import Diagonal, GaussNewton, Identity, Shrunk, sampled_fisher
+from pruneopt.network.leaves import combine, partition
 from pruneopt.objectives import Quadratic
 from pruneopt.solvers import BALANCED, GlobalADMM, Score
-from pruneopt.structure.leaves import combine, partition
 
 BATCH, READ = 64, 1000
 SHARE, DAMPING = 0.15, 0.01

@@ -45,10 +45,10 @@ from paper_reproductions.networks import mlpnet as mlp
 from paper_reproductions.networks import resnet20 as resnet
 from pruneopt.constraints import Cardinality
 from pruneopt.curvature import empirical_fisher
+from pruneopt.network.leaves import partition
 from pruneopt.objectives import Quadratic
 from pruneopt.plans import Method, Stage, staged
 from pruneopt.solvers import CHITA, Pursuit
-from pruneopt.structure.leaves import partition
 
 GROUP = 16  # images
 RIDGE = 1e-3 * GROUP

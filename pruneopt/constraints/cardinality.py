@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from pruneopt import _linalg, _tree
+from pruneopt import _selection, _tree
 from pruneopt.constraints.base import Constraint, check_cut
 
 Tree = Any
@@ -125,9 +125,9 @@ class Cardinality(Constraint):
         if self.per == "tree":
             if self.floor:
                 leaves = [_raised_to_floor(leaf, self.floor) for leaf in leaves]
-            masks = _linalg.keep_largest(leaves, kept(lambda c: c.kept_of(_tree.size(scores))))
+            masks = _selection.keep_largest(leaves, kept(lambda c: c.kept_of(_tree.size(scores))))
         elif self.per == "leaf":
-            masks = [_linalg.keep_largest([x], kept(lambda c, x=x: int(c._budgets(x)[0])))[0] for x in leaves]
+            masks = [_selection.keep_largest([x], kept(lambda c, x=x: int(c._budgets(x)[0])))[0] for x in leaves]
         else:
             masks = [self._select_slices(x, kept(lambda c, x=x: c._budgets(x).astype(np.uint32))) for x in leaves]
         return jax.tree.unflatten(structure, masks)
@@ -184,7 +184,7 @@ class Cardinality(Constraint):
 
     def _select_slices(self, leaf: Shaped[Array, "..."], counts: Any) -> Shaped[Array, "..."]:
         rows, restored = self._rows(leaf, -np.inf)
-        (mask,) = _linalg.keep_largest_in_rows([rows], counts)
+        (mask,) = _selection.keep_largest_in_rows([rows], counts)
         return restored(mask)
 
     def _rows(
@@ -235,7 +235,7 @@ def check_amount(sparsity: float | None, count: int | None) -> None:
 
 
 def _raised_to_floor(scores: Shaped[Array, "..."], floor: int) -> Shaped[Array, "..."]:
-    (first,) = _linalg.keep_largest([scores], min(floor, scores.size))
+    (first,) = _selection.keep_largest([scores], min(floor, scores.size))
     if isinstance(scores, jax.core.Tracer):
         return jnp.where(first, jnp.asarray(jnp.inf, scores.dtype), scores)
     raised = np.array(scores)

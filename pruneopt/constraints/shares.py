@@ -9,7 +9,7 @@ from typing import Any
 from pruneopt import _tree
 from pruneopt.constraints.by_path import ByPath
 from pruneopt.constraints.cardinality import Cardinality, check_amount
-from pruneopt.structure.leaves import Choice, partition
+from pruneopt.network.leaves import Choice, partition
 
 Tree = Any
 

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
 from pruneopt.curvature.base import check_memory, check_ridge
 from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.curvature.low_rank import LowRank
-from pruneopt.structure import evaluate
-from pruneopt.structure.leaves import Choice, Rest, partition
-from pruneopt.structure.per_example import Separable
+from pruneopt.network import calls
+from pruneopt.network.batches import Batches, Source, each, examples
+from pruneopt.network.leaves import Choice, Rest, partition
+from pruneopt.program.per_example import Separable
 
 Tree = Any
 # Per-example gradients computed at a time, in bytes and in examples: more do not fit a CPU's cache.
@@ -25,9 +26,9 @@ _CHUNK_BYTES, _CHUNK = 1 << 24, 256
 
 
 def empirical_fisher(
-    loss: evaluate.Loss,
+    loss: calls.Loss,
     params: Tree,
-    batches: _data.Source,
+    batches: Source,
     leaves: Choice = None,
     *,
     ridge: float = 0.0,
@@ -51,11 +52,11 @@ def empirical_fisher(
     """
     check_ridge(ridge)
     chosen, rest = partition(params, leaves)
-    stream = _data.Batches(batches)
-    evaluate.check_scalar(loss, chosen, rest, stream)
+    stream = Batches(batches)
+    calls.check_scalar(loss, chosen, rest, stream)
     layout = _tree.Layout.of(chosen)
     dtype = _dtype(chosen, dtype)
-    n = sum(_data.examples(batch) for batch in stream)
+    n = sum(examples(batch) for batch in stream)
     if n < 2:
         raise ValueError(f"batches holds {n} example; a Fisher of one gradient has rank 1: pass at least 2 examples")
     check_memory(
@@ -66,18 +67,16 @@ def empirical_fisher(
         "pass dtype=jnp.bfloat16, fewer examples or leaves=, or use empirical_fisher_diagonal",
     )
     gradients, start = jnp.zeros((n, layout.size), dtype), 0
-    for examples, origin, new in _chunks(stream, _at_once(layout)):
+    for chunk, origin, new in _chunks(stream, _at_once(layout)):
         start += new - len(origin) if start else 0  # the last chunk overlaps the one before
-        found, finite = _each(Separable(loss), chosen, rest, examples)
-        _check(loss, chosen, rest, examples, found, finite, origin)
+        found, finite = _each(Separable(loss), chosen, rest, chunk)
+        _check(loss, chosen, rest, chunk, found, finite, origin)
         gradients = _written(gradients, found, start)
         start += len(origin)
     return LowRank(gradients, layout, float(ridge))
 
 
-def empirical_fisher_diagonal(
-    loss: evaluate.Loss, params: Tree, batches: _data.Source, leaves: Choice = None
-) -> Diagonal:
+def empirical_fisher_diagonal(loss: calls.Loss, params: Tree, batches: Source, leaves: Choice = None) -> Diagonal:
     """diag F, F = 1/n sum_i g_i g_i^T with g_i the gradient of example i's loss; n examples in all.
 
     loss: (params, batch) -> scalar, a mean over examples; it is called on batches of one example.
@@ -88,13 +87,13 @@ def empirical_fisher_diagonal(
     Source: the diagonal of the empirical Fisher, Martens 2020, section 11.
     """
     chosen, rest = partition(params, leaves)
-    stream = _data.Batches(batches)
-    evaluate.check_scalar(loss, chosen, rest, stream)
+    stream = Batches(batches)
+    calls.check_scalar(loss, chosen, rest, stream)
     layout, n = _tree.Layout.of(chosen), 0
     total = jnp.zeros(layout.size, _dtype(chosen, None))
-    for examples, origin, new in _chunks(stream, _at_once(layout)):
-        found, finite = _each(Separable(loss), chosen, rest, examples)
-        _check(loss, chosen, rest, examples, found, finite, origin)
+    for chunk, origin, new in _chunks(stream, _at_once(layout)):
+        found, finite = _each(Separable(loss), chosen, rest, chunk)
+        _check(loss, chosen, rest, chunk, found, finite, origin)
         total, n = _with_squares(total, found, new), n + new
     return Diagonal(layout.tree(total / jnp.asarray(n, total.dtype)))
 
@@ -112,15 +111,15 @@ def _at_once(layout: _tree.Layout) -> int:
     return max(1, min(_CHUNK, _CHUNK_BYTES // (4 * layout.size)))
 
 
-def _chunks(stream: _data.Batches, size: int) -> Iterator[tuple[Any, list[int], int]]:
+def _chunks(stream: Batches, size: int) -> Iterator[tuple[Any, list[int], int]]:
     """Examples `size` at a time, the batch that each came from, and how many of them, the last ones, are new.
 
     The last chunk begins with examples of the one before, so that all have one shape; only a first one may be short.
     """
     held, origin, new = None, [], 0
     for index, batch in enumerate(stream):
-        more = _data.examples(batch)
-        batch = _data.each(batch, more, f"{stream.name}: batch {index}")
+        more = examples(batch)
+        batch = each(batch, more, f"{stream.name}: batch {index}")
         held = batch if held is None else jax.tree.map(_joined, held, batch)
         origin, new = origin + [index] * more, new + more
         while new >= size:
@@ -139,13 +138,13 @@ def _joined(a: Any, b: Any) -> Any:
 
 
 def _check(
-    loss: evaluate.Loss, chosen: Tree, rest: Rest, examples: Any, found: list[Array], finite: Array, origin: list[int]
+    loss: calls.Loss, chosen: Tree, rest: Rest, examples: Any, found: list[Array], finite: Array, origin: list[int]
 ) -> None:
     """Raise ValueError naming the first batch whose loss or gradient is not finite, and the leaf."""
     if not np.all(finite):
         bad = int(np.argmin(finite))
         example, paths = jax.tree.map(lambda x: x[bad : bad + 1], examples), _tree.Layout.of(chosen).paths
-        evaluate.check_value(loss, chosen, rest, example, f"batches: batch {origin[bad]}")
+        calls.check_value(loss, chosen, rest, example, f"batches: batch {origin[bad]}")
         path = next(p for p, g in zip(paths, found, strict=True) if not np.all(np.isfinite(g[bad])))
         raise ValueError(
             f"batches: batch {origin[bad]}: the gradient of fn holds a NaN or an infinity in leaf '{path}'; repair "
@@ -161,7 +160,7 @@ def _each(
 
     def one(example: Any) -> list[Array]:
         alone = jax.tree.map(lambda x: x[None], example)
-        return [g.reshape(-1) for g in jax.tree.leaves(jax.grad(evaluate.closed(loss, rest, alone))(chosen))]
+        return [g.reshape(-1) for g in jax.tree.leaves(jax.grad(calls.closed(loss, rest, alone))(chosen))]
 
     found = jax.vmap(one)(examples)
     return found, jnp.all(jnp.stack([jnp.all(jnp.isfinite(g), axis=1) for g in found]), axis=0)

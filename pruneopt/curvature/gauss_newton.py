@@ -14,10 +14,11 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
 from pruneopt.curvature.streamed import Streamed, over_rows
-from pruneopt.structure import evaluate
-from pruneopt.structure.leaves import Choice, Rest, combine, partition
+from pruneopt.network import calls
+from pruneopt.network.batches import Batches, Source, examples
+from pruneopt.network.leaves import Choice, Rest, combine, partition
 
 Tree = Any
 Outputs = Callable[[Tree, Any], Any]
@@ -40,28 +41,28 @@ class GaussNewton(Streamed):
     rest: Rest
     model: Outputs = field(metadata={"static": True})
     loss: Outputs = field(metadata={"static": True})
-    batches: _data.Batches = field(metadata={"static": True})
+    batches: Batches = field(metadata={"static": True})
     name: ClassVar[str] = "Gauss-Newton matrix"
     instead: ClassVar[str] = "use empirical_fisher, which needs no more than its gradients"
 
     @staticmethod
-    def of(model: Outputs, loss: Outputs, params: Tree, batches: _data.Source, leaves: Choice = None) -> GaussNewton:
+    def of(model: Outputs, loss: Outputs, params: Tree, batches: Source, leaves: Choice = None) -> GaussNewton:
         """Of model(params, batch) -> outputs and loss(outputs, batch) -> scalar, a mean over examples.
 
         leaves: default the prunable ones; None elsewhere. Raises as `prune` does for a loss that is not scalar, for
         leaves or batches that cannot be used.
         """
         chosen, rest = partition(params, leaves)
-        stream = _data.Batches(batches)
+        stream = Batches(batches)
         for fn in (model, loss):
             if not callable(fn):
                 raise TypeError(f"{fn!r} is no function; pass model(params, batch) and loss(outputs, batch)")
         made = GaussNewton(chosen, rest, model, loss, stream)
-        evaluate.check_scalar(made.mean_loss, chosen, rest, stream)
+        calls.check_scalar(made.mean_loss, chosen, rest, stream)
         return made
 
     @property
-    def mean_loss(self) -> evaluate.Loss:
+    def mean_loss(self) -> calls.Loss:
         """The loss of the model's outputs."""
         return lambda params, batch: self.loss(self.model(params, batch), batch)
 
@@ -83,7 +84,7 @@ class GaussNewton(Streamed):
             chosen, rest = _tree.float64(self.chosen), _tree.float64(self.rest)
             for batch in map(_tree.float64, self.batches):
                 z = jax.eval_shape(lambda c, r, b: self.model(combine(c, r), b), chosen, rest, batch)
-                n, size = _data.examples(batch), _tree.size(z)
+                n, size = examples(batch), _tree.size(z)
                 if any(x.shape[:1] != (n,) for x in jax.tree.leaves(z)) or size > n * _MOST:
                     return False
                 probe = np.random.default_rng(0).standard_normal((n, size // n))

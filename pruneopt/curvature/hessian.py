@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import jax
 from jaxtyping import Array, Float
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
 from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.curvature.streamed import Streamed, over_rows
-from pruneopt.structure import evaluate
-from pruneopt.structure.leaves import Choice, Rest, partition
+from pruneopt.network import calls
+from pruneopt.network.batches import Batches, Source
+from pruneopt.network.leaves import Choice, Rest, partition
 
 Tree = Any
 
@@ -34,25 +35,25 @@ class Hessian(Streamed):
 
     chosen: Tree
     rest: Rest
-    loss: evaluate.Loss = field(metadata={"static": True})
-    batches: _data.Batches = field(metadata={"static": True})
+    loss: calls.Loss = field(metadata={"static": True})
+    batches: Batches = field(metadata={"static": True})
     name: ClassVar[str] = "Hessian"
     instead: ClassVar[str] = "use empirical_fisher, or GaussNewton with a loss convex in the outputs: never indefinite"
 
     @staticmethod
-    def of(loss: evaluate.Loss, params: Tree, batches: _data.Source, leaves: Choice = None) -> Hessian:
+    def of(loss: calls.Loss, params: Tree, batches: Source, leaves: Choice = None) -> Hessian:
         """The Hessian of loss(params, batch) -> scalar, a mean over examples, in the chosen leaves of `params`.
 
         leaves: default the prunable ones; None elsewhere. Raises as `prune` does for a loss that is not scalar, for
         leaves or batches that cannot be used.
         """
         chosen, rest = partition(params, leaves)
-        stream = _data.Batches(batches)
-        evaluate.check_scalar(loss, chosen, rest, stream)
+        stream = Batches(batches)
+        calls.check_scalar(loss, chosen, rest, stream)
         return Hessian(chosen, rest, loss, stream)
 
     @property
-    def mean_loss(self) -> evaluate.Loss:
+    def mean_loss(self) -> calls.Loss:
         """The loss itself."""
         return self.loss
 
@@ -62,15 +63,15 @@ class Hessian(Streamed):
 
 
 @partial(jax.jit, static_argnames="loss")
-def _products(loss: evaluate.Loss, chosen: Tree, rest: Rest, batch: Any, rows: Array) -> Array:
-    of = evaluate.closed(loss, rest, batch)
+def _products(loss: calls.Loss, chosen: Tree, rest: Rest, batch: Any, rows: Array) -> Array:
+    of = calls.closed(loss, rest, batch)
     return over_rows(lambda d: hessian_vector_product(of, chosen, d), _tree.Layout.of(chosen), chosen, rows)
 
 
 def hutchinson_diagonal(
-    loss: evaluate.Loss,
+    loss: calls.Loss,
     params: Tree,
-    batches: _data.Source,
+    batches: Source,
     leaves: Choice = None,
     *,
     probes: int = 8,

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
+from pruneopt.capture.statistics import capture
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge, is_semidefinite
-from pruneopt.structure import evaluate
-from pruneopt.structure.capture import capture
+from pruneopt.network import calls
+from pruneopt.network.batches import Batches, Source, examples
+from pruneopt.network.leaves import Choice, partition
 from pruneopt.structure.graph import trace
-from pruneopt.structure.leaves import Choice, partition
 
 Tree = Any
 
@@ -43,9 +44,7 @@ class Kronecker(Curvature):
     ridge: float = field(default=0.0, metadata={"static": True})
 
     @staticmethod
-    def of(
-        loss: evaluate.Loss, params: Tree, batches: _data.Source, leaves: Choice = None, *, ridge: float = 0.0
-    ) -> Kronecker:
+    def of(loss: calls.Loss, params: Tree, batches: Source, leaves: Choice = None, *, ridge: float = 0.0) -> Kronecker:
         """The factors of loss(params, batch), a mean over examples, captured in one pass over the data.
 
         The labels of the loss make it the empirical Fisher's; for the true one, draw them from the model.
@@ -53,12 +52,12 @@ class Kronecker(Curvature):
         too; as `capture`.
         """
         check_ridge(ridge)
-        stream = _data.Batches(batches)
+        stream = Batches(batches)
         chosen, rest = partition(params, leaves)
-        evaluate.check_scalar(loss, chosen, rest, stream)
+        calls.check_scalar(loss, chosen, rest, stream)
         layout = _tree.Layout.of(chosen)
         found = capture(loss, params, stream, leaves=leaves, output_gradients=True)
-        n = sum(_data.examples(batch) for batch in stream)
+        n = sum(examples(batch) for batch in stream)
         graph = trace(loss, params, next(iter(stream)))
         looked_up = {path for look in graph.lookups for path in look.paths} & set(layout.paths)
         if looked_up:
@@ -74,7 +73,7 @@ class Kronecker(Curvature):
         for name, slope in slopes.items():
             if not np.all(np.isfinite(slope)):
                 for index, batch in enumerate(stream):
-                    evaluate.check_value(loss, chosen, rest, batch, f"batches: batch {index}")
+                    calls.check_value(loss, chosen, rest, batch, f"batches: batch {index}")
                 raise ValueError(
                     f"batches: the gradient in the outputs of '{name}' holds a NaN or an infinity; repair it"
                 )

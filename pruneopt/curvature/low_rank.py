@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pruneopt import _tree
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge
-from pruneopt.structure.leaves import check_finite
+from pruneopt.network.leaves import check_finite
 
 Tree = Any
 _HIGHEST = lax.Precision.HIGHEST

@@ -16,7 +16,7 @@ from pruneopt import _tree
 from pruneopt.curvature.base import Curvature
 from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.curvature.low_rank import LowRank
-from pruneopt.structure.leaves import check_like
+from pruneopt.network.leaves import check_like
 
 Tree = Any
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pruneopt.curvature.base import Curvature
 from pruneopt.curvature.diagonal import Diagonal
-from pruneopt.structure.leaves import check_finite, check_like
+from pruneopt.network.leaves import check_finite, check_like
 
 Tree = Any
 

@@ -13,11 +13,12 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Bool, Float
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge
 from pruneopt.curvature.diagonal import Diagonal
-from pruneopt.structure import evaluate
-from pruneopt.structure.leaves import Rest, as_key, check_like
+from pruneopt.network import calls
+from pruneopt.network.batches import Batches, examples
+from pruneopt.network.leaves import Rest, as_key, check_like
 
 Tree = Any
 _COLUMNS = 16  # products in one pass over the data
@@ -32,13 +33,13 @@ class Streamed(Curvature):
 
     chosen: Tree
     rest: Rest
-    batches: _data.Batches
+    batches: Batches
     name: ClassVar[str]
     instead: ClassVar[str]
 
     @property
     @abc.abstractmethod
-    def mean_loss(self) -> evaluate.Loss:
+    def mean_loss(self) -> calls.Loss:
         """The loss whose curvature this is, of params and a batch."""
 
     @abc.abstractmethod
@@ -160,7 +161,7 @@ class Streamed(Curvature):
         chosen, rest = cast(self.chosen), cast(self.rest)
         total, n = jnp.zeros_like(rows), 0
         for batch in self.batches:
-            size = _data.examples(batch)
+            size = examples(batch)
             total, n = _added(total, self.on_batch(chosen, rest, cast(batch), rows), size), n + size
         mean, finite = _mean(total, n)
         if not finite:
@@ -177,7 +178,7 @@ class Streamed(Curvature):
         chosen, rest = cast(self.chosen), cast(self.rest)
         for index, batch in enumerate(self.batches):
             if not bool(jnp.all(jnp.isfinite(self.on_batch(chosen, rest, cast(batch), rows)))):
-                evaluate.check_value(self.mean_loss, chosen, rest, cast(batch), f"batches: batch {index}")
+                calls.check_value(self.mean_loss, chosen, rest, cast(batch), f"batches: batch {index}")
                 raise ValueError(
                     f"batches: batch {index}: the {self.name} of fn holds a NaN or an infinity; repair that batch, or "
                     "the loss there"

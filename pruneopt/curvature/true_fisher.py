@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pruneopt import _data
 from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.curvature.fisher import empirical_fisher, empirical_fisher_diagonal
 from pruneopt.curvature.gauss_newton import Outputs
 from pruneopt.curvature.low_rank import LowRank
-from pruneopt.structure.evaluate import outputs
-from pruneopt.structure.leaves import Choice, as_key
+from pruneopt.network.batches import Batches, Source, each, examples
+from pruneopt.network.calls import outputs
+from pruneopt.network.leaves import Choice, as_key
 
 Tree = Any
 _PIECE = 256  # examples that are repeated for each class at a time
@@ -38,7 +38,7 @@ def cross_entropy(logits: Float[Array, "... classes"], labels: Int[Array, "..."]
 def sampled_fisher(
     model: Outputs,
     params: Tree,
-    batches: _data.Source,
+    batches: Source,
     leaves: Choice = None,
     *,
     key: jax.Array | None = None,
@@ -63,7 +63,7 @@ def sampled_fisher(
 def sampled_fisher_diagonal(
     model: Outputs,
     params: Tree,
-    batches: _data.Source,
+    batches: Source,
     leaves: Choice = None,
     *,
     key: jax.Array | None = None,
@@ -78,7 +78,7 @@ def sampled_fisher_diagonal(
 def softmax_fisher(
     model: Outputs,
     params: Tree,
-    batches: _data.Source,
+    batches: Source,
     leaves: Choice = None,
     *,
     ridge: float = 0.0,
@@ -92,7 +92,7 @@ def softmax_fisher(
     model: (params, batch) -> logits (n, C). dtype, memory, errors: as `empirical_fisher`, and for other outputs.
     C gradients an example, whatever the labels. Source: Martens 2020, section 5.
     """
-    stream = _data.Batches(batches)
+    stream = Batches(batches)
     logits: Any = outputs(model, params, next(iter(stream)))
     if getattr(logits, "ndim", 0) != 2:
         raise ValueError(f"fn returns {logits}; pass a model whose outputs are logits (n, classes), or sampled_fisher")
@@ -100,7 +100,7 @@ def softmax_fisher(
 
     def with_classes() -> Iterator[tuple[Any, np.ndarray]]:
         for batch in stream:
-            whole = _data.each(batch, n := _data.examples(batch), stream.name)
+            whole = each(batch, n := examples(batch), stream.name)
             for at in range(0, n, _PIECE):
                 size = min(_PIECE, n - at)
                 which = at + np.arange(size * classes) // classes
@@ -111,11 +111,11 @@ def softmax_fisher(
 
 
 def _with_keys(
-    model: Outputs, params: Tree, batches: _data.Source, key: jax.Array | None
+    model: Outputs, params: Tree, batches: Source, key: jax.Array | None
 ) -> Callable[[], Iterator[tuple[Any, np.ndarray]]]:
     """The batches, each with its examples' keys."""
     start = as_key(key)
-    stream = _data.Batches(batches)
+    stream = Batches(batches)
     found: Any = outputs(model, params, next(iter(stream)))
     if getattr(found, "shape", None) == ():
         raise ValueError(f"model returns {found}, a loss; pass the network, (params, batch) -> outputs")
@@ -123,7 +123,7 @@ def _with_keys(
     def of() -> Iterator[tuple[Any, np.ndarray]]:
         n = 0
         for batch in stream:
-            size = _data.examples(batch)
+            size = examples(batch)
             yield batch, np.asarray(_keys(start, np.arange(n, n + size)))
             n += size
 

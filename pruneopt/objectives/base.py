@@ -15,7 +15,7 @@ from pruneopt import _linalg, _tree
 from pruneopt.curvature.base import Curvature, is_semidefinite
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.gram import Gram
-from pruneopt.structure.leaves import check_finite, check_leaf
+from pruneopt.network.leaves import check_finite, check_leaf
 
 Tree = Any
 

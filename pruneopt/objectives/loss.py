@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from pruneopt import _data
+from pruneopt.network import calls
+from pruneopt.network.batches import Batches, Source
+from pruneopt.network.leaves import Choice, Rest, partition
 from pruneopt.objectives.base import Objective, check_center
-from pruneopt.structure import evaluate
-from pruneopt.structure.leaves import Choice, Rest, partition
 
 Tree = Any
 
@@ -26,21 +26,21 @@ class Loss(Objective):
     Raises ValueError for a loss that is not scalar, an empty tree, unusable batches.
     """
 
-    fn: evaluate.Loss
+    fn: calls.Loss
     params: Tree
-    batches: _data.Source
+    batches: Source
     leaves: Choice = None
     has_updates: bool = False
     center: Tree = field(init=False, repr=False)
     rest: Rest = field(init=False, repr=False)
-    stream: _data.Batches = field(init=False, repr=False)
+    stream: Batches = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         center, rest = partition(self.params, self.leaves)
         object.__setattr__(self, "center", center)
         object.__setattr__(self, "rest", rest)
-        object.__setattr__(self, "stream", _data.Batches(self.batches))
-        evaluate.check_scalar(self.fn, center, rest, self.stream, self.has_updates)
+        object.__setattr__(self, "stream", Batches(self.batches))
+        calls.check_scalar(self.fn, center, rest, self.stream, self.has_updates)
 
     def check(self) -> None:
         """Raise unless the chosen leaves are finite floating arrays."""
@@ -48,7 +48,7 @@ class Loss(Objective):
 
     def value(self, w: Tree) -> float:
         """The mean loss, in the network's own precision, summed over batches in float64."""
-        return evaluate.mean_value(self.fn, w, self.rest, self.stream, self.has_updates)
+        return calls.mean_value(self.fn, w, self.rest, self.stream, self.has_updates)
 
     def finite_value(self, w: Tree) -> float:
         """`value`, or ValueError where it is not finite, naming the batch, by another pass."""
@@ -57,9 +57,9 @@ class Loss(Objective):
             return value
         for index, batch in enumerate(self.stream):
             where = f"{self.stream.name}: batch {index}"
-            evaluate.check_value(self.fn, w, self.rest, batch, where, self.has_updates)
+            calls.check_value(self.fn, w, self.rest, batch, where, self.has_updates)
         raise ValueError(f"fn returns {value} at the given params over all of {self.stream.name}; scale fn down")
 
     def gradient(self, w: Tree) -> Tree:
         """The gradient of the mean loss in the chosen leaves."""
-        return evaluate.mean_gradient(self.fn, w, self.rest, self.stream, self.has_updates)
+        return calls.mean_gradient(self.fn, w, self.rest, self.stream, self.has_updates)

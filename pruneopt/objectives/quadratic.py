@@ -10,8 +10,8 @@ import jax
 
 from pruneopt.curvature.base import Curvature
 from pruneopt.curvature.diagonal import Diagonal
+from pruneopt.network.leaves import check_finite, check_like
 from pruneopt.objectives.base import QuadraticObjective, check_center, check_damping
-from pruneopt.structure.leaves import check_finite, check_like
 
 Tree = Any
 

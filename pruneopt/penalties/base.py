@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _tree
-from pruneopt.structure.leaves import check_finite, check_like
+from pruneopt.network.leaves import check_finite, check_like
 
 Tree = Any
 

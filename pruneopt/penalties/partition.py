@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pruneopt import _tree
-from pruneopt.structure.leaves import check_like
+from pruneopt.network.leaves import check_like
 from pruneopt.structure.units import Group, Units
 
 Tree = Any

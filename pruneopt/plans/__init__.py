@@ -1,7 +1,6 @@
 """More than one solve: whole networks, schedules, sensitivity, recalibration."""
 
 from pruneopt.plans.distil import distil
-from pruneopt.plans.gradual import CoarseThenFine, Cubic, Iterative, OneShot, Schedule, Stage
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.lossless import lossless
 from pruneopt.plans.lottery import lottery
@@ -12,6 +11,7 @@ from pruneopt.plans.penalised import penalised
 from pruneopt.plans.prune import prune
 from pruneopt.plans.recalibrate import recalibrate
 from pruneopt.plans.retrain import retrain
+from pruneopt.plans.schedules import CoarseThenFine, Cubic, Iterative, OneShot, Schedule, Stage
 from pruneopt.plans.sensitivity import Sensitivity, sensitivity
 from pruneopt.plans.staged import staged
 

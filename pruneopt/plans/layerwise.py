@@ -13,24 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
+from pruneopt.capture import calibration
+from pruneopt.capture.calibration import Calibration
+from pruneopt.capture.statistics import selected
+from pruneopt.capture.walk import Graphs
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
 from pruneopt.curvature.gram import Gram
+from pruneopt.network.batches import Batches, Source
+from pruneopt.network.leaves import Choice, as_key, check_finite, check_like, partition
 from pruneopt.objectives.reconstruction import Reconstruction
-from pruneopt.plans import calibration
-from pruneopt.plans.calibration import Calibration
 from pruneopt.plans.judged import DAMPINGS, as_dampings
 from pruneopt.plans.run_folder import RunFolder
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution, Status
 from pruneopt.solve import solve
 from pruneopt.solvers.base import Solver
-from pruneopt.structure.capture import selected
-from pruneopt.structure.leaves import Choice, as_key, check_finite, check_like, partition
 from pruneopt.structure.operators import Operator
-from pruneopt.structure.walk import Graphs
 
 Tree = Any
 
@@ -38,13 +39,13 @@ Tree = Any
 def layerwise(
     fn: Callable[[Tree, Any], Any],
     params: Tree,
-    batches: _data.Source,
+    batches: Source,
     constraint: Constraint,
     solver: Solver,
     *,
     target: Literal["layer", "network"] = "layer",
     damping: float | Sequence[float] | None = None,
-    held_out: _data.Source | None = None,
+    held_out: Source | None = None,
     weights: Callable[[Any], Any] | None = None,
     within: Tree | None = None,
     leaves: Choice = None,
@@ -94,9 +95,7 @@ def layerwise(
         return selected(graph, params, leaves)
 
     stream = Calibration(graphs, batches, weights, choose, before if target == "network" else None)
-    aside = (
-        None if held_out is None else Calibration(graphs, _data.Batches(held_out, "held_out"), weights, choose, None)
-    )
+    aside = None if held_out is None else Calibration(graphs, Batches(held_out, "held_out"), weights, choose, None)
     operators = choose(graphs.first)
     task = _Task(operators, before, masks, constraint, solver, dampings)
     task.check()
@@ -165,6 +164,11 @@ def _name(op: Operator, e: int) -> str:
     return op.name if op.problems == 1 else f"{op.name}{{{e}}}"
 
 
+def _gram(inputs: calibration.Inputs) -> Gram | None:
+    """The Gram of what reached a problem, None where nothing did."""
+    return Gram(inputs.gram) if inputs.count else None
+
+
 def _check_inputs(gram: Any, argument: str, name: str) -> None:
     """Raise ValueError for inputs that are not finite or all zero."""
     diagonal = np.asarray(jnp.diagonal(gram))
@@ -229,7 +233,7 @@ class _Task:
                 inputs = calibration.Inputs(0.0, jnp.eye(op.n_in, dtype=center.dtype), None)
             else:
                 _check_inputs(inputs.gram, "batches", _name(op, e))
-            aside = None if others is None else calibration.gram(others, e)
+            aside = None if others is None else _gram(calibration.problem(others, e))
             if aside is not None:
                 _check_inputs(aside.matrix, "held_out", _name(op, e))
             try:

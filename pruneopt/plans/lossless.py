@@ -8,8 +8,10 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
 from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.network.batches import Source
+from pruneopt.network.leaves import Choice, as_key, check_finite, combine, partition
 from pruneopt.objectives.loss import Loss
 from pruneopt.plans.methods import Method
 from pruneopt.plans.methods import method as row_of
@@ -17,7 +19,6 @@ from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution
 from pruneopt.solve import solve
 from pruneopt.solvers.score import Score
-from pruneopt.structure.leaves import Choice, as_key, check_finite, combine, partition
 
 Tree = Any
 
@@ -25,7 +26,7 @@ Tree = Any
 def lossless(
     fn: Callable[[Tree, Any], Any],
     params: Tree,
-    batches: _data.Source,
+    batches: Source,
     *,
     tolerance: float = 0.0,
     method: str | Method = "fisher",

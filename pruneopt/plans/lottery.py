@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pruneopt.apply import apply
 from pruneopt.constraints.base import Constraint
-from pruneopt.plans.gradual import Iterative
+from pruneopt.delivery.apply import apply
+from pruneopt.network.leaves import Choice, check_like
 from pruneopt.plans.prune import FineTune, prune
+from pruneopt.plans.schedules import Iterative
 from pruneopt.solution import Pruned
-from pruneopt.structure.leaves import Choice, check_like
 
 Tree = Any
 

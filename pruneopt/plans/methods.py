@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from pruneopt.network.leaves import Choice
 from pruneopt.objectives.base import Objective
 from pruneopt.plans.models import (
     SoftmaxGaussNewton,
@@ -40,7 +41,6 @@ from pruneopt.solvers.score import Score
 from pruneopt.solvers.sparse_swaps import SparseSwaps
 from pruneopt.solvers.summed_obs import SummedOBS
 from pruneopt.solvers.thanos import Thanos
-from pruneopt.structure.leaves import Choice
 
 Tree = Any
 Model = Callable[[Any, Tree, Any, Choice, jax.Array], Objective]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
 from pruneopt.curvature.base import Curvature
 from pruneopt.curvature.block_diagonal import BlockDiagonal
 from pruneopt.curvature.diagonal import Diagonal, Identity
@@ -21,9 +21,10 @@ from pruneopt.curvature.hessian import hessian_vector_product, hutchinson_diagon
 from pruneopt.curvature.kronecker import Kronecker
 from pruneopt.curvature.shrunk import Shrunk
 from pruneopt.curvature.true_fisher import sampled_fisher_diagonal
+from pruneopt.network import calls
+from pruneopt.network.batches import Batches
+from pruneopt.network.leaves import Choice, Rest, check_finite, combine, is_floating, partition
 from pruneopt.objectives.quadratic import Quadratic
-from pruneopt.structure import evaluate
-from pruneopt.structure.leaves import Choice, Rest, check_finite, combine, is_floating, partition
 
 Tree = Any
 _Fisher = TypeVar("_Fisher", bound=Curvature)
@@ -37,9 +38,9 @@ def weights_alone(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
 def linear(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
     """<g, w - w0>, g the gradient of the mean loss."""
     chosen, rest = partition(params, leaves)
-    stream = _data.Batches(batches)
-    evaluate.check_scalar(fn, chosen, rest, stream)
-    gradient = evaluate.mean_gradient(fn, chosen, rest, stream)
+    stream = Batches(batches)
+    calls.check_scalar(fn, chosen, rest, stream)
+    gradient = calls.mean_gradient(fn, chosen, rest, stream)
     return Quadratic(chosen, None, _not_zero(gradient, "the gradient of fn", "obd"))
 
 
@@ -145,9 +146,9 @@ def gradient_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
     Source: Wang, Zhang and Grosse 2020 (GraSP), equation 8, its sign turned.
     """
     chosen, rest = partition(params, leaves)
-    stream = _data.Batches(batches)
-    evaluate.check_scalar(fn, chosen, rest, stream)
-    gradient = _not_zero(evaluate.mean_gradient(fn, chosen, rest, stream), "the gradient of fn", "obd")
+    stream = Batches(batches)
+    calls.check_scalar(fn, chosen, rest, stream)
+    gradient = _not_zero(calls.mean_gradient(fn, chosen, rest, stream), "the gradient of fn", "obd")
     flow = stream.finite_mean(lambda batch: _negative_product(fn, chosen, rest, batch, gradient), "the Hessian of fn")
     return Quadratic(chosen, None, flow)
 
@@ -162,8 +163,8 @@ def synaptic_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
     chosen, rest = partition(params, leaves)
     if not callable(fn):
         raise TypeError(f"fn is {fn!r}, but synaptic flow needs the network: fn(params, batch) -> outputs")
-    batch = jax.tree.map(_one_of_ones, next(iter(_data.Batches(batches))))
-    out: Any = evaluate.outputs(fn, params, batch)
+    batch = jax.tree.map(_one_of_ones, next(iter(Batches(batches))))
+    out: Any = calls.outputs(fn, params, batch)
     if not jax.tree.leaves(out) or any(x.ndim == 0 for x in jax.tree.leaves(out)):
         raise ValueError(f"fn returns {out}; synaptic flow needs the network's outputs, not a loss: pass fn=forward")
     flow = check_finite(_flow(fn, chosen, rest, batch), "the synaptic flow of fn")
@@ -194,7 +195,7 @@ class SoftmaxGaussNewton:
 
     def __call__(self, fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
         """The model at `params`; fn is not read."""
-        network: Any = evaluate.outputs(self.logits, params, next(iter(_data.Batches(batches))))
+        network: Any = calls.outputs(self.logits, params, next(iter(Batches(batches))))
         if getattr(network, "ndim", 0) < 2 or not jnp.issubdtype(network.dtype, jnp.floating):
             raise ValueError(f"logits returns {network}; pass the network, (params, batch) -> (n, ..., classes)")
         curvature = GaussNewton.of(self.logits, self.loss, params, batches, leaves)
@@ -233,9 +234,9 @@ def _not_zero(tree: Tree, what: str, instead: str) -> Tree:
 
 
 @partial(jax.jit, static_argnums=0)
-def _negative_product(loss: evaluate.Loss, chosen: Tree, rest: Rest, batch: Any, direction: Tree) -> Tree:
+def _negative_product(loss: calls.Loss, chosen: Tree, rest: Rest, batch: Any, direction: Tree) -> Tree:
     direction = jax.tree.map(lambda d, x: d.astype(x.dtype), direction, chosen)
-    product = hessian_vector_product(evaluate.closed(loss, rest, batch), chosen, direction)
+    product = hessian_vector_product(calls.closed(loss, rest, batch), chosen, direction)
     return jax.tree.map(jnp.negative, product)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pruneopt import _linalg
+from pruneopt import _selection
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.support import Support
 from pruneopt.objectives.base import Objective, QuadraticObjective
@@ -222,7 +222,7 @@ def _sizes(penalty: Penalty, w: Tree) -> np.ndarray:
 
 def _largest_units(penalty: Penalty, w: Tree, count: int) -> Tree:
     """A mask of the `count` largest units."""
-    (chosen,) = _linalg.keep_largest([jnp.asarray(_sizes(penalty, w))], count)
+    (chosen,) = _selection.keep_largest([jnp.asarray(_sizes(penalty, w))], count)
     kept = np.asarray(chosen)
     if isinstance(penalty, GroupLasso):
         return jax.tree.map(

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pruneopt.constraints.base import Constraint
+from pruneopt.network.leaves import Choice
 from pruneopt.plans.prune import FineTune, prune
 from pruneopt.solution import Pruned
-from pruneopt.structure.leaves import Choice
 
 Tree = Any
 

@@ -10,19 +10,20 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
+from pruneopt.network.batches import Batches, Source
+from pruneopt.network.leaves import Choice, as_key, check_finite, check_like, combine, partition
 from pruneopt.objectives.loss import Loss
-from pruneopt.plans.gradual import OneShot, Schedule, stages_of
 from pruneopt.plans.judged import DAMPINGS, FACTS, judged
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.methods import LayerMethod, Method, any_method
+from pruneopt.plans.schedules import OneShot, Schedule, stages_of
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution, Status
 from pruneopt.solve import solve
-from pruneopt.structure.leaves import Choice, as_key, check_finite, check_like, combine, partition
 
 Tree = Any
 FineTune = Callable[[Tree, Tree], Tree]
@@ -31,14 +32,14 @@ FineTune = Callable[[Tree, Tree], Tree]
 def prune(
     fn: Callable[[Tree, Any], Any] | None,
     params: Tree,
-    batches: _data.Source | None,
+    batches: Source | None,
     constraint: Constraint,
     *,
     method: str | Method | LayerMethod = "magnitude",
     schedule: Schedule | None = None,
     fine_tune: FineTune | None = None,
     evaluate: Callable[[Tree], Any] | None = None,
-    held_out: _data.Source | None = None,
+    held_out: Source | None = None,
     leaves: Choice = None,
     key: jax.Array | int | None = None,
     progress: bool = True,
@@ -75,7 +76,7 @@ def prune(
         if call is not None and not callable(call):
             raise TypeError(f"{name} is {call!r}; pass a function")
     rows = [row if stage.method is None else any_method(stage.method) for stage in stages]
-    held_out = None if held_out is None else _data.Batches(held_out, "held_out")
+    held_out = None if held_out is None else Batches(held_out, "held_out")
     if any(isinstance(r, Method) for r in rows):
         constraint.check(chosen)
     if fn is None and any(isinstance(r, LayerMethod) or r.reads_data for r in rows):
@@ -165,7 +166,7 @@ def _as_a_whole(
     objective = row.model(fn, params, batches, leaves, keys[0])
     if not row.predicts:
         return solve(Problem(objective, subject_to=allowed), row.solver, key=keys[1])
-    others = [next(iter(_data.Batches(batches)))] if held_out is None else held_out
+    others = [next(iter(Batches(batches)))] if held_out is None else held_out
     judge = Loss(fn, params, others, leaves)
     before = judge.finite_value(judge.center)
     dampings = () if held_out is None else DAMPINGS

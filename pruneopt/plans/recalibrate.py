@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pruneopt import _data, _tree
-from pruneopt.structure import evaluate
-from pruneopt.structure.leaves import Rest, check_finite, combine, partition
+from pruneopt import _tree
+from pruneopt.network import calls
+from pruneopt.network.batches import Batches, Source
+from pruneopt.network.leaves import Rest, check_finite, combine, partition
 
 Tree = Any
 Updates = Callable[[Tree, Any], Tree]
 
 
-def recalibrate(updates: Updates, params: Tree, batches: _data.Source) -> Tree:
+def recalibrate(updates: Updates, params: Tree, batches: Source) -> Tree:
     """`params` with each running statistic replaced by its mean over batches, weighted by their examples.
 
     updates: (params, batch) -> a tree like `params` holding the statistics that one training-mode step leaves, None
@@ -30,9 +31,9 @@ def recalibrate(updates: Updates, params: Tree, batches: _data.Source) -> Tree:
     average of the old statistics or not finite; unusable batches.
     Source: re-estimation after pruning, Li et al. 2020 (EagleEye), section 3.3.
     """
-    stream = _data.Batches(batches)
+    stream = Batches(batches)
     first = next(iter(stream))
-    left = dict(_tree.named_leaves(evaluate.outputs(updates, params, first)))
+    left = dict(_tree.named_leaves(calls.outputs(updates, params, first)))
     left = {path: leaf for path, leaf in left.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     if not left:
         raise ValueError("updates returns no statistic; return the running statistics after one training-mode step")

@@ -7,21 +7,22 @@ from typing import Any
 
 import optax
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
 from pruneopt.constraints.support import Support
+from pruneopt.network import calls
+from pruneopt.network.batches import Batches, Source
+from pruneopt.network.leaves import Choice, combine, is_trainable
 from pruneopt.objectives.loss import Loss
 from pruneopt.problem import Problem
 from pruneopt.solve import solve
 from pruneopt.solvers.descent import Descent
-from pruneopt.structure import evaluate
-from pruneopt.structure.leaves import Choice, combine, is_trainable
 
 Tree = Any
 
 
 def retrain(
     fn: Callable[[Tree, Any], Any],
-    batches: _data.Source,
+    batches: Source,
     optimizer: optax.GradientTransformation,
     *,
     epochs: int = 1,
@@ -50,10 +51,10 @@ def retrain(
     return fine_tune
 
 
-def _default(fn: Callable[[Tree, Any], Any], params: Tree, batches: _data.Source, has_updates: bool) -> Choice:
+def _default(fn: Callable[[Tree, Any], Any], params: Tree, batches: Source, has_updates: bool) -> Choice:
     replaced: set[str] = set()
     if has_updates:
-        out = evaluate.outputs(fn, params, next(iter(_data.Batches(batches))))
+        out = calls.outputs(fn, params, next(iter(Batches(batches))))
         if isinstance(out, tuple) and len(out) == 2:  # else Loss says what is wrong
             replaced = {path for path, _ in _tree.named_leaves(out[1])}
     return lambda path, leaf: is_trainable(path, leaf) and path not in replaced

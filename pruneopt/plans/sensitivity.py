@@ -9,15 +9,16 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
 from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.network.batches import Source
+from pruneopt.network.leaves import Choice, as_key, check_finite, partition
 from pruneopt.objectives.loss import Loss
 from pruneopt.plans.methods import Method
 from pruneopt.plans.methods import method as row_of
 from pruneopt.problem import Problem
 from pruneopt.solve import solve
 from pruneopt.solvers.score import Score
-from pruneopt.structure.leaves import Choice, as_key, check_finite, partition
 
 Tree = Any
 
@@ -56,7 +57,7 @@ class Sensitivity:
 def sensitivity(
     fn: Callable[[Tree, Any], Any],
     params: Tree,
-    batches: _data.Source,
+    batches: Source,
     levels: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 0.95),
     *,
     method: str | Method = "magnitude",

@@ -12,17 +12,18 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
+from pruneopt.network.batches import Batches, Source
+from pruneopt.network.leaves import Choice, check_finite, combine, partition
 from pruneopt.objectives.loss import Loss
-from pruneopt.plans.gradual import Iterative, Schedule, stages_of
 from pruneopt.plans.judged import FACTS, as_dampings, judged
 from pruneopt.plans.methods import Method
 from pruneopt.plans.methods import method as row_of
+from pruneopt.plans.schedules import Iterative, Schedule, stages_of
 from pruneopt.solution import Pruned
-from pruneopt.structure.leaves import Choice, check_finite, combine, partition
 
 Tree = Any
 _HALVINGS = 3  # of one stage, at most: an eighth of it is taken then, whatever it does
@@ -31,9 +32,9 @@ _HALVINGS = 3  # of one stage, at most: an eighth of it is taken then, whatever 
 def staged(
     fn: Callable[[Tree, Any], Any],
     params: Tree,
-    batches: Callable[[int], _data.Source],
+    batches: Callable[[int], Source],
     constraint: Constraint,
-    held_out: _data.Source,
+    held_out: Source,
     *,
     method: str | Method = "chita_steps",
     schedule: Schedule | None = None,
@@ -78,7 +79,7 @@ def staged(
     chosen, rest = partition(params, leaves)
     check_finite(chosen, "params")
     constraint.check(chosen)
-    judge = Loss(fn, params, _data.Batches(held_out, "held_out"), leaves)
+    judge = Loss(fn, params, Batches(held_out, "held_out"), leaves)
     before = judge.finite_value(chosen)
     waiting = [stage.cut for stage in stages_of(schedule or Iterative(15), constraint, chosen)]
     tried = as_dampings("dampings", dampings) if np.size(dampings) else ()

@@ -12,11 +12,11 @@ import optax
 
 from pruneopt import _tree
 from pruneopt.constraints.support import Support
+from pruneopt.network import calls
+from pruneopt.network.leaves import Rest, updated
 from pruneopt.objectives.loss import Loss
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, without_penalty
-from pruneopt.structure import evaluate
-from pruneopt.structure.leaves import Rest, updated
 
 Tree = Any
 
@@ -79,7 +79,7 @@ def _ones(like: Tree) -> Tree:
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _step(
     optimizer: optax.GradientTransformation,
-    fn: evaluate.Loss,
+    fn: calls.Loss,
     has_updates: bool,
     w: Tree,
     state: Any,
@@ -87,7 +87,7 @@ def _step(
     batch: Any,
     support: Tree,
 ) -> tuple[Tree, Any, Rest, jax.Array]:
-    (loss, updates), gradient = jax.value_and_grad(evaluate.with_updates(fn, rest, batch, has_updates), has_aux=True)(w)
+    (loss, updates), gradient = jax.value_and_grad(calls.with_updates(fn, rest, batch, has_updates), has_aux=True)(w)
     step, state = optimizer.update(_tree.masked(gradient, support), state, w)
     w = _tree.masked(optax.apply_updates(w, step), support)
     return w, state, updated(rest, updates), loss

@@ -1,9 +1,9 @@
 """What the network is: its operators and their inputs, the axes that belong together, its leaves, what it costs."""
 
-from pruneopt.structure.capture import Statistics, capture
+from pruneopt.capture.statistics import Statistics, capture
+from pruneopt.network.leaves import combine, is_prunable, is_trainable, partition
 from pruneopt.structure.cost import Cost, cost, differences
 from pruneopt.structure.graph import Graph, trace
-from pruneopt.structure.leaves import combine, is_prunable, is_trainable, partition
 from pruneopt.structure.operators import Operator
 from pruneopt.structure.units import Group, Units
 

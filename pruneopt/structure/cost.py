@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _tree
+from pruneopt.network.leaves import combine, is_floating, nearest, partition
+from pruneopt.program.keys import bodies, opened_only
+from pruneopt.program.primitives import CALLS, PRODUCTS
+from pruneopt.program.program import Program, traced
 from pruneopt.structure.graph import Graph, trace
-from pruneopt.structure.keys import bodies, opened_only
-from pruneopt.structure.leaves import combine, is_floating, nearest, partition
 from pruneopt.structure.operators import Operator
-from pruneopt.structure.program import Program, traced
-from pruneopt.structure.rules import CALLS, PRODUCTS
 
 Tree = Any
 

@@ -10,14 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pruneopt.structure import forms
-from pruneopt.structure.forms import Form
-from pruneopt.structure.keys import bodies, holds, opened_only
-from pruneopt.structure.leaves import is_prunable, nearest
+from pruneopt.network.leaves import is_prunable, nearest
+from pruneopt.program import forms
+from pruneopt.program.forms import Form
+from pruneopt.program.keys import bodies, holds, opened_only
+from pruneopt.program.primitives import BLOCKS, LAYOUT, LOOKUPS, PRODUCTS
+from pruneopt.program.program import Equation, Program, flatten
 from pruneopt.structure.operators import Lookup, Operator, Refusal, Use
-from pruneopt.structure.program import Equation, Program, flatten
 from pruneopt.structure.reading import Unreadable, leaves_of, meets_data, read_operand, sources
-from pruneopt.structure.rules import BLOCKS, LAYOUT, LOOKUPS, PRODUCTS
 from pruneopt.structure.units import Units, described
 
 Tree = Any

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from pruneopt.structure.forms import Form
-from pruneopt.structure.program import Program
+from pruneopt.program.forms import Form
+from pruneopt.program.program import Program
+from pruneopt.program.segment import Segment
 from pruneopt.structure.reading import Reading
-from pruneopt.structure.segment import Segment
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pruneopt.structure.keys import Literal
-from pruneopt.structure.program import Equation, Program
-from pruneopt.structure.rules import LAYOUT, SCALES
-from pruneopt.structure.segment import Segment, closure
+from pruneopt.program.keys import Literal
+from pruneopt.program.primitives import LAYOUT, SCALES
+from pruneopt.program.program import Equation, Program
+from pruneopt.program.segment import Segment, closure
 
 
 class Unreadable(Exception):

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pruneopt.structure.axes import Axes, Reader
-from pruneopt.structure.keys import Literal
-from pruneopt.structure.leaves import nearest
+from pruneopt.network.leaves import nearest
+from pruneopt.program.axes import Axes, Reader
+from pruneopt.program.keys import Literal
+from pruneopt.program.program import Atom, Equation, Program
+from pruneopt.program.unit_rules import RULES
 from pruneopt.structure.operators import Lookup, Operator, Refusal
-from pruneopt.structure.program import Atom, Equation, Program
-from pruneopt.structure.unit_rules import RULES
 
 _SHOWN = 8  # ties that an explanation spells out for each axis
 

@@ -12,8 +12,8 @@ import optax
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
+from pruneopt.network.leaves import Choice, check_like, partition
 from pruneopt.solution import Pruned
-from pruneopt.structure.leaves import Choice, check_like, partition
 
 Tree = Any
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from pruneopt import _linalg, _tree
+from pruneopt import _selection, _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.block import Units
 from pruneopt.constraints.by_path import ByPath
 from pruneopt.constraints.intersection import Intersection
+from pruneopt.network.leaves import Choice
 from pruneopt.solution import Pruned
-from pruneopt.structure.leaves import Choice
 from pruneopt.training.base import (
     MaskedState,
     SparseOptimizer,
@@ -129,7 +129,7 @@ def _drop_and_grow(
             def surviving(mask: jax.Array, size: jax.Array) -> jax.Array:
                 living = jnp.sum(mask, dtype=jnp.uint32)
                 dropped = jnp.floor(share * living.astype(jnp.float32) + 1e-3).astype(jnp.uint32)
-                return _linalg.keep_largest([size], living - dropped)[0]
+                return _selection.keep_largest([size], living - dropped)[0]
 
             survivors = jax.tree.map(surviving, masks, magnitudes(masks, params))
             grown = growth(on_masks(lambda m, g: g, masks, gradient), draw(state.step))

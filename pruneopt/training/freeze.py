@@ -10,8 +10,8 @@ import optax
 
 from pruneopt import _tree
 from pruneopt.constraints.support import Support
+from pruneopt.network.leaves import Choice
 from pruneopt.solution import Pruned
-from pruneopt.structure.leaves import Choice
 from pruneopt.training.base import (
     MaskedState,
     SparseOptimizer,

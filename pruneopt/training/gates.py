@@ -13,9 +13,9 @@ from jax import lax
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
+from pruneopt.network.leaves import Choice
 from pruneopt.penalties.base import check_weight
 from pruneopt.solution import Pruned
-from pruneopt.structure.leaves import Choice
 from pruneopt.training.base import (
     SparseOptimizer,
     as_optimizer,

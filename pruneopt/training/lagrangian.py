@@ -10,7 +10,7 @@ import optax
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
-from pruneopt.structure.leaves import Choice
+from pruneopt.network.leaves import Choice
 from pruneopt.training.base import SparseOptimizer, check_constraint
 from pruneopt.training.gates import Gating, Scope
 from pruneopt.training.schedule import check_steps

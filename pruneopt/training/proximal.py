@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from pruneopt import _tree
+from pruneopt.network.leaves import Choice, partition
 from pruneopt.penalties.base import Penalty
 from pruneopt.solution import Pruned
-from pruneopt.structure.leaves import Choice, partition
 from pruneopt.training.base import (
     SparseOptimizer,
     as_optimizer,

@@ -10,8 +10,8 @@ import optax
 from jax import lax
 
 from pruneopt.constraints.base import Constraint
+from pruneopt.network.leaves import Choice
 from pruneopt.solution import Pruned
-from pruneopt.structure.leaves import Choice
 from pruneopt.training.base import (
     SparseOptimizer,
     as_optimizer,

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from pruneopt import _tree
-from pruneopt.structure import forms
-from pruneopt.structure.evaluate import Loss
-from pruneopt.structure.forms import Conv
-from pruneopt.structure.keys import Literal
-from pruneopt.structure.program import Equation, Program, flatten
+from pruneopt.network.calls import Loss
+from pruneopt.program import forms
+from pruneopt.program.forms import Conv
+from pruneopt.program.keys import Literal
+from pruneopt.program.program import Equation, Program, flatten
 
 Tree = Any
 

@@ -15,7 +15,8 @@ import numpy as np
 from jax.core import Tracer
 
 from pruneopt import _tree
-from pruneopt.structure.keys import (
+from pruneopt.network.leaves import combine, is_floating, partition
+from pruneopt.program.keys import (
     Literal,
     bodies,
     frozen,
@@ -26,8 +27,7 @@ from pruneopt.structure.keys import (
     type_key,
     value_key,
 )
-from pruneopt.structure.leaves import combine, is_floating, partition
-from pruneopt.structure.rules import CALLS, DERIVATIVES, PRODUCTS, SIZE_ONE_COLLECTIVES
+from pruneopt.program.primitives import CALLS, DERIVATIVES, PRODUCTS, SIZE_ONE_COLLECTIVES
 
 Tree = Any
 

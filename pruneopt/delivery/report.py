@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 from pruneopt import _tree
-from pruneopt.files import stored_bytes
+from pruneopt.delivery.files import stored_bytes
+from pruneopt.network.leaves import Rest, check_like, combine, is_floating, partition
 from pruneopt.solution import Pruned
 from pruneopt.structure.cost import cost
 from pruneopt.structure.graph import trace
-from pruneopt.structure.leaves import Rest, check_like, combine, is_floating, partition
 
 Tree = Any
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 
-from pruneopt import _data
+from pruneopt.network.batches import examples
+from pruneopt.program.program import Program, flatten
+from pruneopt.program.segment import Segment, closure
 from pruneopt.structure.graph import Graph, read
 from pruneopt.structure.operators import Operator, Use
-from pruneopt.structure.program import Program, flatten
-from pruneopt.structure.segment import Segment, closure
 
 Tree = Any
 Env = dict[int, Any]
@@ -137,7 +137,7 @@ class Graphs:
             first = next(iter(self._known.values()), graph)
             if [op.name for op in graph.operators] != [op.name for op in first.operators]:
                 raise ValueError(
-                    f"fn multiplies {[op.name for op in graph.operators]} for a batch of {_data.examples(batch)} "
+                    f"fn multiplies {[op.name for op in graph.operators]} for a batch of {examples(batch)} "
                     f"examples and {[op.name for op in first.operators]} for the first batch; it must be one network"
                 )
             self._known[key] = graph

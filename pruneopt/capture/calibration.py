@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pruneopt import _data
-from pruneopt.curvature.gram import Gram
-from pruneopt.structure import walk
-from pruneopt.structure.capture import add, checked_weights, cross
-from pruneopt.structure.capture import sums as sums_of
+from pruneopt.capture import walk
+from pruneopt.capture.statistics import add, checked_weights, cross
+from pruneopt.capture.statistics import sums as sums_of
+from pruneopt.capture.walk import Cut, Env, Graphs, Walk
+from pruneopt.network.batches import Batches, Source
+from pruneopt.program.program import Program
 from pruneopt.structure.operators import Operator, Use
-from pruneopt.structure.program import Program
-from pruneopt.structure.walk import Cut, Env, Graphs, Walk
 
 Tree = Any
 Leaves = Mapping[str, Any]
@@ -60,7 +59,7 @@ class Calibration:
     def __init__(
         self,
         graphs: Graphs,
-        batches: _data.Source,
+        batches: Source,
         weights: Callable[[Any], Any] | None,
         choose: Callable[[Any], list[Operator]],
         dense: Leaves | None,
@@ -70,7 +69,7 @@ class Calibration:
         self._cuts: dict[Any, list[Cut]] = {}
         self._envs: list[Env] = []
         self._weights: list[Any] = []
-        for batch in _data.Batches(batches):
+        for batch in Batches(batches):
             program = (graph := graphs.of(batch)).program
             if program not in self._walks:
                 cuts = walk.cuts(choose(graph))
@@ -156,9 +155,3 @@ def problem(sums: Mapping[str, Any], e: int) -> Inputs:
         cross = sums["cross"][e] * over if "cross" in sums else None
         sums["problems"][e] = Inputs(count, sums["gram"][e] * over, cross)
     return sums["problems"][e]
-
-
-def gram(sums: Mapping[str, Any], e: int) -> Gram | None:
-    """The Gram of problem e, None where nothing reached it."""
-    inputs = problem(sums, e)
-    return Gram(inputs.gram) if inputs.count else None

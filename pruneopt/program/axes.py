@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pruneopt.structure.keys import Literal
-from pruneopt.structure.program import Atom, Equation, Program
-from pruneopt.structure.rules import BLOCKS
+from pruneopt.program.keys import Literal
+from pruneopt.program.primitives import BLOCKS
+from pruneopt.program.program import Atom, Equation, Program
 
 _STACKS = "it stacks layers: one entry of it is read at a time"
 _CONSTANT = "it meets an array of numbers that fn closed over"

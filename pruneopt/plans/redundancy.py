@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from pruneopt import _data, _tree
+from pruneopt import _tree
 from pruneopt.curvature.fisher import empirical_fisher_diagonal
-from pruneopt.structure.leaves import Choice, check_finite, partition
+from pruneopt.network.batches import Source
+from pruneopt.network.leaves import Choice, check_finite, partition
 
 Tree = Any
 
@@ -67,7 +68,7 @@ class Redundancy:
 def redundancy(
     params: Tree,
     fn: Callable[[Tree, Any], Any] | None = None,
-    batches: _data.Source | None = None,
+    batches: Source | None = None,
     *,
     leaves: Choice = None,
     tolerance: float = 1e-4,

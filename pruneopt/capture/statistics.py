@@ -14,15 +14,16 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from pruneopt import _data, _tree
-from pruneopt.structure import walk
-from pruneopt.structure.forms import Form, Ragged
+from pruneopt import _tree
+from pruneopt.capture import walk
+from pruneopt.capture.walk import Env, Graphs, Walk
+from pruneopt.network.batches import Batches, Source, examples
+from pruneopt.network.leaves import Choice, partition
+from pruneopt.program.forms import Form, Ragged
+from pruneopt.program.keys import Literal
+from pruneopt.program.program import Program
 from pruneopt.structure.graph import Graph
-from pruneopt.structure.keys import Literal
-from pruneopt.structure.leaves import Choice, partition
 from pruneopt.structure.operators import Operator
-from pruneopt.structure.program import Program
-from pruneopt.structure.walk import Env, Graphs, Walk
 
 Tree = Any
 Weights = Callable[[Any], Any]
@@ -52,7 +53,7 @@ class Statistics:
 def capture(
     fn: Callable[[Tree, Any], Any],
     params: Tree,
-    batches: _data.Source,
+    batches: Source,
     *,
     leaves: Choice = None,
     gram: bool = True,
@@ -71,7 +72,7 @@ def capture(
 
     Raises ValueError for a leaf that no operator reads (with the reason), or weights that fit no position.
     """
-    stream, graphs, slopes = _data.Batches(batches), Graphs(fn, params), _Slopes(fn, params)
+    stream, graphs, slopes = Batches(batches), Graphs(fn, params), _Slopes(fn, params)
     floats = dict(_tree.named_leaves(params))
     want = tuple(n for n, on in (("gram", gram), ("means", means), ("activations", activations)) if on)
     totals: dict[str, dict[str, Any]] = {}
@@ -298,10 +299,10 @@ class _Slopes:
         arrays = {path: leaves[path] for path in graph.program.leaves}
         bumps = {i: jnp.zeros(t.shape, t.dtype) for i, t in types.items()}
         slopes = self._compiled[graph](bumps, arrays, jax.tree.leaves(batch))
-        examples, found = float(_data.examples(batch)), {}
+        n, found = float(examples(batch)), {}
         for index, (name, use) in places.items():
             spread = None if weights is None else _spread(use.form, jnp.asarray(weights))
-            moment = _moment(use.form, slopes[index], examples, spread)
+            moment = _moment(use.form, slopes[index], n, spread)
             found[name] = found[name] + moment if name in found else moment
         return found
 

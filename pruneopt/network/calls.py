@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pruneopt import _data
-from pruneopt.structure.leaves import Rest, combine, is_floating, partition
+from pruneopt.network.batches import Batches, examples
+from pruneopt.network.leaves import Rest, combine, is_floating, partition
 
 Tree = Any
 Loss = Callable[[Tree, Any], Any]
@@ -38,7 +38,7 @@ def closed(loss: Loss, rest: Rest, batch: Any, has_updates: bool = False) -> Cal
     return lambda chosen: with_updates(loss, rest, batch, has_updates)(chosen)[0]
 
 
-def check_scalar(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, has_updates: bool = False) -> None:
+def check_scalar(loss: Loss, chosen: Tree, rest: Rest, batches: Batches, has_updates: bool = False) -> None:
     """Raise unless `loss` maps params and the first batch to one floating-point number (before any updates)."""
     if not callable(loss):
         raise TypeError(f"fn is {loss!r}, but this method needs a loss: fn(params, batch) -> scalar")
@@ -73,11 +73,11 @@ def gradient(loss: Loss, chosen: Tree, rest: Rest, batch: Any, has_updates: bool
     return jax.grad(closed(loss, rest, batch, has_updates))(chosen)
 
 
-def mean_value(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, has_updates: bool = False) -> float:
+def mean_value(loss: Loss, chosen: Tree, rest: Rest, batches: Batches, has_updates: bool = False) -> float:
     """Mean of the loss over all examples, summed in Python floats."""
     total, n = 0.0, 0
     for batch in batches:
-        size = _data.examples(batch)
+        size = examples(batch)
         total += size * float(value(loss, chosen, rest, batch, has_updates))
         n += size
     return total / n
@@ -90,7 +90,7 @@ def check_value(loss: Loss, chosen: Tree, rest: Rest, batch: Any, where: str, ha
         raise ValueError(f"{where}: fn returns {found} at the given params; repair that batch, or the loss there")
 
 
-def mean_gradient(loss: Loss, chosen: Tree, rest: Rest, batches: _data.Batches, has_updates: bool = False) -> Tree:
+def mean_gradient(loss: Loss, chosen: Tree, rest: Rest, batches: Batches, has_updates: bool = False) -> Tree:
     """Mean of the gradient over all examples. Raises ValueError for a NaN or an infinity, naming the batch."""
     return batches.finite_mean(
         lambda batch: gradient(loss, chosen, rest, batch, has_updates),

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pruneopt.structure.axes import Ids, Reader, Rule
-from pruneopt.structure.program import Equation
+from pruneopt.program.axes import Ids, Reader, Rule
+from pruneopt.program.program import Equation
 
 _MET = {"add": "added", "sub": "subtracted", "mul": "multiplied", "div": "divided", "select_n": "chosen"}
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from pruneopt.structure.keys import Literal
-from pruneopt.structure.program import Atom, Equation, Program
+from pruneopt.program.keys import Literal
+from pruneopt.program.program import Atom, Equation, Program
 
 
 class Segment:

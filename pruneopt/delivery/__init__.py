@@ -1,0 +1,1 @@
+"""What comes out: masks applied, files, the report."""

@@ -1,0 +1,1 @@
+"""What the user hands in: batches, leaves, and calls of their functions."""
