@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import pruneopt as po
-from pruneopt.capture import calibration, layerwise
+from pruneopt.capture import calibration
 from pruneopt.constraints import NM, ByPath, Cardinality, Support
+from pruneopt.plans import layerwise
 from pruneopt.plans.layerwise import DAMPINGS
+from pruneopt.program import segment
 from pruneopt.solvers import ADMM, Polish, Score, Then, factors
-from pruneopt.structure import segment
 
 HALF = Cardinality(sparsity=0.5)
 REFIT = Then(Score(), Polish())
