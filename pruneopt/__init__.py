@@ -3,14 +3,14 @@
     minimise f(w) + penalty(w) subject to w in C
 
 The verbs are `prune` (a whole network), `solve` and `certify` (one problem), `apply`, `report`, `save` and `load`; the
-nouns live in the rooms `objectives`, `curvature`, `constraints`, `penalties`, `solvers`, `training` (the user's own
+nouns live in the rooms `objectives`, `curvature`, `constraints`, `penalties`, `bounds`, `solvers`, `training` (the user's own
 optax loop), `plans` and `structure`.
 """
 
 from pruneopt import structure  # first: it names `capture`, which stands on it
 
 # isort: split
-from pruneopt import constraints, curvature, objectives, penalties, plans, solvers, training
+from pruneopt import bounds, constraints, curvature, objectives, penalties, plans, solvers, training
 from pruneopt.certify import certify
 from pruneopt.delivery.apply import apply, from_masks
 from pruneopt.delivery.files import load, load_masks, save
@@ -32,6 +32,7 @@ __all__ = [
     "SolveError",
     "Status",
     "apply",
+    "bounds",
     "certify",
     "constraints",
     "curvature",

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from pruneopt import _tree
+from pruneopt.bounds.base import Evidence
 
 Tree = Any
 
@@ -26,35 +27,6 @@ class Status(enum.Enum):
     def is_usable(self) -> bool:
         """Whether the value may be used: finite and feasible."""
         return self not in (Status.NONFINITE, Status.INFEASIBLE)
-
-
-@dataclass(frozen=True)
-class Separable:
-    """Evidence that the objective is a sum of one term a weight, smallest at w0, and `select` is exact.
-
-    Then the cheapest support by saliency is optimal: the bound is f(w0) plus the saliency of what it drops.
-    """
-
-
-@dataclass(frozen=True)
-class StrongConvexity:
-    """Evidence for a problem on a fixed support: H + lambda I >= lambda I > 0 there.
-
-    With r the gradient at w on the support, f(w) - ||r||^2 / (2 lambda) is a lower bound.
-    """
-
-
-@dataclass(frozen=True, eq=False)
-class Duality:
-    """Evidence for a convex penalty P and a convex quadratic f without a gradient at w0: a point, in float64.
-
-    Its gradient, scaled to where P's conjugate is finite, is feasible for Fenchel's dual (`Problem.dual_value`).
-    """
-
-    point: Tree
-
-
-Evidence = Separable | StrongConvexity | Duality | None
 
 
 class _Supported:
@@ -89,7 +61,7 @@ class Solution(_Supported):
     objective: float
     bound: float
     gap: float
-    evidence: Evidence
+    evidence: Evidence | None
     stats: dict[str, Any]
 
     def __repr__(self) -> str:

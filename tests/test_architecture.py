@@ -122,6 +122,7 @@ def test_public_names_have_docstrings():
 
     for room in (
         po,
+        po.bounds,
         po.constraints,
         po.curvature,
         po.objectives,

@@ -7,10 +7,10 @@ import optax
 import pytest
 
 import pruneopt as po
+from pruneopt.bounds import Separable
 from pruneopt.constraints import NM, Blocks, ByPath, Cardinality, Intersection, Slices, Support, TransposableNM
 from pruneopt.curvature import Diagonal, Gram, Identity, hutchinson_diagonal
 from pruneopt.objectives import Loss, Quadratic, Reconstruction
-from pruneopt.solution import Separable
 from pruneopt.solvers import Descent, Polish, Score, Then
 from pruneopt.solvers.base import Outcome
 

@@ -10,10 +10,10 @@ import pytest
 from cases import matrix, tiny_batches, tiny_loss, tree
 
 import pruneopt as po
+from pruneopt.bounds import Separable, StrongConvexity
 from pruneopt.constraints import Cardinality, Slices, Support
 from pruneopt.curvature import Diagonal, Gram, Identity, empirical_fisher_diagonal
 from pruneopt.objectives import Quadratic, Reconstruction
-from pruneopt.solution import Separable, StrongConvexity
 from pruneopt.solvers import Polish, Score
 
 OPTIMAL = po.Status.OPTIMAL

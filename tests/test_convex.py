@@ -9,11 +9,11 @@ import pytest
 from cases import MATRIX_PENALTIES, gram, matrix, tiny_batches, tiny_loss, tree
 
 import pruneopt as po
+from pruneopt.bounds import Duality
 from pruneopt.constraints import Cardinality
 from pruneopt.curvature import Diagonal, Gram
 from pruneopt.objectives import Loss, Quadratic, Reconstruction
 from pruneopt.penalties import L0, L1, MCP, ElasticNet, GroupLasso, Partition
-from pruneopt.solution import Duality
 from pruneopt.solvers import ActiveSet, ProximalGradient
 
 OPTIMAL, LIMIT = po.Status.OPTIMAL, po.Status.LIMIT
@@ -85,7 +85,7 @@ def test_singular_grams_and_dead_inputs_are_solved(name):
     plain = po.solve(problem, ProximalGradient(iterations=20_000, tolerance=1e-9))
     assert exact.objective == pytest.approx(plain.objective, rel=1e-7)
     assert not np.any(np.asarray(exact.value)[2])
-    assert problem.dual_value(exact.evidence.point) == pytest.approx(exact.objective, rel=1e-7)
+    assert po.bounds.dual_value(problem, exact.evidence.point) == pytest.approx(exact.objective, rel=1e-7)
     assert exact.status.is_usable
 
 
@@ -95,7 +95,7 @@ def test_a_bound_from_any_point_is_below_the_optimum(name):
     best = po.solve(problem, ProximalGradient(iterations=8000, tolerance=1e-10))
     for seed in range(5):
         point = best.value + 0.3**seed * matrix(60 + seed)
-        bound = problem.dual_value(point)
+        bound = po.bounds.dual_value(problem, point)
         claim = replace(best, value=point, support=jnp.ones_like(point, bool), evidence=Duality(np.asarray(point)))
         found = po.certify(problem, claim)
         assert found.bound == bound

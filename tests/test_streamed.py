@@ -10,6 +10,7 @@ from cases import tiny_batches, tiny_loss, tree
 from jax.flatten_util import ravel_pytree
 
 import pruneopt as po
+from pruneopt.bounds import Duality
 from pruneopt.curvature import (
     BlockDiagonal,
     Diagonal,
@@ -25,7 +26,6 @@ from pruneopt.curvature import (
 )
 from pruneopt.objectives import Quadratic, Reconstruction
 from pruneopt.penalties import L1
-from pruneopt.solution import Duality
 from pruneopt.solvers import CBS, CHITA, GlobalADMM, ProximalGradient
 
 BOTH = ["a", "b"]

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from pruneopt.bounds.duality import Duality
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.penalties.l1 import L1, ElasticNet
 from pruneopt.problem import Problem
-from pruneopt.solution import Duality
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole
 
 _ROUNDING = 1e-9  # by which a gradient may exceed its bound, relative

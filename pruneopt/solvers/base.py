@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pruneopt import _linalg, _tree
+from pruneopt.bounds.base import Evidence
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.by_path import ByPath
 from pruneopt.constraints.intersection import Intersection
@@ -21,7 +22,6 @@ from pruneopt.constraints.support import Support
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
-from pruneopt.solution import Evidence
 
 Tree = Any
 
@@ -41,7 +41,7 @@ class Outcome:
     value: Tree
     support: Tree
     hit_limit: bool = False
-    evidence: Evidence = None
+    evidence: Evidence | None = None
     stats: dict[str, Any] = field(default_factory=dict)
 
 

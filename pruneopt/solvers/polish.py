@@ -13,13 +13,13 @@ import scipy.linalg
 from jaxtyping import Array
 
 from pruneopt import _tree
+from pruneopt.bounds.convexity import StrongConvexity
 from pruneopt.constraints.support import Support
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.gram import Gram
 from pruneopt.curvature.low_rank import LowRank
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
-from pruneopt.solution import StrongConvexity
 from pruneopt.solvers.base import Outcome, Solver, Start, without_penalty
 
 Tree = Any

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from pruneopt.bounds.duality import Duality, dual_value
 from pruneopt.constraints.ball import Ball
 from pruneopt.curvature.base import Curvature
 from pruneopt.curvature.shrunk import Shrunk
@@ -19,7 +20,6 @@ from pruneopt.curvature.streamed import Streamed
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.loss import Loss
 from pruneopt.problem import Problem
-from pruneopt.solution import Duality
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole
 
 Tree = Any
@@ -99,7 +99,7 @@ class ProximalGradient(Solver):
             done += some
             if proven:
                 value = problem.value(state.w) - f.constant
-                gap = value - (problem.dual_value(state.w) - f.constant)
+                gap = value - (dual_value(problem, state.w) - f.constant)
                 settled = not gap > self.tolerance * abs(value)
             else:
                 settled = not float(state.moved) > self.tolerance

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pruneopt import _tree
+from pruneopt.bounds.separable import Separable
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
-from pruneopt.solution import Separable
 from pruneopt.solvers.base import Outcome, Solver, Start, without_penalty
 
 Tree = Any
