@@ -3,8 +3,8 @@
     minimise f(w) + penalty(w) subject to w in C
 
 The verbs are `prune` (a whole network), `solve` and `certify` (one problem), `apply`, `report`, `save` and `load`; the
-nouns live in the rooms `objectives`, `curvature`, `constraints`, `penalties`, `bounds`, `solvers`, `training` (the user's own
-optax loop), `plans` and `structure`.
+nouns live in the rooms `objectives`, `curvature`, `constraints`, `penalties`, `bounds`, `solvers`, `training` (the
+user's own optax loop), `plans` and `structure`.
 """
 
 from pruneopt import structure  # first: it names `capture`, which stands on it
