@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from pruneopt.structure import cost, differences
 from pruneopt.structure.cost import flops
@@ -167,7 +168,8 @@ def test_kernels_count_their_grid_and_shards_their_devices():
         return pl.pallas_call(kernel, grid=(4,), in_specs=blocks, interpret=True, **out)(x, p["w"])
 
     def shards(p, x):
-        mesh, split, whole = jax.sharding.AbstractMesh((4,), ("d",)), jax.P("d"), jax.P()
+        mesh = jax.sharding.AbstractMesh((4,), ("d",), axis_types=(AxisType.Auto,))
+        split, whole = jax.P("d"), jax.P()
         return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(split, whole), out_specs=split)(x, p["w"])
 
     for network in (fn, shards):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from pruneopt import _tree
+from pruneopt.program.versions import bodies, constants, plain
 
 
 class Literal(NamedTuple):
@@ -30,8 +31,8 @@ def frozen(value: Any) -> Hashable:
         return tuple((k, frozen(v)) for k, v in sorted(value.items()))
     if isinstance(value, (tuple, list)):
         return (type(value).__name__, *map(frozen, value))
-    if hasattr(opened_only(value), "eqns"):
-        return ("jaxpr", _body_key(opened_only(value)), tuple(map(value_key, getattr(value, "consts", ()))))
+    if hasattr(plain(value), "eqns"):
+        return ("jaxpr", _body_key(plain(value)), tuple(map(value_key, constants(value))))
     if callable(value) and not isinstance(value, type):
         return _Same(value)
     try:
@@ -90,32 +91,9 @@ def is_array_of_numbers(value: Any) -> bool:
     return _tree.is_array(value) or isinstance(value, np.generic)
 
 
-def opened_only(body: Any) -> Any:
-    """The plain jaxpr of a closed one."""
-    return body.jaxpr if hasattr(body, "consts") else body
-
-
-def bodies(eqn: Any) -> list[Any]:
-    """The jaxprs that an equation carries."""
-    found = []
-    for value in eqn.params.values():
-        parts = value if isinstance(value, (tuple, list)) else (value,)
-        found += [p for p in parts if hasattr(opened_only(p), "eqns")]
-    return found
-
-
-def holds(jaxpr: Any, names: Iterable[str]) -> bool:
-    """Whether any equation of a jaxpr, at any depth, is one of these primitives."""
-    return any(
-        e.primitive.name in names or any(holds(body, names) for body in bodies(e)) for e in opened_only(jaxpr).eqns
-    )
-
-
 def signature(body: Any) -> list[Any]:
     """What a jaxpr does, for telling two traces apart: its numbers, shapes, primitives and their plain parameters."""
-    numbers = [a.val for e in opened_only(body).eqns for a in e.invars if hasattr(a, "val")] + list(
-        getattr(body, "consts", ())
-    )
+    numbers = [a.val for e in plain(body).eqns for a in e.invars if hasattr(a, "val")] + list(constants(body))
     equations = [
         (
             e.primitive.name,
@@ -123,7 +101,7 @@ def signature(body: Any) -> list[Any]:
             [(k, v) for k, v in e.params.items() if _is_plain(v)],
             *map(signature, bodies(e)),
         )
-        for e in opened_only(body).eqns
+        for e in plain(body).eqns
     ]
     return [[np.asarray(n).tobytes() if is_array_of_numbers(n) else str(n) for n in numbers], equations]
 

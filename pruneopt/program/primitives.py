@@ -5,26 +5,6 @@ from __future__ import annotations
 # A product: the primitives that multiply a matrix of parameters.
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 
-# Calls, read as if their body stood in their place, and the parameter that holds the body. A custom derivative is lost
-# that way, which is right for reading and evaluating and wrong for training; nothing here is differentiated twice.
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "custom_vmap_call": "call",
-    "composite": "jaxpr",
-}
-
-# Calls with a derivative of their own.
-DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-
 # What collectives do inside a shard_map over a single device: nothing (all_gather may add an axis, axis_index is 0).
 SIZE_ONE_COLLECTIVES = frozenset(
     {"psum", "psum_invariant", "pmax", "pmin", "pvary", "pcast", "all_gather", "all_gather_invariant", "axis_index"}

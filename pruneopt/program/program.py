@@ -16,18 +16,10 @@ from jax.core import Tracer
 
 from pruneopt import _tree
 from pruneopt.network.leaves import combine, is_floating, partition
-from pruneopt.program.keys import (
-    Literal,
-    bodies,
-    frozen,
-    holds,
-    literal,
-    opened_only,
-    signature,
-    type_key,
-    value_key,
-)
-from pruneopt.program.primitives import CALLS, DERIVATIVES, PRODUCTS, SIZE_ONE_COLLECTIVES
+from pruneopt.program import versions
+from pruneopt.program.keys import Literal, frozen, literal, signature, type_key, value_key
+from pruneopt.program.primitives import PRODUCTS, SIZE_ONE_COLLECTIVES
+from pruneopt.program.versions import CALLS, DERIVATIVES, Parameters, bodies, holds, plain
 
 Tree = Any
 
@@ -53,7 +45,7 @@ class Equation(NamedTuple):
     """outputs = primitive(inputs). key: equal for equations that do the same to inputs of the same shapes."""
 
     primitive: Any
-    params: dict[str, Any]
+    params: Parameters
     inputs: tuple[Atom, ...]
     outputs: tuple[int, ...]
     key: Hashable
@@ -63,10 +55,7 @@ class Equation(NamedTuple):
         """Evaluate on arrays or tracers."""
         bound = self.primitive.get_bind_params(self.params)
         with self.context.manager if self.context is not None else contextlib.nullcontext():
-            if isinstance(bound, tuple):  # JAX before 0.10: (functions, params)
-                out = self.primitive.bind(*bound[0], *inputs, **bound[1])
-            else:
-                out = self.primitive.bind(*inputs, **bound)
+            out = self.primitive.bind(*inputs, **bound)
         return list(out) if self.primitive.multiple_results else [out]
 
 
@@ -135,7 +124,7 @@ class Program:
         identity = (key, tuple(a.key if isinstance(a, Literal) else a for a in inputs))
         if not eqn.effects and identity in self._known:
             return self._known[identity]
-        equation = Equation(eqn.primitive, eqn.params, inputs, (), key, context)
+        equation = Equation(eqn.primitive, versions.parameters(eqn), inputs, (), key, context)
         if not eqn.effects and self._is_counter(eqn, inputs):
             values = equation.run([a.value if isinstance(a, Literal) else self.constants[a] for a in inputs])
             outputs = tuple(self.constant(value) for value in values)
@@ -252,19 +241,20 @@ def _equation(program: Program, eqn: Any, inputs: tuple[Atom, ...], keep: bool) 
     name = eqn.primitive.name
     if name in CALLS and not (program.keep_derivatives and name in DERIVATIVES and not _has_product(eqn)):
         program.lost |= name in DERIVATIVES
-        body, constants = opened(program, eqn.params[CALLS[name]])
+        body, constants = opened(program, versions.called(eqn))
         return _inline(program, body, constants, inputs, keep)
-    if name == "shard_map" and math.prod(eqn.params["mesh"].shape.values()) == 1 and not _blocked(eqn.params["jaxpr"]):
-        return _inline(program, eqn.params["jaxpr"], (), inputs, False)
+    if name == "shard_map" and _is_alone(eqn):
+        body, constants = opened(program, versions.alone(eqn))
+        return _inline(program, body, constants, inputs, False)
     if name == "optimization_barrier":
         return inputs
     if not keep and name in SIZE_ONE_COLLECTIVES:
         return _collective(program, eqn, inputs)
-    if name == "scan" and eqn.params["length"] <= UNROLL_LIMIT and _holds_product(program, eqn, inputs):
+    if name == "scan" and versions.scan(eqn).length <= UNROLL_LIMIT and _holds_product(program, eqn, inputs):
         return _unrolled(program, eqn, inputs, keep)
     if name == "cond" and (isinstance(inputs[0], Literal) or inputs[0] in program.constants):
         index = inputs[0].value if isinstance(inputs[0], Literal) else program.constants[inputs[0]]
-        branches = eqn.params["branches"]
+        branches = versions.branches(eqn)
         body, constants = opened(program, branches[int(np.clip(int(index), 0, len(branches) - 1))])
         return _inline(program, body, constants, inputs[1:], keep)
     return program.emit(eqn, inputs, eqn.ctx if keep else None)
@@ -272,27 +262,26 @@ def _equation(program: Program, eqn: Any, inputs: tuple[Atom, ...], keep: bool) 
 
 def opened(program: Program, body: Any) -> tuple[Any, tuple[int, ...]]:
     """A jaxpr and the variables of its constants; `remat2` carries one without."""
-    if hasattr(body, "consts"):
-        return body.jaxpr, tuple(program.constant(value) for value in body.consts)
-    return body, ()
+    return plain(body), tuple(program.constant(value) for value in versions.constants(body))
 
 
 def _unrolled(program: Program, eqn: Any, inputs: tuple[Atom, ...], keep: bool) -> tuple[Atom, ...]:
     """A scan, one step after another: each step slices its own layers."""
-    body, body_constants = opened(program, eqn.params["jaxpr"])
-    n, k, length = eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["length"]
+    loop = versions.scan(eqn)
+    body, body_constants = opened(program, loop.body)
+    n, k = loop.shared, loop.carry
     shared, carry, stacked = inputs[:n], inputs[n : n + k], inputs[n + k :]
     # A counter that starts as a literal becomes a variable, so that the first step looks like the others.
     carry = tuple(program.constant(jnp.asarray(a.value)) if isinstance(a, Literal) else a for a in carry)
     steps: list[tuple[Atom, ...]] = []
-    order = range(length)[::-1] if eqn.params["reverse"] else range(length)
+    order = range(loop.length)[::-1] if loop.reverse else range(loop.length)
     for i in order:
         at = program.constant(np.int32(i))
         slices = tuple(_call(program, _at, a, at)[0] for a in stacked)
         out = _inline(program, body, body_constants, (*shared, *carry, *slices), keep)
         carry = out[:k]
         steps.append(out[k:])
-    if eqn.params["reverse"]:
+    if loop.reverse:
         steps.reverse()
     return *carry, *(_call(program, _stack, *column)[0] for column in zip(*steps, strict=True))
 
@@ -318,29 +307,31 @@ def _collective(program: Program, eqn: Any, inputs: tuple[Atom, ...]) -> tuple[A
     """What a collective does over one device."""
     if eqn.primitive.name == "axis_index":
         return (program.constant(np.int32(0)),)
-    if eqn.primitive.name == "all_gather" and not eqn.params["tiled"]:
-        return _call(program, partial(jnp.expand_dims, axis=eqn.params["all_gather_dimension"]), *inputs)
+    params = versions.parameters(eqn)
+    if eqn.primitive.name == "all_gather" and not params["tiled"]:
+        return _call(program, partial(jnp.expand_dims, axis=params["all_gather_dimension"]), *inputs)
     return inputs
+
+
+def _is_alone(eqn: Any) -> bool:
+    """Whether a shard_map runs on one device and is read as its body."""
+    sharded = versions.shard_map(eqn)
+    return math.prod(sharded.mesh.values()) == 1 and not _blocked(plain(sharded.body))
 
 
 def _blocked(jaxpr: Any) -> bool:
     """Whether a body of shard_map holds a collective without a rule, at any depth, which only its mesh can run."""
     return any(
-        (e.primitive.name not in SIZE_ONE_COLLECTIVES and any(isinstance(a, str) for a in _axes(e.params)))
-        or any(_blocked(opened_only(body)) for body in bodies(e))
+        (e.primitive.name not in SIZE_ONE_COLLECTIVES and any(isinstance(a, str) for a in versions.mesh_axes(e)))
+        or any(_blocked(plain(body)) for body in bodies(e))
         for e in jaxpr.eqns
     )
-
-
-def _axes(params: dict[str, Any]) -> tuple:
-    axes = params.get("axes", params.get("axis_name"))
-    return tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
 
 
 def _holds_product(program: Program, eqn: Any, inputs: tuple[Atom, ...]) -> bool:
     """Whether a loop multiplies something that comes from params."""
     return any(program.is_parametric(a) and program.type_of(a).ndim >= 2 for a in inputs) and holds(
-        eqn.params["jaxpr"], PRODUCTS
+        versions.scan(eqn).body, PRODUCTS
     )
 
 

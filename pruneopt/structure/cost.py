@@ -14,9 +14,10 @@ import numpy as np
 
 from pruneopt import _tree
 from pruneopt.network.leaves import combine, is_floating, nearest, partition
-from pruneopt.program.keys import bodies, opened_only
-from pruneopt.program.primitives import CALLS, PRODUCTS
+from pruneopt.program import versions
+from pruneopt.program.primitives import PRODUCTS
 from pruneopt.program.program import Program, traced
+from pruneopt.program.versions import CALLS, bodies, plain
 from pruneopt.structure.graph import Graph, trace
 from pruneopt.structure.operators import Operator
 
@@ -253,7 +254,7 @@ class _Count(NamedTuple):
 
     def body(self, body: Any, owners: Sequence[_Owner]) -> tuple[Counter[str], list[_Owner]]:
         """FLOPs by leaf of one run of a jaxpr, and the owners of its outputs."""
-        jaxpr, total = opened_only(body), Counter()
+        jaxpr, total = plain(body), Counter()
         env = dict(zip(jaxpr.invars, owners, strict=True))
         of = lambda atom: _FIXED if hasattr(atom, "val") else env.get(atom, _FIXED)  # noqa: E731
         for e in jaxpr.eqns:
@@ -265,27 +266,30 @@ class _Count(NamedTuple):
 
     def equation(self, e: Any, owners: list[_Owner], types: list[Any], outputs: int) -> tuple[Counter, list[_Owner]]:
         """The same of one equation, of a jaxpr or a program. types: of two inputs and an output."""
-        name, p, mixed = e.primitive.name, e.params, [_mixed(owners)] * outputs
+        name, mixed = e.primitive.name, [_mixed(owners)] * outputs
         if name in PRODUCTS:
-            return Counter({owners[1].path or owners[0].path: self.product(name, p, [t.shape for t in types])}), mixed
+            work = self.product(name, versions.parameters(e), [t.shape for t in types])
+            return Counter({owners[1].path or owners[0].path: work}), mixed
         if name == "while":
-            n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
-            found, carry = self.loop(p["body_jaxpr"], owners[n:m], owners[m:], [])
-            return found + self.body(p["cond_jaxpr"], owners[:n] + carry)[0], carry
+            loop = versions.while_loop(e)
+            n, m = loop.cond_shared, loop.cond_shared + loop.body_shared
+            found, carry = self.loop(loop.body, owners[n:m], owners[m:], [])
+            return found + self.body(loop.cond, owners[:n] + carry)[0], carry
         if name == "scan":
-            n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
-            found, out = self.loop(p["jaxpr"], owners[:n], owners[n:m], owners[m:])
-            return _times(found, self.repeats(name, p)), out
+            scan = versions.scan(e)
+            n, m = scan.shared, scan.shared + scan.carry
+            found, out = self.loop(scan.body, owners[:n], owners[n:m], owners[m:])
+            return _times(found, self.repeats(e)), out
         if name == "cond":
-            branches = [self.body(b, owners[1:]) for b in p["branches"]]
+            branches = [self.body(b, owners[1:]) for b in versions.branches(e)]
             out = [_mixed((owners[0], *each)) for each in zip(*(b[1] for b in branches), strict=True)]
             return max((b[0] for b in branches), key=lambda c: sum(c.values())), out
         total, out = Counter(), mixed
-        for inner in [p["jaxprs"].solve] if name == "custom_linear_solve" else bodies(e):
-            more = len(opened_only(inner).invars) - len(owners)  # outputs and scratch of a kernel
+        for inner in [versions.solved(e)] if name == "custom_linear_solve" else bodies(e):
+            more = len(plain(inner).invars) - len(owners)  # outputs and scratch of a kernel
             given = [*owners, *[_DATA] * more] if more >= 0 else [_mixed(owners)] * (len(owners) + more)
             found, made = self.body(inner, given)
-            total += _times(found, self.repeats(name, p))
+            total += _times(found, self.repeats(e))
             out = made if name in CALLS else mixed
         return total, out
 
@@ -298,15 +302,18 @@ class _Count(NamedTuple):
                 return found, carry + out[len(carry) :]
             carry = after
 
-    def repeats(self, name: str, p: dict[str, Any]) -> int:
+    def repeats(self, e: Any) -> int:
         """How often a body runs, or how often XLA sees it: a scan's as often as JAX writes it out."""
+        name = e.primitive.name
         if name == "scan":
-            trips, rest = divmod(p["length"], max(p["unroll"], 1))
-            return p["length"] if self.steps or not trips else p["unroll"] + rest
+            scan = versions.scan(e)
+            trips, rest = divmod(scan.length, max(scan.unroll, 1))
+            return scan.length if self.steps or not trips else scan.unroll + rest
         if name == "shard_map" and self.steps:
-            return math.prod(p["mesh"].shape[a] for a in p.get("newly_manual_axes", p["mesh"].shape))
+            sharded = versions.shard_map(e)
+            return math.prod(sharded.mesh[axis] for axis in sharded.manual)
         if name == "pallas_call" and self.steps:
-            return math.prod(n for n in p["grid_mapping"].grid if isinstance(n, int))
+            return math.prod(versions.grid(e))
         return 1
 
     def product(self, name: str, p: dict[str, Any], shapes: list[tuple[int, ...]]) -> int:

@@ -13,9 +13,9 @@ import numpy as np
 from pruneopt.network.leaves import is_prunable, nearest
 from pruneopt.program import forms
 from pruneopt.program.forms import Form
-from pruneopt.program.keys import bodies, holds, opened_only
 from pruneopt.program.primitives import BLOCKS, LAYOUT, LOOKUPS, PRODUCTS
 from pruneopt.program.program import Equation, Program, flatten
+from pruneopt.program.versions import carried, holds
 from pruneopt.structure.operators import Lookup, Operator, Refusal, Use
 from pruneopt.structure.reading import Unreadable, leaves_of, meets_data, read_operand, sources
 from pruneopt.structure.units import Units, described
@@ -144,12 +144,8 @@ def read(program: Program) -> Graph:
             name in LOOKUPS and program.is_parametric(equation.inputs[0]) and any(map(program.is_data, equation.inputs))
         ):
             graph.lookups.append(_lookup(program, equation))
-        elif bodies(equation) and any(holds(opened_only(b), PRODUCTS) for b in bodies(equation)):
-            paths = tuple(dict.fromkeys(p for a in equation.inputs for p in leaves_of(program, a)))
-            weights = tuple(p for p in paths if program.shapes[program.leaves[p]].ndim >= 2)
-            if weights:
-                reason = f"it stands inside {BLOCKS.get(name, 'a call without a rule')}"
-                graph.refusals.append(Refusal(name, weights, reason))
+        else:
+            _inside(graph, equation)
     _known_inputs(graph, found, fixed)
     graph.operators = _consistent(graph, list(found.values()))
     seen: dict[str, int] = {}
@@ -157,6 +153,19 @@ def read(program: Program) -> Graph:
         seen[op.name] = seen.get(op.name, 0) + 1
         op.name += f" ({seen[op.name]})" if seen[op.name] > 1 else ""
     return graph
+
+
+def _inside(graph: Graph, equation: Equation) -> None:
+    """Refuse the leaves that go into a body that is evaluated whole, if it multiplies."""
+    inside = [name for name, found in carried(equation).items() if any(holds(body, PRODUCTS) for body in found)]
+    if not inside:
+        return
+    program = graph.program
+    paths = tuple(dict.fromkeys(p for a in equation.inputs for p in leaves_of(program, a)))
+    if weights := tuple(p for p in paths if program.shapes[program.leaves[p]].ndim >= 2):
+        unknown = f"a call without a rule, whose parameter '{inside[0]}' multiplies"
+        reason = f"it stands inside {BLOCKS.get(equation.primitive.name, unknown)}"
+        graph.refusals.append(Refusal(equation.primitive.name, weights, reason))
 
 
 def _lookup(program: Program, equation: Equation) -> Lookup:
