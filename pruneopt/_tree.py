@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,14 @@ def is_array(leaf: Any) -> bool:
 def like(new: Any, old: Any) -> Any:
     """`new` as a NumPy array where `old` is one."""
     return np.asarray(new) if isinstance(old, np.ndarray) else new
+
+
+def placed(new: Any, old: Any) -> Any:
+    """`new` on the sharding of `old`, an array or a shape, where one was chosen for it; NumPy arrays as they are."""
+    sharding = getattr(old, "sharding", None)
+    if sharding is None or not isinstance(new, jax.Array) or (isinstance(old, jax.Array) and not old.committed):
+        return new
+    return new if new.sharding == sharding and new.committed else jax.device_put(new, sharding)
 
 
 def wide(dtype: Any) -> Any:
@@ -67,6 +76,14 @@ def name(key_path: tuple) -> str:
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """[(path, leaf)] in leaf order."""
     return [(name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def check_paths(tree: Tree, what: str) -> None:
+    """Raise ValueError, naming `what`, where two leaves have one path."""
+    paths = [path for path, _ in named_leaves(tree)]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path, n in Counter(paths).items() if n > 1)
+        raise ValueError(f"{what} has two leaves whose path is '{twice}'; rename one")
 
 
 def map_named(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:

@@ -91,9 +91,7 @@ def partition(params: Tree, leaves: Choice = None) -> tuple[Tree, Rest]:
     if not named:
         raise ValueError("params is an empty tree; pass the network's parameters")
     paths = [_tree.name(path) for path, _ in named]
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"params has two leaves whose path is '{twice}'; rename one")
+    _tree.check_paths(params, "params")
     values = [leaf for _, leaf in named]
     wanted = _wanted(paths, values, leaves)
     if not any(wanted):

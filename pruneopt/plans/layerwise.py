@@ -114,8 +114,7 @@ def layerwise(
             if aside is not None:
                 aside.advance(number, now)
             seconds = {"forward": time.perf_counter() - clock}
-            shape = lambda op: (op.problems, op.n_in, op.n_out)  # noqa: E731
-            done = {i: folder.load(i, shape(operators[i])) for i in cut.operators} if folder is not None else {}
+            done = {} if folder is None else {i: task.remembered(folder, i) for i in cut.operators}
             sums, others = {}, {}
             if not all(done.get(i) for i in cut.operators):
                 clock = time.perf_counter()
@@ -123,14 +122,11 @@ def layerwise(
                 others = {} if aside is None else aside.sums(number, now)
                 seconds["gram"] = time.perf_counter() - clock
             for i in cut.operators:
-                clock, op, stored = time.perf_counter(), operators[i], done.get(i)
+                clock, op, known = time.perf_counter(), operators[i], done.get(i)
                 bar.set_postfix_str(op.name, refresh=False)
-                if stored is None:
-                    found, facts = task.solve(i, sums[i], others.get(i), jax.random.fold_in(key, i))
-                    if folder is not None:
-                        folder.store(i, *_packed(found, facts))
-                else:
-                    found, facts = _unpacked(*stored)
+                found, facts = known or task.solve(i, sums[i], others.get(i), jax.random.fold_in(key, i))
+                if folder is not None and known is None:
+                    folder.store(i, *_packed(found, facts))
                 matrix, support = (jnp.stack([getattr(s, part) for s in found]) for part in ("value", "support"))
                 now |= op.to_leaves(matrix, now)
                 for path, mask in op.masks(support).items():
@@ -251,6 +247,24 @@ class _Task:
         }
         return found, facts | ({"notes": notes} if notes else {})
 
+    def remembered(self, folder: RunFolder, i: int) -> tuple[list[Solution], dict[str, Any]] | None:
+        """What `solve` returned for an operator in an earlier call, or None. Raises ValueError where it cannot have."""
+        op = self._operators[i]
+        shape = (op.problems, op.n_in, op.n_out)
+        stored = folder.load(i, {"value": (shape, _tree.wide(op.dtype)), "support": (shape, bool)})
+        if stored is None:
+            return None
+        try:
+            found, facts = _unpacked(*stored)
+        except (KeyError, TypeError, ValueError) as error:
+            raise folder.damaged(i, f"its facts: {error!r}") from error
+        for solution, constraint in zip(found, self._constraints(op), strict=True):
+            if _tree.first_nonfinite(solution.value) is not None:
+                raise folder.damaged(i, "it holds a NaN or an infinity")
+            if constraint.violation(solution.support) or _tree.outside(solution.value, solution.support):
+                raise folder.damaged(i, f"its support is not in {constraint!r}")
+        return found, facts
+
     def _best(
         self, center: Any, inputs: calibration.Inputs, aside: Gram | None, constraint: Constraint, key: jax.Array
     ) -> tuple[Solution, float]:
@@ -288,10 +302,9 @@ def _packed(found: list[Solution], facts: dict[str, Any]) -> tuple[dict[str, Any
 def _unpacked(arrays: dict[str, Any], said: dict[str, Any]) -> tuple[list[Solution], dict[str, Any]]:
     """What a folder remembers; its evidence is not kept."""
     found = []
-    for value, support, row in zip(
-        *(map(jnp.asarray, arrays[p]) for p in ("value", "support")), said["problems"], strict=True
-    ):
-        numbers = (row["objective"], row["bound"], row["gap"])
-        stats = {"relative_error": row["relative_error"], "resumed": True}
-        found.append(Solution(value, support, Status[row["status"]], *numbers, None, stats))
-    return found, said["layer"]
+    for value, support, row in zip(arrays["value"], arrays["support"], said["problems"], strict=True):
+        numbers = (float(row["objective"]), float(row["bound"]), float(row["gap"]))
+        stats = {"relative_error": float(row["relative_error"]), "resumed": True}
+        status = Status[row["status"]]
+        found.append(Solution(jnp.asarray(value), jnp.asarray(support), status, *numbers, None, stats))
+    return found, {**said["layer"]}

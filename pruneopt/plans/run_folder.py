@@ -2,115 +2,95 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from pruneopt import _tree
+from pruneopt import _store
 
 _RUN = "run.json"
+Expected = Mapping[str, tuple[tuple[int, ...], Any]]  # {name: shape and dtype of an array}
 
 
 class RunFolder:
-    """Finished layers on disk, each written whole or not at all.
+    """Finished layers on disk, each written whole or not at all, and bound to the run and to its place in it.
 
-    folder: made where it does not exist. identity: {argument: value} of the call; a folder that holds another run, or
-    damaged files, raises ValueError naming the argument that differs.
+    folder: made where it does not exist. identity: {argument: value} of the call. Raises ValueError for a folder that
+    holds another run, naming the arguments that differ, damaged files, or other files; TypeError for a value that
+    nothing tells from another; OSError where the folder cannot be made or written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any]):
         self._folder = Path(folder)
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"run_dir='{folder}' is a file; pass a folder")
+        mine = {name: _digest(name, value) for name, value in identity.items()}
+        self._run = _store.digest(mine)
         self._folder.mkdir(parents=True, exist_ok=True)
-        mine = {name: digest(value) for name, value in identity.items()}
         file = self._folder / _RUN
         if not file.exists():
-            if any(self._folder.iterdir()):
+            # What a kill leaves is named .part; nothing of that name is read, and none but our own is removed.
+            if any(entry.suffix != ".part" for entry in self._folder.iterdir()):
                 raise ValueError(f"run_dir='{folder}' holds other files; pass a new or empty folder")
-            _write(file, json.dumps(mine).encode())
-            return
+            _store.write(file, [json.dumps({"arguments": mine, "sha256": self._run}).encode()])
         try:
-            theirs = json.loads(file.read_text())
-            if not isinstance(theirs, dict):
-                raise ValueError("no object")
-        except ValueError as error:
-            raise ValueError(f"run_dir='{folder}': {_RUN} is damaged; delete the folder and start again") from error
-        if changed := [name for name in mine if mine[name] != theirs.get(name)]:
+            said = _store.read_json(file.read_bytes(), dict)
+            theirs = said.get("arguments")
+            if not isinstance(theirs, dict) or said.get("sha256") != _store.digest(theirs):
+                raise _store.Damaged("its checksum does not match")
+        except _store.Damaged as error:
+            raise ValueError(
+                f"run_dir='{folder}': {_RUN} is damaged ({error}); delete the folder and start again"
+            ) from error
+        if changed := [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]:
             raise ValueError(
                 f"run_dir='{folder}' holds a run with other {', '.join(changed)}; repeat that call or pass a new folder"
             )
+        for entry in self._folder.iterdir():
+            if _store.is_partial(entry):
+                entry.unlink(missing_ok=True)
 
-    def load(self, index: int, shape: tuple[int, ...]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """(arrays, facts) of a finished layer, its value and support of `shape`, or None."""
+    def load(self, index: int, expected: Expected) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """(arrays, facts) of a finished layer, or None. Raises ValueError, naming the file, where it is damaged."""
         file = self._file(index)
         if not file.exists():
             return None
         try:
-            with safe_open(file, framework="numpy") as archive:
-                arrays = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
-                if any(arrays[name].shape != shape for name in ("value", "support")):
-                    raise ValueError(f"its arrays are not {shape}")
-                return arrays, json.loads((archive.metadata() or {})["facts"])
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"run_dir: '{file}' is damaged ({error}); delete it, and the layer is solved again"
-            ) from error
+            arrays, texts = _store.read_tensors(file, self._owner(index))
+            found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+            wanted = {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in expected.items()}
+            if found != wanted:
+                raise _store.Damaged(f"its arrays are {found}, not {wanted}")
+            return arrays, _store.read_json(texts.get("facts", ""), dict)
+        except _store.Foreign as error:
+            raise self.damaged(index, "it is another run's, or another layer's") from error
+        except _store.Damaged as error:
+            raise self.damaged(index, str(error)) from error
+
+    def damaged(self, index: int, why: str) -> ValueError:
+        """The error for a layer whose file is not what was stored."""
+        return ValueError(
+            f"run_dir: '{self._file(index)}' is damaged ({why}); delete it, and the layer is solved again"
+        )
 
     def store(self, index: int, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Remember a finished layer."""
-        partial = self._file(index).with_suffix(".part")
-        tensors = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-        save_file(tensors, partial, metadata={"facts": json.dumps(facts)})
-        os.replace(partial, self._file(index))
+        """Remember a finished layer. Raises OSError where it cannot be written."""
+        tensors = {name: np.asarray(value) for name, value in arrays.items()}
+        _store.write_tensors(self._file(index), tensors, {"facts": json.dumps(facts)}, self._owner(index))
+
+    def _owner(self, index: int) -> str:
+        return _store.digest([self._run, index])
 
     def _file(self, index: int) -> Path:
         return self._folder / f"layer-{index:05d}.safetensors"
 
 
-def _write(file: Path, content: bytes) -> None:
-    partial = file.with_suffix(".part")
-    partial.write_bytes(content)
-    os.replace(partial, file)
-
-
-def digest(value: Any) -> str:
-    """A checksum of a value: arrays by their bytes, dataclasses by their fields, pytrees by their leaves."""
-    found = hashlib.sha256()
-
-    def add(item: Any) -> None:
-        if isinstance(item, (jax.Array, np.ndarray)) and _tree.is_array(item):
-            array = np.asarray(item)
-            found.update(f"{array.dtype}{array.shape}".encode())
-            found.update(np.ascontiguousarray(array).tobytes())
-        elif dataclasses.is_dataclass(item) and not isinstance(item, type):
-            found.update(type(item).__name__.encode())
-            for field in dataclasses.fields(item):
-                found.update(field.name.encode())
-                add(getattr(item, field.name))
-        elif isinstance(item, Mapping):
-            for key in item:
-                found.update(repr(key).encode())
-                add(item[key])
-        elif isinstance(item, (list, tuple)):
-            found.update(f"{len(item)}".encode())
-            for part in item:
-                add(part)
-        elif isinstance(item, (str, int, float, bool, type(None))):
-            found.update(repr(item).encode())
-        elif (leaves := jax.tree.leaves(item)) and leaves != [item]:
-            add(leaves)
-        else:  # functions and other objects have no value of their own
-            found.update(type(item).__qualname__.encode())
-
-    add(value)
-    return found.hexdigest()
+def _digest(name: str, value: Any) -> str:
+    try:
+        return _store.digest(value)
+    except TypeError as error:
+        raise TypeError(f"run_dir: {name} holds {error}; leave run_dir out, or write it as a dataclass") from error
