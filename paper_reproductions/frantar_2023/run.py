@@ -10,10 +10,10 @@ checkpoint in safetensors; the perplexity of --test over contiguous segments, ca
 (or --name).
 
 Every projection of every block is pruned, each on the inputs that the network pruned so far gives it. Budgets are the
-papers' own: magnitude one a layer, Wanda one an output, SparseGPT the same fraction of every 128 inputs, ALPS and ours
-one a layer; 2:4 and 4:8 along the inputs, 2:4 in place of 4:8 where 8 does not divide them (172 in stories260K).
-"best, dense targets" fits the dense network's outputs instead of the dense layer's on pruned inputs. Seconds are CPU
-seconds of pruning, the first run's compilation included.
+papers' own: magnitude one a layer, Wanda one an output, SparseGPT the same fraction of every 128 inputs (and one a
+layer, as a row of its own name), ALPS and ours one a layer; 2:4 and 4:8 along the inputs, 2:4 in place of 4:8 where 8
+does not divide them (172 in stories260K). "best, dense targets" fits the dense network's outputs instead of the dense
+layer's on pruned inputs. Seconds are CPU seconds of pruning, the first run's compilation included.
 """
 
 import argparse
@@ -38,6 +38,7 @@ METHODS = {
     "magnitude": (None, "leaf", "layer"),
     "wanda": ("wanda", "out", "layer"),
     "sparsegpt": ("sparsegpt", "in", "layer"),
+    "sparsegpt, layer's budget": ("sparsegpt", "tree", "layer"),
     "alps": ("alps", "tree", "layer"),
     "fast": ("fast", "tree", "layer"),
     "balanced": ("balanced", "tree", "layer"),
@@ -88,7 +89,7 @@ def measure(network, draws, test, methods, levels):
 
 def table(found, claimed, methods, levels):
     """Perplexities, standard errors where there are any, the claimed ones in brackets, and mean seconds of a method."""
-    print(f"\n{'':<20}" + "".join(f"{level:>19}" for level in levels) + f"{'seconds':>9}")
+    print(f"\n{'':<26}" + "".join(f"{level:>19}" for level in levels) + f"{'seconds':>9}")
     for method in methods:
         cells = []
         for level in levels:
@@ -97,7 +98,7 @@ def table(found, claimed, methods, levels):
             near = f" ± {deviation:.2g}" if np.isfinite(deviation) else ""
             cells.append(f"{value:.4g}{near}" + ("" if said is None else f" [{said:g}]"))
         seconds = np.mean([found[method, level][2] for level in levels])
-        print(f"{method:<20}" + "".join(f"{cell:>19}" for cell in cells) + f"{seconds:>9.1f}")
+        print(f"{method:<26}" + "".join(f"{cell:>19}" for cell in cells) + f"{seconds:>9.1f}")
 
 
 def story(options):

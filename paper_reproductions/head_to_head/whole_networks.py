@@ -48,6 +48,7 @@ SOLVERS = {
     "Wanda (per output), refit": (Then(Score(), Polish()), "out", 0.01),
     "Wanda (per layer), refit": (Then(Score(), Polish()), "tree", 0.01),
     "SparseGPT": (BlockOBS(), "in", 0.01),
+    "SparseGPT, layer's budget": (BlockOBS(), "tree", 0.01),
     "fast": (FAST, "tree", 0.01),
     "balanced": (BALANCED, "tree", 0.01),
     "best": (BEST, "tree", 0.01),

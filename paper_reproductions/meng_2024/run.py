@@ -7,8 +7,8 @@ The paper's studies of one layer, on the four layers of PRUNEOPT_DATA. Error: ||
 in float64. First the best weights on each method's support, by an exact refit (its table 1, left); then the support of
 magnitude with its own weights, with ALPS's conjugate gradients and with exact ones, and their seconds (table 1, right);
 then each method's own weights, ADMM-Grad (Boza 2024) among them (table 7). Ratios are geometric means over the layers.
-Budgets: Wanda one an output, SparseGPT the same fraction of every 128 inputs, the others one a layer. Seconds are CPU
-seconds, warm.
+Budgets: Wanda one an output, SparseGPT the same fraction of every 128 inputs (and one a layer, as a row of its own
+name), the others one a layer. Seconds are CPU seconds, warm.
 
 With --model: the perplexities of frantar_2023/run.py at 70 %, which takes the same words.
 """
@@ -40,6 +40,7 @@ ROWS = {
     "Wanda": ("wanda", "out"),
     "SparseSwaps": ("sparse_swaps", "out"),
     "SparseGPT": ("sparsegpt", "in"),
+    "SparseGPT, layer's budget": ("sparsegpt", "tree"),
     "ALPS": ("alps", "tree"),
     "fast": ("fast", "tree"),
     "balanced": ("balanced", "tree"),
@@ -140,11 +141,11 @@ def mean(ratios):
 
 def over_alps(title, found, levels):
     """Geometric means over layers of errors over those of ALPS."""
-    print(f"\n{title}\n{'':<14}" + "".join(f"{level:>9}" for level in levels))
+    print(f"\n{title}\n{'':<27}" + "".join(f"{level:>9}" for level in levels))
     layers = {layer for layer, _, _ in found}
     for method in METHODS:
         cells = [mean([found[at, level, method] / found[at, level, "ALPS"] for at in layers]) for level in levels]
-        print(f"{method:<14}" + "".join(f"{cell:>9.3f}" for cell in cells))
+        print(f"{method:<27}" + "".join(f"{cell:>9.3f}" for cell in cells))
 
 
 def main(words=None):
