@@ -15,6 +15,7 @@ from pruneopt.certify import certify
 from pruneopt.delivery.apply import apply, from_masks
 from pruneopt.delivery.files import load, load_masks, save
 from pruneopt.delivery.report import Report, report
+from pruneopt.network.batches import Batches
 from pruneopt.plans.prune import prune
 from pruneopt.plans.redundancy import Redundancy, redundancy
 from pruneopt.problem import Problem
@@ -24,6 +25,7 @@ from pruneopt.solve import SolveError, solve
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batches",
     "Problem",
     "Pruned",
     "Redundancy",

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt.capture import walk
-from pruneopt.capture.statistics import add, checked_weights, cross
+from pruneopt.capture.statistics import add, checked_weights, cross, is_finite, not_finite
 from pruneopt.capture.statistics import sums as sums_of
 from pruneopt.capture.walk import Cut, Env, Graphs, Walk
-from pruneopt.network.batches import Batches, Source
+from pruneopt.network.batches import Batches, Source, explained
 from pruneopt.program.program import Program
 from pruneopt.structure.operators import Operator, Use
 
@@ -69,14 +69,20 @@ class Calibration:
         self._cuts: dict[Any, list[Cut]] = {}
         self._envs: list[Env] = []
         self._weights: list[Any] = []
-        for batch in Batches(batches):
+        self._operators: list[Operator] = []
+        self._told: list[str] = []
+        stream = Batches(batches)
+        self._name = stream.name
+        for batch in stream:
             program = (graph := graphs.of(batch)).program
             if program not in self._walks:
-                cuts = walk.cuts(choose(graph))
+                self._operators = choose(graph)
+                cuts = walk.cuts(self._operators)
                 self._cuts[program] = cuts
                 self._walks[program] = Walk(program, [d for cut in cuts for d in cut.demands])
             self._programs.append(program)
             self._envs.append(self._walks[program].start(batch))
+            self._told.append(explained(batch))
             self._weights.append(None if weights is None else checked_weights(weights(batch)))
         self._dense_leaves = dense
         self._dense = None if dense is None else list(self._envs)
@@ -108,6 +114,7 @@ class Calibration:
         """{operator of the cut: sums over all batches}: count, gram and, where the dense network is followed, cross.
 
         Operators share the sums of their first product; further products add theirs, looking ahead with these weights.
+        Raises ValueError, naming the batch, for inputs that are not finite.
         """
         shared: dict[str, Any] = {}
         own: dict[int, dict[str, Any]] = {}
@@ -125,7 +132,19 @@ class Calibration:
         for op, more in own.items():
             add(total[op], more)
             total[op]["problems"] = {}
-        return jax.block_until_ready(total)
+        self._check(cut, jax.block_until_ready(total))
+        return total
+
+    def _check(self, cut: int, total: dict[int, dict[str, Any]]) -> None:
+        """Raise ValueError for sums that are not finite, naming the operator and the first batch that makes them so."""
+        bad = next((op for op, sums in total.items() if not is_finite(sums["gram"])), None)
+        if bad is None:
+            return
+        name = self._operators[bad].name
+        for i, program in enumerate(self._programs):
+            if not is_finite(self._reaching(i, self._cuts[program][cut].use, self._envs[i], None)["gram"]):
+                raise ValueError(not_finite(f"{self._name}: batch {i}", name, self._told[i]))
+        raise ValueError(not_finite(self._name, name, ""))
 
     def _ahead(self, program: Program, cut: int) -> list[tuple[int, Use, Step]]:
         """(operator, product, step to it) of the further products with a cut's weights."""

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from pruneopt import _tree
 from pruneopt.capture import walk
 from pruneopt.capture.walk import Env, Graphs, Walk
-from pruneopt.network.batches import Batches, Source, examples
-from pruneopt.network.leaves import Choice, partition
+from pruneopt.network.batches import Batches, Source, explained
+from pruneopt.network.calls import check_value
+from pruneopt.network.leaves import Choice, is_floating, partition
 from pruneopt.program.forms import Form, Ragged
 from pruneopt.program.keys import Literal
 from pruneopt.program.program import Program
@@ -76,19 +77,25 @@ def capture(
     floats = dict(_tree.named_leaves(params))
     want = tuple(n for n, on in (("gram", gram), ("means", means), ("activations", activations)) if on)
     totals: dict[str, dict[str, Any]] = {}
+
+    def sums_of(batch: Any, graph: Graph) -> Any:
+        given = None if weights is None else checked_weights(weights(batch))
+        return _one_batch(graph, selected(graph, params, leaves), batch, floats, want, given)
+
     for index, batch in enumerate(tqdm(stream, desc="capture", unit="batch", disable=not progress)):
         try:
             graph = graphs.of(batch)
         except Exception as error:
             error.add_note(f"pruneopt called fn on batch {index} of batches.")
             raise
-        chosen = selected(graph, params, leaves)
-        given = None if weights is None else checked_weights(weights(batch))
-        for op, sums in _one_batch(graph, chosen, batch, floats, want, given):
+        for op, sums in sums_of(batch, graph):
             add(totals.setdefault(op.name, {}), sums)
         if output_gradients:
-            for name, moment in slopes.of(batch, floats, [op.name for op in chosen], given).items():
+            names, n = [op.name for op in selected(graph, params, leaves)], stream.examples(batch)
+            given = None if weights is None else checked_weights(weights(batch))
+            for name, moment in slopes.of(batch, n, floats, names, given).items():
                 add(totals.setdefault(name, {}), {"output_gradient": moment})
+    _check_finite(totals, stream, lambda batch: sums_of(batch, graphs.of(batch)), fn, params)
     return {name: _finished(sums) for name, sums in totals.items()}
 
 
@@ -109,6 +116,24 @@ def checked_weights(weights: Any) -> Any:
     if not np.all(np.isfinite(values)) or np.any(values < 0):
         raise ValueError("weights hold a NaN, an infinity or a negative number; pass weights >= 0, 0 where padded")
     return weights
+
+
+def _check_finite(totals: dict[str, Any], stream: Batches, of: Callable[[Any], Any], fn: Any, params: Tree) -> None:
+    """Raise ValueError for sums that are not finite, naming the first batch that makes them so, by another pass."""
+    inputs = [n for n, s in totals.items() if not is_finite({k: x for k, x in s.items() if k != "output_gradient"})]
+    for index, batch in enumerate(stream if inputs else ()):
+        for op, sums in of(batch):
+            if op.name in inputs and not is_finite(sums):
+                raise ValueError(not_finite(f"{stream.name}: batch {index}", op.name, explained(batch)))
+    if inputs:
+        raise ValueError(not_finite(stream.name, inputs[0], ""))
+    slopes = [n for n, s in totals.items() if not is_finite(s.get("output_gradient", 0.0))]
+    for index, batch in enumerate(stream if slopes else ()):
+        check_value(fn, *partition(params, is_floating), batch, f"{stream.name}: batch {index}")
+    if slopes:
+        raise ValueError(
+            f"{stream.name}: the gradient in the outputs of '{slopes[0]}' holds a NaN or an infinity; repair the loss"
+        )
 
 
 def _one_batch(graph: Graph, chosen: Sequence[Operator], batch: Any, leaves: Any, want: Any, weights: Any) -> Any:
@@ -210,7 +235,8 @@ def _blocked(form: Form, fn: Callable[..., Any], each: Any, *arrays: Any) -> Any
 
 
 def _gram(left: Any, right: Any, each: Any) -> Any:
-    """sum_n w_n left_n right_n^T for each problem."""
+    """sum_n w_n left_n right_n^T for each problem; what has no weight may be anything, a NaN too."""
+    left, right = _live(left, each), _live(right, each)
     if each is not None and each.shape[0] > left.shape[0]:  # one set of rows, a problem's own weights
         return jax.lax.map(lambda w: jnp.matmul(left[0].T, right[0] * w[:, None], precision=_HIGHEST), each)
     if each is not None:
@@ -220,12 +246,38 @@ def _gram(left: Any, right: Any, each: Any) -> Any:
     return jnp.einsum("pni,pnj->pij", left, right, precision=_HIGHEST)
 
 
+def _live(rows: Any, each: Any) -> Any:
+    """Rows, those without weight set to zero."""
+    if each is None:
+        return rows
+    counts = (each > 0) if each.shape[0] <= rows.shape[0] else jnp.any(each > 0, axis=0, keepdims=True)
+    return jnp.where(counts[..., None], rows, jnp.zeros((), rows.dtype))
+
+
 def _weighted(of: Callable[[Any], Any], rows: Any, each: Any) -> Any:
+    rows = _live(rows, each)
     if each is None:
         return jnp.sum(of(rows), axis=1)
     if each.shape[0] > rows.shape[0]:
         return jnp.matmul(each, of(rows)[0], precision=_HIGHEST)
     return jnp.sum(of(rows) * each[..., None], axis=1)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> Any:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def is_finite(sums: Any) -> bool:
+    """Whether they hold neither a NaN nor an infinity."""
+    return bool(_all_finite(sums))
+
+
+def not_finite(where: str, name: str, told: str) -> str:
+    """What is wrong with inputs that are not finite, and what to do."""
+    return (
+        f"{where}: the inputs of '{name}' overflow or are not a number{told}; check the data and the network before it"
+    )
 
 
 def add(total: dict[str, Any], sums: dict[str, Any]) -> None:
@@ -284,8 +336,10 @@ class _Slopes:
         self._graphs = Graphs(fn, params, keep_derivatives=True)
         self._compiled: dict[Graph, Any] = {}
 
-    def of(self, batch: Any, leaves: dict[str, Any], names: list[str], weights: Any) -> dict[str, Any]:
-        """{operator: sum over positions of g g^T}, g the gradient of an example's loss in the operator's output."""
+    def of(self, batch: Any, n: float, leaves: dict[str, Any], names: list[str], weights: Any) -> dict[str, Any]:
+        """{operator: sum over positions of g g^T}, g the gradient of an example's loss in the operator's output: n
+        times that of the batch's.
+        """
         graph = self._graphs.of(batch)
         outputs = [graph.program.type_of(a) for a in graph.program.outputs]
         if len(outputs) != 1 or outputs[0].shape != ():
@@ -299,7 +353,7 @@ class _Slopes:
         arrays = {path: leaves[path] for path in graph.program.leaves}
         bumps = {i: jnp.zeros(t.shape, t.dtype) for i, t in types.items()}
         slopes = self._compiled[graph](bumps, arrays, jax.tree.leaves(batch))
-        n, found = float(examples(batch)), {}
+        found = {}
         for index, (name, use) in places.items():
             spread = None if weights is None else _spread(use.form, jnp.asarray(weights))
             moment = _moment(use.form, slopes[index], n, spread)

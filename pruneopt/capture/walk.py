@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from pruneopt.network.batches import examples
 from pruneopt.program.program import Program, flatten
 from pruneopt.program.segment import Segment, closure
 from pruneopt.structure.graph import Graph, read
@@ -137,8 +136,9 @@ class Graphs:
             first = next(iter(self._known.values()), graph)
             if [op.name for op in graph.operators] != [op.name for op in first.operators]:
                 raise ValueError(
-                    f"fn multiplies {[op.name for op in graph.operators]} for a batch of {examples(batch)} "
-                    f"examples and {[op.name for op in first.operators]} for the first batch; it must be one network"
+                    f"fn multiplies {[op.name for op in graph.operators]} for a batch of shapes "
+                    f"{[s for s, _ in key[1]]} and {[op.name for op in first.operators]} for the first batch; it must "
+                    "be one network"
                 )
             self._known[key] = graph
         return self._known[key]

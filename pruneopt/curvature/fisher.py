@@ -16,7 +16,7 @@ from pruneopt.curvature.base import check_memory, check_ridge
 from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.curvature.low_rank import LowRank
 from pruneopt.network import calls
-from pruneopt.network.batches import Batches, Source, each, examples
+from pruneopt.network.batches import Batches, Source, each, explained
 from pruneopt.network.leaves import Choice, Rest, partition
 from pruneopt.program.per_example import Separable
 
@@ -56,7 +56,7 @@ def empirical_fisher(
     calls.check_scalar(loss, chosen, rest, stream)
     layout = _tree.Layout.of(chosen)
     dtype = _dtype(chosen, dtype)
-    n = sum(examples(batch) for batch in stream)
+    n = sum(each(batch, f"{stream.name}: batch {index}")[1] for index, batch in enumerate(stream))
     if n < 2:
         raise ValueError(f"batches holds {n} example; a Fisher of one gradient has rank 1: pass at least 2 examples")
     check_memory(
@@ -118,9 +118,8 @@ def _chunks(stream: Batches, size: int) -> Iterator[tuple[Any, list[int], int]]:
     """
     held, origin, new = None, [], 0
     for index, batch in enumerate(stream):
-        more = examples(batch)
-        batch = each(batch, more, f"{stream.name}: batch {index}")
-        held = batch if held is None else jax.tree.map(_joined, held, batch)
+        batch, more = each(batch, f"{stream.name}: batch {index}")
+        held = batch if held is None else jax.tree.map(_joined, held, _fitting(batch, held, stream.name, index))
         origin, new = origin + [index] * more, new + more
         while new >= size:
             first = len(origin) - new
@@ -130,6 +129,17 @@ def _chunks(stream: Batches, size: int) -> Iterator[tuple[Any, list[int], int]]:
             held, origin = jax.tree.map(lambda x, at=keep: x[at:], held), origin[keep:]
     if new:
         yield jax.tree.map(lambda x: x[-size:], held), origin[-size:], new
+
+
+def _fitting(batch: Any, held: Any, name: str, index: int) -> Any:
+    """`batch`, or ValueError where its examples have other shapes than those before."""
+    for (path, new), old in zip(_tree.named_leaves(batch), jax.tree.leaves(held), strict=True):
+        if np.shape(new)[1:] != np.shape(old)[1:]:
+            raise ValueError(
+                f"{name}: batch {index}: an example of leaf '{path}' has shape {np.shape(new)[1:]}, before it was "
+                f"{np.shape(old)[1:]}, and this method joins examples of several batches; pad them to one shape"
+            )
+    return batch
 
 
 def _joined(a: Any, b: Any) -> Any:
@@ -147,8 +157,8 @@ def _check(
         calls.check_value(loss, chosen, rest, example, f"batches: batch {origin[bad]}")
         path = next(p for p, g in zip(paths, found, strict=True) if not np.all(np.isfinite(g[bad])))
         raise ValueError(
-            f"batches: batch {origin[bad]}: the gradient of fn holds a NaN or an infinity in leaf '{path}'; repair "
-            "that batch, or the loss there"
+            f"batches: batch {origin[bad]}: the gradient of fn holds a NaN or an infinity in leaf "
+            f"'{path}'{explained(example)}; repair that batch, or the loss there"
         )
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from pruneopt import _tree
 from pruneopt.curvature.streamed import Streamed, over_rows
 from pruneopt.network import calls
-from pruneopt.network.batches import Batches, Source, examples
+from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, Rest, combine, partition
 
 Tree = Any
@@ -84,8 +84,8 @@ class GaussNewton(Streamed):
             chosen, rest = _tree.float64(self.chosen), _tree.float64(self.rest)
             for batch in map(_tree.float64, self.batches):
                 z = jax.eval_shape(lambda c, r, b: self.model(combine(c, r), b), chosen, rest, batch)
-                n, size = examples(batch), _tree.size(z)
-                if any(x.shape[:1] != (n,) for x in jax.tree.leaves(z)) or size > n * _MOST:
+                firsts, size = {x.shape[:1] for x in jax.tree.leaves(z)}, _tree.size(z)
+                if len(firsts) != 1 or firsts == {()} or size > (n := firsts.pop()[0]) * _MOST:
                     return False
                 probe = np.random.default_rng(0).standard_normal((n, size // n))
                 blocks, apart = map(np.asarray, _output_bends(self.model, self.loss, chosen, rest, batch, probe))

@@ -16,7 +16,7 @@ from pruneopt import _tree
 from pruneopt.capture.statistics import capture
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge, is_semidefinite
 from pruneopt.network import calls
-from pruneopt.network.batches import Batches, Source, examples
+from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, partition
 from pruneopt.structure.graph import trace
 
@@ -57,7 +57,7 @@ class Kronecker(Curvature):
         calls.check_scalar(loss, chosen, rest, stream)
         layout = _tree.Layout.of(chosen)
         found = capture(loss, params, stream, leaves=leaves, output_gradients=True)
-        n = sum(examples(batch) for batch in stream)
+        n = sum(map(stream.examples, stream))
         graph = trace(loss, params, next(iter(stream)))
         looked_up = {path for look in graph.lookups for path in look.paths} & set(layout.paths)
         if looked_up:
@@ -70,13 +70,6 @@ class Kronecker(Curvature):
             raise ValueError("leaves: some weights stand in no operator, or in several; choose leaves read once each")
         grams: dict[str, Any] = {name: statistics.gram for name, statistics in found.items()}
         slopes: dict[str, Any] = {name: statistics.output_gradient for name, statistics in found.items()}
-        for name, slope in slopes.items():
-            if not np.all(np.isfinite(slope)):
-                for index, batch in enumerate(stream):
-                    calls.check_value(loss, chosen, rest, batch, f"batches: batch {index}")
-                raise ValueError(
-                    f"batches: the gradient in the outputs of '{name}' holds a NaN or an infinity; repair it"
-                )
         each = {name: (s.count / n)[:, None, None].astype(grams[name].dtype) for name, s in found.items()}  # positions
         inputs = tuple(gram * each[name] for name, gram in grams.items())
         return Kronecker(inputs, tuple(slopes.values()), entries, layout, float(ridge))

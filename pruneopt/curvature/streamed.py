@@ -17,7 +17,7 @@ from pruneopt import _tree
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge
 from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.network import calls
-from pruneopt.network.batches import Batches, examples
+from pruneopt.network.batches import Batches, explained
 from pruneopt.network.leaves import Rest, as_key, check_like
 
 Tree = Any
@@ -159,9 +159,9 @@ class Streamed(Curvature):
 
     def _products_of(self, rows: Float[Array, "k p"], cast: Callable[[Tree], Tree]) -> Float[Array, "k p"]:
         chosen, rest = cast(self.chosen), cast(self.rest)
-        total, n = jnp.zeros_like(rows), 0
+        total, n = jnp.zeros_like(rows), 0.0
         for batch in self.batches:
-            size = examples(batch)
+            size = self.batches.weight(batch)
             total, n = _added(total, self.on_batch(chosen, rest, cast(batch), rows), size), n + size
         mean, finite = _mean(total, n)
         if not finite:
@@ -180,19 +180,19 @@ class Streamed(Curvature):
             if not bool(jnp.all(jnp.isfinite(self.on_batch(chosen, rest, cast(batch), rows)))):
                 calls.check_value(self.mean_loss, chosen, rest, cast(batch), f"batches: batch {index}")
                 raise ValueError(
-                    f"batches: batch {index}: the {self.name} of fn holds a NaN or an infinity; repair that batch, or "
-                    "the loss there"
+                    f"batches: batch {index}: the {self.name} of fn holds a NaN or an infinity{explained(batch)}; "
+                    "repair that batch, or the loss there"
                 )
         raise ValueError(f"the {self.name} of fn overflows, summed over batches; scale fn down")
 
 
 @partial(jax.jit, donate_argnums=0)
-def _added(total: Float[Array, "k p"], part: Float[Array, "k p"], size: int) -> Float[Array, "k p"]:
+def _added(total: Float[Array, "k p"], part: Float[Array, "k p"], size: float) -> Float[Array, "k p"]:
     return total + part * jnp.asarray(size).astype(total.dtype)
 
 
 @jax.jit
-def _mean(total: Float[Array, "k p"], n: int) -> tuple[Float[Array, "k p"], Bool[Array, ""]]:
+def _mean(total: Float[Array, "k p"], n: float) -> tuple[Float[Array, "k p"], Bool[Array, ""]]:
     mean = total / jnp.asarray(n).astype(total.dtype)
     return mean, jnp.all(jnp.isfinite(mean))
 

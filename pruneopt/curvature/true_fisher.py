@@ -16,7 +16,7 @@ from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.curvature.fisher import empirical_fisher, empirical_fisher_diagonal
 from pruneopt.curvature.gauss_newton import Outputs
 from pruneopt.curvature.low_rank import LowRank
-from pruneopt.network.batches import Batches, Source, each, examples
+from pruneopt.network.batches import Batches, Source, each
 from pruneopt.network.calls import outputs
 from pruneopt.network.leaves import Choice, as_key
 
@@ -100,7 +100,7 @@ def softmax_fisher(
 
     def with_classes() -> Iterator[tuple[Any, np.ndarray]]:
         for batch in stream:
-            whole = each(batch, n := examples(batch), stream.name)
+            whole, n = each(batch, stream.name)
             for at in range(0, n, _PIECE):
                 size = min(_PIECE, n - at)
                 which = at + np.arange(size * classes) // classes
@@ -123,7 +123,7 @@ def _with_keys(
     def of() -> Iterator[tuple[Any, np.ndarray]]:
         n = 0
         for batch in stream:
-            size = examples(batch)
+            batch, size = each(batch, stream.name)
             yield batch, np.asarray(_keys(start, np.arange(n, n + size)))
             n += size
 

@@ -16,6 +16,7 @@ import numpy as np
 from pruneopt import _tree
 from pruneopt.delivery.files import stored_bytes
 from pruneopt.network.leaves import Rest, check_like, combine, is_floating, partition
+from pruneopt.network.readable import readable
 from pruneopt.solution import Pruned
 from pruneopt.structure.cost import cost
 from pruneopt.structure.graph import trace
@@ -134,6 +135,7 @@ def _run(fn: Any, chosen: Tree, rest: Rest, batch: Any) -> Any:
 
 def _latency(fn: Any, dense: Tree, pruned: Tree, batch: Any, repeats: int) -> tuple[float, float]:
     (a, rest), (b, _) = partition(dense, is_floating), partition(pruned, is_floating)
+    batch = readable(batch)
     seconds: tuple[list[float], list[float]] = ([], [])
     for w in (a, b):
         jax.block_until_ready(_run(fn, w, rest, batch))

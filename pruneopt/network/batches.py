@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,58 +11,72 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _tree
+from pruneopt.network.readable import readable
 
 Batch = Any
-Source = Iterable[Batch] | Callable[[], Iterable[Batch]]
+Source = Any  # an iterable of batches, what has __getitem__ and __len__, a callable that returns one, or Batches
+_STATE = "pass pruneopt.Batches(batches, count=lambda batch: number of examples), or close fn over what examples share"
 
 
-def examples(batch: Batch) -> int:
-    """Number of examples in a batch: the length of the first axis of its first array."""
-    for leaf in jax.tree.leaves(batch):
-        if _tree.is_array(leaf) and leaf.ndim:
-            if leaf.shape[0] == 0:
-                raise ValueError("batches holds a batch of 0 examples; drop it")
-            return leaf.shape[0]
-    raise ValueError("batches holds a batch without an array; each batch needs arrays whose first axis is examples")
+def each(batch: Batch, where: str) -> tuple[Batch, int]:
+    """A batch with an entry an example in every leaf, NumPy arrays and random keys as they are; the examples.
 
-
-def each(batch: Batch, n: int, where: str) -> Batch:
-    """A batch with an entry an example in every leaf: NumPy arrays, and random keys as they are.
-
-    Raises ValueError, naming `where` and the leaves, for an array that its n examples share.
+    Raises ValueError, naming `where` and the leaves, for an array that its examples share.
     """
     shapes = {path: np.shape(leaf) for path, leaf in _tree.named_leaves(batch)}
-    if any(shape[:1] != (n,) for shape in shapes.values()):
-        listed = ", ".join(f"'{path}' {shape}" for path, shape in list(shapes.items())[:8])
+    n = _shared(shapes)
+    if n is None or () in shapes.values():
         raise ValueError(
-            f"{where}: the first axes of its leaves differ ({listed}), and this method takes the examples one by one; "
-            "give each leaf an entry an example, or close fn over what they share"
+            f"{where}: the first axes of its leaves differ ({_listed(shapes)}), and this method takes the examples one "
+            "by one; give each leaf an entry an example, or close fn over what they share"
         )
     is_key = lambda leaf: isinstance(leaf, jax.Array) and not _tree.is_array(leaf)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else np.asarray(leaf), batch)
+    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else np.asarray(leaf), batch), n
+
+
+def explained(batch: Batch) -> str:
+    """Which leaf of a batch may be why a result is not finite, in words; "" where all are finite."""
+    path = _tree.first_nonfinite(batch)
+    if path is None:
+        return ""
+    what = f"leaf '{path}'" if path else "array"
+    return f" (its {what} holds a NaN or an infinity)"
 
 
 class Batches:
-    """Checked access to the user's batches.
+    """The user's batches, and how many examples each counts for in a mean.
 
-    `source` is a re-iterable (a list, a data loader) or a zero-argument callable that returns a new iterator.
-    The first pass over each batch checks that it has the structure of the others and finite floats; later passes that
-    none is missing.
+    source: a re-iterable (a list, a data loader), an object with `__getitem__` and `__len__`, or a zero-argument
+        callable that returns a new iterator. name: the argument that errors speak of.
+    count: batch -> what its mean is taken over, a number > 0. None: the length of the first axis where all arrays of a
+        batch agree on it and batches differ in nothing else (or a leaf has that axis alone); batches of equal shapes
+        weigh the same whatever it is; everything else is refused.
 
-    Raises: TypeError for a one-shot iterator, an array or None; ValueError for an empty source, a batch of
-    another structure, a NaN or an infinity (naming the batch), a pass that ends before the first one did. They speak of
-    the argument `name`.
+    Tensors of other libraries come as NumPy arrays; text and objects as `Unread`, which fn must not read. The first
+    pass checks that all batches have one structure, later ones that none is missing.
+
+    Raises TypeError for a one-shot iterator, an array or None; ValueError for an empty source, a batch of another
+    structure, a pass that ends before the first one did, a count that is no number > 0.
     """
 
-    def __init__(self, source: Source | Batches | None, name: str = "batches"):
+    def __init__(
+        self,
+        source: Source | Batches | None,
+        name: str = "batches",
+        *,
+        count: Callable[[Batch], float] | None = None,
+    ):
         self._known: int | None = None  # batches of a whole pass
-        self._checked, self._structure = 0, None
-        self._name = name
+        self._checked, self._structure, self._first = 0, None, {}
+        self._name, self._count = name, count
         self._last: Any = None
         self._source: Any = source
+        if count is not None and not callable(count):
+            raise TypeError(f"count is {count!r}; pass a function, batch -> number of examples")
         if isinstance(source, Batches):
-            self._known, self._source, self._name = source._known, source._source, source._name
+            self._known, self._source, self._first = source._known, source._source, source._first
             self._checked, self._structure = source._checked, source._structure
+            self._name, self._count = source._name if name == "batches" else name, count or source._count
             return
         if source is None:
             raise TypeError(f"{name} is None, but this method reads data; pass a list of batches")
@@ -70,26 +85,24 @@ class Batches:
                 f"{name} is a one-shot iterator ({type(source).__name__}), which a second pass would find empty; "
                 f"pass a list, or a function that returns a new iterator: {name}=lambda: iter(...)"
             )
-        if isinstance(source, (jax.Array, np.ndarray, dict, str)) or not (
-            callable(source) or isinstance(source, Iterable)
-        ):
+        single = isinstance(source, (jax.Array, np.ndarray, dict, str)) or hasattr(source, "__array__")
+        if single or not (callable(source) or _stream(source) is not None):
             raise TypeError(
                 f"{name} is one {type(source).__name__}, not a sequence of batches; pass [batch] for a single one"
             )
 
     def __iter__(self) -> Iterator[Batch]:
-        stream: Any = self._source() if callable(self._source) else self._source
-        if not isinstance(stream, Iterable):
-            raise TypeError(f"{self._name}() returned {type(stream).__name__}; return a new iterator over batches")
-        if isinstance(stream, Iterator) and stream is self._last:
+        given: Any = self._source() if callable(self._source) else self._source
+        stream = _stream(given)
+        if stream is None:
+            raise TypeError(f"{self._name}() returned {type(given).__name__}; return a new iterator over batches")
+        if isinstance(given, Iterator) and given is self._last:
             raise TypeError(f"{self._name}() returned the same one-shot iterator twice; return a new one each time")
-        self._last = stream if isinstance(stream, Iterator) else None
+        self._last = given if isinstance(given, Iterator) else None
         seen = 0
-        for batch in stream:
+        for batch in map(readable, stream):
             if self._known is None and seen >= self._checked:
-                self._structure = self._structure or jax.tree.structure(batch)
-                _check(batch, seen, self._structure, self._name)
-                self._checked = seen + 1
+                self._check(batch, seen)
             seen += 1
             yield batch
         if seen == 0 and self._known is None:
@@ -101,17 +114,72 @@ class Batches:
             )
         self._known = seen
 
+    def _check(self, batch: Batch, index: int) -> None:
+        structure = jax.tree.structure(batch)
+        if self._structure is None:
+            self._structure, self._first = structure, _shapes(batch)
+        if structure != self._structure:
+            raise ValueError(
+                f"{self._name}: batch {index} has structure {structure}, batch 0 has {self._structure}; "
+                "give all batches the same structure"
+            )
+        self._checked = index + 1
+
     @property
     def name(self) -> str:
         """The argument that errors speak of."""
         return self._name
 
+    def examples(self, batch: Batch) -> float:
+        """What the mean of a batch is taken over. Raises ValueError where arrays do not agree and none is stated."""
+        if self._count is not None:
+            return self._stated(batch)
+        shapes = _shapes(batch)
+        n = _shared(shapes)
+        if n is None:
+            raise ValueError(
+                f"{self._name}: the first axes of a batch's leaves differ ({_listed(shapes)}), so that its number of "
+                f"examples is a guess; {_STATE}"
+            )
+        return float(n)
+
+    def weight(self, batch: Batch) -> float:
+        """What a batch counts for in a mean over all: its examples, or 1 where all batches have the same shapes.
+
+        Raises ValueError where batches differ and their examples are neither stated nor plain.
+        """
+        shapes = _shapes(batch)
+        first = self._first or shapes
+        if self._count is None and shapes == first and _shared(shapes) is None:
+            return 1.0
+        n = self.examples(batch)
+        if self._count is None and shapes != first:
+            others = {p: (first[p], s) for p, s in shapes.items() if p in first and first[p][1:] != s[1:]}
+            if _shared(first) is None or (others and not any(len(s) == 1 for s in shapes.values())):
+                told = others or {p: (first[p], s) for p, s in shapes.items() if first[p] != s}
+                said = ", ".join(f"'{p}' {a} and {b}" for p, (a, b) in list(told.items())[:8])
+                raise ValueError(
+                    f"{self._name}: batches differ in more than one number of examples ({said}), so that what their "
+                    f"means count is a guess; {_STATE}"
+                )
+        return n
+
+    def _stated(self, batch: Batch) -> float:
+        assert self._count is not None
+        try:
+            n = float(self._count(batch))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"count returns no number for a batch ({error}); return its number of examples") from error
+        if not 0 < n < math.inf:
+            raise ValueError(f"count returns {n} for a batch; return its number of examples, a number > 0")
+        return n
+
     def mean(self, fn: Callable[[Batch], Any]) -> Any:
         """Mean over examples of `fn(batch)`, itself a mean over the examples of a batch; a tree of arrays."""
-        total, n = None, 0
+        total, n = None, 0.0
         for batch in self:
-            size = examples(batch)
-            total = _scaled(fn(batch), float(size)) if total is None else _added(total, fn(batch), float(size))
+            size = self.weight(batch)
+            total = _scaled(fn(batch), size) if total is None else _added(total, fn(batch), size)
             n += size
         return _scaled(total, 1.0 / n)
 
@@ -131,22 +199,38 @@ class Batches:
             if found is not None:
                 check(batch, f"{self._name}: batch {index}")
                 raise ValueError(
-                    f"{self._name}: batch {index}: {what} holds a NaN or an infinity in leaf '{found}'; repair that "
-                    "batch, or the loss there"
+                    f"{self._name}: batch {index}: {what} holds a NaN or an infinity in leaf '{found}'"
+                    f"{explained(batch)}; repair that batch, or the loss there"
                 )
         raise ValueError(f"{what} holds a NaN or an infinity in leaf '{path}', summed over {self._name}; scale fn down")
 
 
-def _check(batch: Batch, index: int, structure: Any, name: str) -> None:
-    if jax.tree.structure(batch) != structure:
-        raise ValueError(
-            f"{name}: batch {index} has structure {jax.tree.structure(batch)}, batch 0 has {structure}; "
-            "give all batches the same structure"
-        )
-    path = _tree.first_nonfinite(batch)
-    if path is not None:
-        where = f" (leaf '{path}')" if path else ""
-        raise ValueError(f"{name}: batch {index}{where} holds a NaN or an infinity; remove or repair it")
+def _stream(source: Any) -> Iterable[Batch] | None:
+    """What to iterate over: what is iterable, or the entries of what has `__getitem__` and `__len__`."""
+    if isinstance(source, Iterable):
+        return source
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return (source[i] for i in range(len(source)))
+    return None
+
+
+def _shapes(batch: Batch) -> dict[str, tuple[int, ...]]:
+    """Of the arrays with axes. Raises ValueError for one without examples."""
+    shapes = {path: tuple(np.shape(leaf)) for path, leaf in _tree.named_leaves(batch)}
+    shapes = {path: shape for path, shape in shapes.items() if shape}
+    if shapes and all(shape[0] == 0 for shape in shapes.values()):
+        raise ValueError("batches holds a batch of 0 examples; drop it")
+    return shapes
+
+
+def _shared(shapes: dict[str, tuple[int, ...]]) -> int | None:
+    """The length of the first axis that all arrays with axes agree on."""
+    lengths = {shape[0] for shape in shapes.values() if shape}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"'{path}' {shape}" for path, shape in list(shapes.items())[:8])
 
 
 @jax.jit

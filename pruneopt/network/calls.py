@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pruneopt.network.batches import Batches, examples
+from pruneopt.network.batches import Batches, explained
 from pruneopt.network.leaves import Rest, combine, is_floating, partition
 
 Tree = Any
@@ -75,9 +75,9 @@ def gradient(loss: Loss, chosen: Tree, rest: Rest, batch: Any, has_updates: bool
 
 def mean_value(loss: Loss, chosen: Tree, rest: Rest, batches: Batches, has_updates: bool = False) -> float:
     """Mean of the loss over all examples, summed in Python floats."""
-    total, n = 0.0, 0
+    total, n = 0.0, 0.0
     for batch in batches:
-        size = examples(batch)
+        size = batches.weight(batch)
         total += size * float(value(loss, chosen, rest, batch, has_updates))
         n += size
     return total / n
@@ -87,7 +87,9 @@ def check_value(loss: Loss, chosen: Tree, rest: Rest, batch: Any, where: str, ha
     """Raise ValueError where the loss on a batch, called `where`, is a NaN or an infinity."""
     found = float(value(loss, chosen, rest, batch, has_updates))
     if not math.isfinite(found):
-        raise ValueError(f"{where}: fn returns {found} at the given params; repair that batch, or the loss there")
+        raise ValueError(
+            f"{where}: fn returns {found} at the given params{explained(batch)}; repair that batch, or the loss there"
+        )
 
 
 def mean_gradient(loss: Loss, chosen: Tree, rest: Rest, batches: Batches, has_updates: bool = False) -> Tree:

@@ -174,17 +174,19 @@ def _wanted(paths: list[str], values: list[Any], leaves: Choice) -> list[bool]:
     return [any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns) for path in paths]
 
 
-def check_leaf(path: str, leaf: Any) -> None:
-    """Raise TypeError or ValueError unless `leaf` is a nonempty floating array that JAX can hold exactly."""
+def check_leaf(path: str, leaf: Any, argument: str = "leaves") -> None:
+    """Raise TypeError or ValueError unless a leaf is a nonempty floating array that JAX can hold exactly."""
+    name = f"{argument}: '{path}'" if path else argument
+    instead = "leave it out of leaves=" if argument == "leaves" else "pass floating-point weights"
     if not _tree.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         kind = leaf.dtype if hasattr(leaf, "dtype") else type(leaf).__name__
-        raise TypeError(f"leaves: '{path}' is {kind}, not a floating-point array; leave it out of leaves=")
+        raise TypeError(f"{name} is {kind}, not a floating-point array; {instead}")
     if leaf.size == 0:
-        raise ValueError(f"leaves: '{path}' has shape {leaf.shape} and no entries; leave it out of leaves=")
+        raise ValueError(f"{name} has shape {leaf.shape} and no entries; {instead}")
     if leaf.dtype == np.float64 and not jnp.zeros(0, float).dtype == np.float64:
         raise TypeError(
-            f"leaves: '{path}' is float64 but JAX is in 32-bit mode and would round it; cast it to float32, or "
-            "enable float64 in JAX"
+            f"{name} is float64 but JAX is in 32-bit mode and would round it; cast it to float32, or enable float64 in "
+            "JAX"
         )
 
 

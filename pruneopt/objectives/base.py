@@ -159,7 +159,7 @@ def check_center(center: Tree) -> None:
     if not jax.tree.leaves(center):
         raise ValueError("center is an empty tree; pass the trained weights")
     for path, leaf in _tree.named_leaves(center):
-        check_leaf(path, leaf)
+        check_leaf(path, leaf, "center")
     check_finite(center, "center")
 
 

@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from pruneopt import _tree
 from pruneopt.network.leaves import combine, is_floating, partition
+from pruneopt.network.readable import readable
 from pruneopt.program import versions
 from pruneopt.program.keys import Literal, frozen, literal, signature, type_key, value_key
 from pruneopt.program.primitives import PRODUCTS, SIZE_ONE_COLLECTIVES
@@ -161,7 +162,7 @@ def flatten(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, *, keep_de
     Raises ValueError for a function that JAX cannot trace, that returns no array, or whose two traces differ.
     """
     chosen, rest = partition(params, is_floating)
-    closed = traced(fn, chosen, rest, batch)
+    closed = traced(fn, chosen, rest, readable(batch))
     program = Program(keep_derivatives=keep_derivatives)
     paths = [path for path, _ in _tree.named_leaves(chosen)]
     everything = [path for path, _ in _tree.named_leaves(params)]

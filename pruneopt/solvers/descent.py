@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pruneopt import _tree
@@ -64,11 +66,14 @@ class Descent(Solver):
         w = jax.tree.map(jnp.asarray, w)
         state, rest, losses = self.optimizer.init(w), f.rest, []
         for _ in range(self.epochs):
-            trace = []
+            trace, sizes = [], []
             for batch in f.stream:
+                sizes.append(f.stream.weight(batch))
                 w, state, rest, loss = _step(self.optimizer, f.fn, f.has_updates, w, state, rest, batch, support)
                 trace.append(loss)
-            losses.append(float(jnp.mean(jnp.stack(trace))))
+            losses.append(float(np.average(np.asarray(jnp.stack(trace), np.float64), weights=sizes)))
+            if not math.isfinite(losses[-1]):
+                f.finite_value(f.center)  # names a batch whose loss is not finite before any step
         return Outcome(w, support, stats={"losses": losses, "rest": rest})
 
 
