@@ -13,7 +13,7 @@ from pruneopt.constraints import NM, Blocks, Cardinality, Intersection, Slices, 
 from pruneopt.curvature import Gram
 from pruneopt.objectives import Reconstruction
 from pruneopt.solvers import ADMM, Auto, ConjugateGradients, Polish, Score, Then, auto, factors
-from pruneopt.solvers.base import layer
+from pruneopt.solvers.base import prepared
 
 N, M = 24, 10
 
@@ -234,7 +234,7 @@ def test_inverse_is_the_inverse(n):
 
 @pytest.mark.parametrize(("n", "block"), [(24, None), (24, 10), (300, None), (300, 299)])
 def test_a_host_and_a_device_find_the_same_factors(n, block):
-    ready = layer(problem(Cardinality(sparsity=0.6), inputs(n=n, rows=2 * n, spread=0.3)))
+    ready = prepared(problem(Cardinality(sparsity=0.6), inputs(n=n, rows=2 * n, spread=0.3)))
     wanted = factors.Wanted(0.01, 0.8, block, (1.0, 1.0), 1, None)
     (host, scale, known), (device, other, estimate) = (
         metric(ready, wanted, 0.01, ready.gram.dtype) for metric in (factors._metric_on_host, factors._metric_on_device)

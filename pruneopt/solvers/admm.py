@@ -13,8 +13,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from pruneopt import _linalg
+from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_not_negative, check_whole, layer, layer_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.factors import Wanted, factored
 from pruneopt.solvers.threshold import Rule, projection, selected
 
@@ -88,7 +89,7 @@ class ADMM(Solver):
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Prepare, factor, iterate, select, refit."""
         assert problem.subject_to is not None
-        ready = layer(problem)
+        ready = prepared(problem)
         dtype = ready.gram.dtype
         rule = projection(problem.subject_to, ready.center.shape, dtype)
         wanted = Wanted(self.damping, self.metric, self.metric_block, self.rho, self.levels, self.products)
@@ -113,7 +114,7 @@ class ADMM(Solver):
         if init is not None and problem.violation(init.support) == 0:
             value, support = _better(ready, value, support, cost, ready.started(init.value), init.support, refitted)
         facts |= {"dead_inputs": int(np.count_nonzero(np.asarray(ready.dead))), "products": factors.products.name}
-        return ready.outcome(problem, value, support, stats=facts)
+        return outcome(problem, ready, value, support, stats=facts)
 
 
 class State(NamedTuple):

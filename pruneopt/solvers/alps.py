@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float
 
 from pruneopt import _linalg
 from pruneopt.constraints.base import Constraint
+from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_whole, layer, layer_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.threshold import selected
 
 
@@ -59,7 +60,7 @@ class ALPS(Solver):
         """Decompose, iterate while the support changes, refit."""
         constraint = problem.subject_to
         assert constraint is not None
-        ready = layer(problem)
+        ready = prepared(problem)
         spectrum = _spectrum(ready, self.damping)
         first = selected(constraint, ready.scores(spectrum.dense**2))
         start = state = _State(spectrum.dense, jnp.where(first, spectrum.dense, 0), jnp.zeros_like(spectrum.dense))
@@ -83,7 +84,7 @@ class ALPS(Solver):
                 rho = rho / 5
         support = selected(constraint, ready.scores(state.primal**2))
         value = _refitted(ready, spectrum.scale, state.primal, support, self.damping, self.refit)
-        return ready.outcome(problem, value, support, hit_limit=not settled, stats={"iterations": done, "rho": rho})
+        return outcome(problem, ready, value, support, hit_limit=not settled, stats={"iterations": done, "rho": rho})
 
 
 class _Spectrum(NamedTuple):

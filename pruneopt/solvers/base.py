@@ -5,21 +5,20 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pruneopt import _linalg, _tree
 from pruneopt.bounds.base import Evidence
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.by_path import ByPath
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
 from pruneopt.objectives.base import QuadraticObjective
+from pruneopt.objectives.prepared import Layer, layer
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 
@@ -177,108 +176,21 @@ def allowed(constraint: Constraint, center: Tree) -> Bool[np.ndarray, " p"]:
     return found
 
 
-class Layer(NamedTuple):
-    """A reconstruction problem made ready for a solver, in float32, or float64 for float64 weights.
-
-    gram: H + ridge I times a power of two that brings the mean of its live diagonal to [1, 2); the rows and
-        columns of dead inputs (H_jj = 0) are those of the identity, so that H is no more singular for them.
-    center: W0 times a power of two that brings its largest entry to [1, 2); zero in dead rows. unit: that power.
-    dead: inputs without variance; their weights go, and cost no budget. If all are dead the Gram says nothing: it is
-        then the identity and nothing is dead, which makes the problem magnitude pruning. blank: whether that is so.
-    mean: of H's live diagonal without the ridge, in the same units; what relative damping refers to.
-    """
-
-    gram: Float[Array, "n n"]
-    center: Float[Array, "n m"]
-    dead: Bool[Array, " n"]
-    blank: Bool[Array, ""]
-    mean: Float[Array, ""]
-    unit: Float[Array, ""]
-
-    def scores(self, scores: Float[Array, "n m"]) -> Float[Array, "n m"]:
-        """`scores` with the weights of dead inputs cut."""
-        return jnp.where(self.dead[:, None], jnp.asarray(-jnp.inf, scores.dtype), scores)
-
-    def damped(self, damping: float | Array) -> Float[Array, "n n"]:
-        """gram + damping * mean * I."""
-        return self.gram + (jnp.asarray(damping, self.mean.dtype) * self.mean) * jnp.eye(
-            self.gram.shape[0], dtype=self.gram.dtype
-        )
-
-    def started(self, value: Float[Array, "n m"]) -> Float[Array, "n m"]:
-        """Weights from outside in the units of `center`."""
-        scaled = jnp.asarray(value).astype(self.center.dtype) * self.unit
-        return jnp.where(self.dead[:, None], jnp.zeros((), scaled.dtype), scaled)
-
-    def outcome(
-        self, problem: Problem, value: Float[Array, "n m"], support: Bool[Array, "n m"], **facts: Any
-    ) -> Outcome:
-        """What a solver returns: in the weights' own units and dtype, with what preparation did among `facts`."""
-        like = problem.objective.center
-        return Outcome(*_restored(self, value, support, like), **facts)
-
-
-def layer(problem: Problem) -> Layer:
-    """The problem's layer, made ready. One compiled pass over H and W0."""
+def prepared(problem: Problem) -> Layer:
+    """The layer of a problem that `layer_only` does not refuse, made ready."""
     f = problem.objective
     assert isinstance(f, Reconstruction)
-    return _layer(f.curvature.matrix, f.center, f.ridge())
+    return layer(f, problem.subject_to)
+
+
+def outcome(
+    problem: Problem, ready: Layer, value: Float[Array, "n m"], support: Bool[Array, "n m"], **facts: Any
+) -> Outcome:
+    """What a layer's solver returns for `value` in the units of `ready`: in the weights' own units and dtype."""
+    return Outcome(_restored(ready, value, support, problem.objective.center), jnp.asarray(support), **facts)
 
 
 @jax.jit
-def _layer(gram: Float[Array, "n n"], center: Float[Array, "n m"], ridge: Float[Array, ""]) -> Layer:
-    dtype = jnp.promote_types(_tree.wide(center.dtype), _tree.wide(gram.dtype))
-    gram, center, ridge = gram.astype(dtype), center.astype(dtype), ridge.astype(dtype)
-    n = gram.shape[0]
-    eye = jnp.eye(n, dtype=bool)
-    diagonal = jnp.diagonal(gram)
-    dead = ~(diagonal > 0)
-    blank = jnp.all(dead)
-    dead &= ~blank
-    mean = jnp.sum(jnp.where(dead, 0, diagonal)) / jnp.sum(~dead).astype(dtype)
-    mean = jnp.where(blank, jnp.ones((), dtype), mean)
-    unit = _power(mean)
-    ready = jnp.where(dead[:, None] | dead[None, :] | blank, jnp.zeros((), dtype), gram * unit)
-    extra = jnp.where(blank | dead, jnp.ones((), dtype), ridge * unit)
-    scale = _power(jnp.max(jnp.abs(center)))
-    return Layer(
-        ready + jnp.where(eye, extra[:, None], jnp.zeros((), dtype)),
-        jnp.where(dead[:, None], jnp.zeros((), dtype), center * scale),
-        dead,
-        blank,
-        mean * unit,
-        scale,
-    )
-
-
-def _power(x: Float[Array, ""]) -> Float[Array, ""]:
-    """The power of two p with p x in [1, 2); 1 for x = 0."""
-    _, exponent = jnp.frexp(x)
-    return jnp.where(x > 0, jnp.ldexp(jnp.ones_like(x), 1 - exponent), jnp.ones_like(x))
-
-
-@jax.jit
-def _restored(layer: Layer, value: Array, support: Array, like: Array) -> tuple[Array, Array]:
-    kept = jnp.where(support, value, jnp.zeros((), value.dtype)) / layer.unit
-    return kept.astype(like.dtype), support
-
-
-@jax.jit
-def regular_factor(ready: Layer, damping: float) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
-    """U, upper triangular, with (gram + damping * mean * I)^-1 = U^T U, and the damping that this took.
-
-    `damping` times ten until the matrix has a Cholesky factor. The inputs from j on have the inverse U_j:^T U_j: of
-    their own damped Gram in the same U.
-    """
-    eps = jnp.finfo(ready.gram.dtype).eps
-
-    def attempt(state):
-        _, damping, _ = state
-        gram = ready.damped(damping)
-        factor = _linalg.inverse_factor(gram)
-        regular = jnp.all(1 / jnp.diagonal(factor) ** 2 > 10 * eps * jnp.diagonal(gram))  # False for a NaN
-        return regular, jnp.where(regular, damping, jnp.maximum(10 * damping, 10 * eps)), factor
-
-    start = (jnp.asarray(False), jnp.asarray(damping, ready.gram.dtype), ready.gram)
-    _, damping_used, factor = lax.while_loop(lambda state: ~state[0], attempt, start)
-    return factor, damping_used
+def _restored(ready: Layer, value: Array, support: Array, like: Array) -> Array:
+    kept = jnp.where(support, value, jnp.zeros((), value.dtype)) / ready.unit
+    return kept.astype(like.dtype)

@@ -15,18 +15,9 @@ from pruneopt._linalg import matmul
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.nm import NM
+from pruneopt.objectives.prepared import Layer, regular_factor
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import (
-    Layer,
-    Outcome,
-    Solver,
-    Start,
-    check_not_negative,
-    check_whole,
-    layer,
-    layer_only,
-    regular_factor,
-)
+from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
 
 
 @dataclass(frozen=True)
@@ -67,11 +58,11 @@ class BlockOBS(Solver):
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Factor, sweep."""
         assert problem.subject_to is not None
-        ready = layer(problem)
+        ready = prepared(problem)
         factor, damping = regular_factor(ready, self.damping)
         choice = _choice(problem.subject_to, self.block, ready.center.shape[0])
         value, support = _sweep(problem.subject_to, choice, factor, ready)
-        return ready.outcome(problem, value, support, stats={"damping": float(damping)})
+        return outcome(problem, ready, value, support, stats={"damping": float(damping)})
 
 
 class _Choice(NamedTuple):
@@ -104,7 +95,7 @@ def _sweep(
     extra = -n % block  # neutral inputs that fill the last block: zero weights, cut, uncoupled
     factor = jnp.pad(factor, (0, extra)) + jnp.diag((jnp.arange(n + extra) >= n).astype(factor.dtype))
     weights = jnp.pad(ready.center, ((0, extra), (0, 0)))
-    live = jnp.pad(~ready.dead, (0, extra))[:, None]
+    live = jnp.pad(~ready.gone, (0, extra))[:, None]
     price = (1 / jnp.diagonal(factor) ** 2)[:, None]
     zero, infinity = jnp.zeros((), weights.dtype), jnp.asarray(jnp.inf, weights.dtype)
 

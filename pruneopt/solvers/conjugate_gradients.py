@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float
 
 from pruneopt import _linalg
 from pruneopt.constraints.support import Support
+from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_whole, layer, layer_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, layer_only, outcome, prepared
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ConjugateGradients(Solver):
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Refit."""
-        ready = layer(problem)
+        ready = prepared(problem)
         if init is None and not isinstance(problem.subject_to, Support):
             raise ValueError(
                 "init is None, but ConjugateGradients works on a given support; pass init= or subject_to=Support(mask)"
@@ -47,9 +48,9 @@ class ConjugateGradients(Solver):
         if isinstance(problem.subject_to, Support):
             support = problem.subject_to.select(np.where(support, 0.0, -np.inf))
         start = ready.center if init is None else ready.started(init.value)
-        return ready.outcome(problem, _refitted(ready, start, support, self.steps), support)
+        return outcome(problem, ready, _refitted(ready, start, support, self.steps), support)
 
 
 @partial(jax.jit, static_argnums=3)
 def _refitted(ready: Layer, start: Float[Array, "n m"], support: Bool[Array, "n m"], steps: int) -> Float[Array, "n m"]:
-    return _linalg.masked_cg(ready.gram, ready.center, start, support & ~ready.dead[:, None], steps)[0]
+    return _linalg.masked_cg(ready.gram, ready.center, start, ready.counted(support), steps)[0]

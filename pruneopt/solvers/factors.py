@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pruneopt import _linalg
+from pruneopt.objectives.prepared import Layer
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer
 
 _KEPT = 2  # times the memory of H and W: the most that inverses take from one call to the next
 PROBE_ERROR = 0.05  # of a factor: |A A^-1 z - z| / |z|; the iterations stand more, the metric does not

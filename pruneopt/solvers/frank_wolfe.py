@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float
 
 from pruneopt import _linalg
 from pruneopt.constraints.base import Constraint
+from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_whole, layer, layer_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, layer_only, outcome, prepared
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class FrankWolfe(Solver):
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Step, round, keep the best."""
         assert problem.subject_to is not None
-        ready = layer(problem)
+        ready = prepared(problem)
         support = None if init is None or problem.violation(init.support) else init.support
         found = _searched(problem.subject_to, ready, support, self.iterations)
         error, bound = float(found.error), float(found.bound)
         gap = (error - bound) / error if error > 0 else 0.0
-        return ready.outcome(
-            problem, ready.center, found.best, stats={"iterations": self.iterations, "mask_gap": max(gap, 0.0)}
+        return outcome(
+            problem, ready, ready.center, found.best, stats={"iterations": self.iterations, "mask_gap": max(gap, 0.0)}
         )
 
 
@@ -98,7 +99,7 @@ def _searched(constraint: Constraint, ready: Layer, support: Bool[Array, "n m"] 
 
     if support is None:
         support = constraint.select(ready.scores(w0 * w0 * jnp.diagonal(ready.gram)[:, None]))
-    kept = jnp.asarray(support) & ~ready.dead[:, None]
+    kept = ready.counted(jnp.asarray(support))
     lost = jnp.where(kept, zero, w0)
     pull = product(lost)
     first = _State(kept.astype(w0.dtype), pull, kept, half * jnp.sum(lost * pull), zero)

@@ -16,8 +16,9 @@ from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.nm import NM
 from pruneopt.constraints.support import Support
+from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_not_negative, check_whole, layer, layer_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.polish import refit
 
 
@@ -90,22 +91,21 @@ class GreedyOBS(Solver):
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Trace, select, compensate."""
-        ready = layer(problem)
+        ready = prepared(problem)
         trace, gram, damping = self._traced(problem, ready)
         assert problem.subject_to is not None
-        ranks = np.where(np.asarray(ready.dead)[:, None], -np.inf, trace.ranks())
         with jax.enable_x64(True):
-            support = np.asarray(problem.subject_to.select(ranks))
+            support = np.asarray(problem.subject_to.select(ready.scores(jnp.asarray(trace.ranks()))))
         value, _ = refit(gram, np.asarray(ready.center, np.float64), support, 0.0)
         value, kept = jnp.asarray(value, ready.center.dtype), jnp.asarray(support)
-        return ready.outcome(problem, value, kept, stats={"damping": damping})
+        return outcome(problem, ready, value, kept, stats={"damping": damping})
 
     def trace(self, problem: Problem) -> Trace:
         """The removals of all outputs, as far as the constraint may need them: all, for a budget over the layer."""
         reason = self.refuses(problem)
         if reason:
             raise ValueError(reason)
-        return self._traced(problem, layer(problem))[0]
+        return self._traced(problem, prepared(problem))[0]
 
     def _traced(self, problem: Problem, ready: Layer) -> tuple[Trace, np.ndarray, float]:
         center, gram = np.asarray(ready.center, np.float64), np.asarray(ready.gram, np.float64)

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float
 
 from pruneopt import _linalg
 from pruneopt.constraints.base import Constraint
+from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_whole, layer, layer_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, layer_only, outcome, prepared
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class HardThresholding(Solver):
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Iterate."""
         assert problem.subject_to is not None
-        ready = layer(problem)
+        ready = prepared(problem)
         start, support = ready.center, None
         if init is not None:
             start = ready.started(init.value)
@@ -51,8 +52,8 @@ class HardThresholding(Solver):
         found = _iterated(problem.subject_to, ready, start, support, self.iterations)
         value = found.point / _scale(ready)
         done = int(found.iteration)
-        return ready.outcome(
-            problem, value, found.support, hit_limit=not bool(found.settled), stats={"iterations": done}
+        return outcome(
+            problem, ready, value, found.support, hit_limit=not bool(found.settled), stats={"iterations": done}
         )
 
 
@@ -117,7 +118,7 @@ def _iterated(
             settled,
         )
 
-    point, kept = projected(scale * start) if support is None else (scale * start, support & ~ready.dead[:, None])
+    point, kept = projected(scale * start) if support is None else (scale * start, ready.counted(support))
     point = jnp.where(kept, point, zero)
     first = _State(point, kept, error(point), jnp.asarray(0), jnp.asarray(False))
     return lax.while_loop(lambda s: (s.iteration < limit) & ~s.settled, step, first)

@@ -12,8 +12,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pruneopt import _linalg
+from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_whole, layer, layer_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.threshold import no_exchange, selected, swap_groups
 
 _PAIRS = 1 << 21  # of weights that are judged together, over several outputs
@@ -49,7 +50,7 @@ class SparseSwaps(Solver):
         """Exchange."""
         constraint = problem.subject_to
         assert constraint is not None
-        ready = layer(problem)
+        ready = prepared(problem)
         if init is not None and problem.violation(init.support) == 0:
             support = init.support
         else:
@@ -59,7 +60,7 @@ class SparseSwaps(Solver):
         group, allowed = found
         kept, swaps, helps = _exchanged(self.swaps, group, ready, support, jnp.asarray(allowed))
         stats = {"swaps": int(jnp.sum(swaps))}
-        return ready.outcome(problem, ready.center, kept, hit_limit=bool(jnp.any(helps)), stats=stats)
+        return outcome(problem, ready, ready.center, kept, hit_limit=bool(jnp.any(helps)), stats=stats)
 
 
 class _State(NamedTuple):
@@ -118,9 +119,9 @@ def _exchanged(
         pull = _linalg.matmul(gram, lost)
         return pull, jnp.sum(lost * pull, axis=0)
 
-    start = start & ~ready.dead[:, None]
+    start = ready.counted(start)
     pull, before = pulls(start)
-    rows = (ready.center.T, start.T, (allowed & ~ready.dead[:, None]).T, pull.T)
+    rows = (ready.center.T, start.T, ready.counted(allowed).T, pull.T)
     kept, swaps, helps = lax.map(one_output, rows, batch_size=min(m, max(1, _PAIRS // (n * group))))
     worse = pulls(kept.T)[1] > before  # by rounding
     return jnp.where(worse[None, :], start, kept.T), swaps, helps

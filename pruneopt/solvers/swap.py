@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float
 
 from pruneopt import _linalg
 from pruneopt.constraints.support import Support
+from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Layer, Outcome, Solver, Start, check_not_negative, check_whole, layer, layer_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.polish import refit
 from pruneopt.solvers.threshold import no_exchange, swap_groups
 
@@ -60,14 +61,14 @@ class Swap(Solver):
         """Refit, exchange, refit."""
         if init is None and not isinstance(problem.subject_to, Support):
             raise ValueError("init is None, but Swap improves a given support; pass init=, or Then(another, Swap())")
-        ready = layer(problem)
+        ready = prepared(problem)
         start = problem.full_support() if init is None else init.support
         if isinstance(problem.subject_to, Support):
             start = problem.subject_to.select(np.where(start, 0.0, -np.inf))
         found = _swapped(problem, ready, np.asarray(start), self.steps, self.damping, self.memory)
         gram, center = np.asarray(ready.gram, np.float64), np.asarray(ready.center, np.float64)
         candidates = []
-        for support in (found.support, np.asarray(start) & ~np.asarray(ready.dead)[:, None]):
+        for support in (found.support, np.asarray(start) & ~np.asarray(ready.gone)[:, None]):
             value, _ = refit(gram, center, support, 0.0)
             change = value - center
             candidates.append((np.sum(change * (gram @ change), axis=0), value, support))
@@ -77,7 +78,7 @@ class Swap(Solver):
         stats = {"swaps": int(found.swaps.sum()), "largest_gain": float(np.max(shares, initial=0.0))}
         limit = bool(np.any((found.swaps >= self.steps) & (found.gains > 0)))
         dtype = ready.center.dtype
-        return ready.outcome(problem, jnp.asarray(value, dtype), jnp.asarray(support), hit_limit=limit, stats=stats)
+        return outcome(problem, ready, jnp.asarray(value, dtype), jnp.asarray(support), hit_limit=limit, stats=stats)
 
 
 def largest_gain(problem: Problem, support: Tree, outputs: int | None = None) -> float:
@@ -89,11 +90,11 @@ def largest_gain(problem: Problem, support: Tree, outputs: int | None = None) ->
     """
     if reason := Swap().refuses(problem):
         raise ValueError(reason)
-    ready, mask = layer(problem), np.asarray(support)
+    ready, mask = prepared(problem), np.asarray(support)
     (n, m), allowed = mask.shape, swap_groups(problem.subject_to, mask.shape)
     assert allowed is not None
     run, free = allowed
-    live, runs = ~np.asarray(ready.dead)[:, None], np.arange(n) // run
+    live, runs = ~np.asarray(ready.gone)[:, None], np.arange(n) // run
     gram, center = np.asarray(ready.gram), np.asarray(ready.center)
     ridge = Swap.damping * float(ready.mean)
     some = np.unique(np.linspace(0, m - 1, m if outputs is None else min(outputs, m)).round().astype(int))
@@ -148,7 +149,7 @@ def _swapped(problem: Problem, ready: Layer, start: Any, steps: int, damping: fl
     assert allowed is not None
     run, free = allowed
     n, m = start.shape
-    live = ~np.asarray(ready.dead)[:, None]
+    live = ~np.asarray(ready.gone)[:, None]
     gram = np.asarray(ready.gram, np.float64) + damping * float(ready.mean) * np.eye(n)
     runs = np.arange(n) // run
     at_once = int(max(1, min(m, memory // (48 * n * n))))

@@ -13,18 +13,9 @@ from jaxtyping import Array, Bool, Float
 from pruneopt._linalg import matmul
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.nm import NM
+from pruneopt.objectives.prepared import Layer, regular_factor
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import (
-    Layer,
-    Outcome,
-    Solver,
-    Start,
-    check_not_negative,
-    check_whole,
-    layer,
-    layer_only,
-    regular_factor,
-)
+from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
 
 # Outputs whose systems are solved together: enough to fill a device, few enough to keep their matrices small.
 _OUTPUTS = 256
@@ -65,14 +56,14 @@ class Thanos(Solver):
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Factor, sweep."""
         assert problem.subject_to is not None
-        ready = layer(problem)
+        ready = prepared(problem)
         factor, damping = regular_factor(ready, self.damping)
         rule, block = problem.subject_to, min(self.block, ready.center.shape[0])
         alone = False
         if isinstance(rule, NM) and rule.axis in ("in", 0, -2) and rule.m <= block:
             block, alone = block - block % rule.m, True
         value, support = _sweep(rule, block, alone, factor, ready)
-        return ready.outcome(problem, value, support, stats={"damping": float(damping)})
+        return outcome(problem, ready, value, support, stats={"damping": float(damping)})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -83,7 +74,7 @@ def _sweep(
     extra = -n % block  # neutral inputs that fill the last block: zero weights, cut, uncoupled
     factor = jnp.pad(factor, (0, extra)) + jnp.diag((jnp.arange(n + extra) >= n).astype(factor.dtype))
     weights = jnp.pad(ready.center, ((0, extra), (0, 0)))
-    live = jnp.pad(~ready.dead, (0, extra))[:, None]
+    live = jnp.pad(~ready.gone, (0, extra))[:, None]
     norm = jnp.pad(jnp.sqrt(jnp.diagonal(ready.gram)), (0, extra))[:, None]
     infinity = jnp.asarray(jnp.inf, weights.dtype)
 
