@@ -10,12 +10,12 @@ import pytest
 from cases import tiny_batches, tiny_loss, tree
 
 import pruneopt as po
-from pruneopt.constraints import Cardinality
-from pruneopt.curvature import sampled_fisher
+from pruneopt.constraints import Cardinality, L1Ball
+from pruneopt.curvature import Identity, sampled_fisher
 from pruneopt.objectives import Quadratic
 from pruneopt.plans import LAYER_METHODS, METHODS, Iterative, Method, SoftmaxGaussNewton
-from pruneopt.plans.judged import DAMPINGS
-from pruneopt.solvers import Score
+from pruneopt.plans.judged import DAMPINGS, judged
+from pruneopt.solvers import ProximalGradient, Score
 
 SHAPES = {"a": (2, 8), "b": (8, 1)}
 GOAL = Cardinality(sparsity=0.5, floor=1)
@@ -101,7 +101,18 @@ def test_held_out_examples_choose_the_damping():
         tiny_loss, tree(1, SHAPES), lambda stage: [train()], GOAL, [other()], method="chita", schedule=Iterative(1),
         rise=1e9, dampings=DAMPINGS, progress=False,
     )  # fmt: skip
-    assert staged.history[0]["damping"] == got.history[0]["damping"]
+    assert staged.history[0]["loss"] <= min(losses) * (1 + 1e-9)  # of the same models, and shorter steps to each
+
+
+def test_a_shorter_step_that_breaks_a_bound_on_values_is_left_out():
+    w, g = {"w": jnp.full((2, 2), 2.0)}, {"w": jnp.full((2, 2), 1.0)}
+    loss = po.objectives.Loss(lambda p, b: jnp.mean((p["w"] - b) ** 2), w, [jnp.full((2, 2), 2.0)], leaves="w")
+    model = Quadratic(w, Identity(), g)  # its step is away from where the loss is least
+    for ball, step in ((L1Ball(9.0), 0), (L1Ball(7.0), 1)):  # the weights as they are have norm 8
+        got, value = judged([model], ball, ProximalGradient(), loss, 0.0, jax.random.key(0), (1.0, 0.0))
+        assert got.stats["step"] == step
+        assert got.status.is_usable
+        assert value == pytest.approx(step, abs=1e-9)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Stages: the model is built anew at each, a stage that raises the held-out loss too far is shortened and says so."""
+"""Stages: modelled anew at each, never worse on other examples than the plain cut, shortened where they rise far."""
 
 from itertools import pairwise
 
@@ -14,9 +14,10 @@ from pruneopt.constraints import Cardinality
 from pruneopt.curvature import Identity
 from pruneopt.network.leaves import partition
 from pruneopt.objectives import Quadratic
-from pruneopt.plans import Iterative, Method
-from pruneopt.solvers import Score
+from pruneopt.plans import METHODS, Iterative, Method
+from pruneopt.solvers import Pursuit, Score
 
+STEPS = (1.0, 0.5, 0.25, 0.125, 0.0)
 SHAPES = {"a": (2, 8), "b": (8, 1)}
 GOAL = Cardinality(sparsity=0.75, floor=1)
 
@@ -48,9 +49,10 @@ def test_models_are_built_at_the_stage_s_weights_on_the_stage_s_examples():
 
 @pytest.mark.parametrize("method", ["chita_steps", pytest.param("global_steps", marks=pytest.mark.slow)])
 def test_a_stage_that_raises_the_loss_too_far_is_shortened_and_the_goal_is_met(method):
+    goal = Cardinality(count=3, floor=1)
     data = tiny_batches((5, 5))
     free, careful = (
-        po.plans.staged(tiny_loss, tree(1, SHAPES), lambda stage: data, GOAL, data, method=method,
+        po.plans.staged(tiny_loss, tree(1, SHAPES), lambda stage: data, goal, data, method=method,
                         schedule=Iterative(2), rise=rise, progress=False)
         for rise in (1e9, 1.0)
     )  # fmt: skip
@@ -62,7 +64,7 @@ def test_a_stage_that_raises_the_loss_too_far_is_shortened_and_the_goal_is_met(m
         assert stage["over"] == (stage["measured"] > 0)
         assert not stage["over"] or stage["shortened"] == 3 or stage["kept"] == kept - 1  # half of one cuts nothing
         kept = stage["kept"]
-    assert careful.kept == free.kept == 6
+    assert careful.kept == free.kept == 3
     assert [h["cut"] for h in careful.history] == sorted(h["cut"] for h in careful.history)
     assert all(a["kept"] >= b["kept"] for a, b in pairwise(careful.history))
 
@@ -87,18 +89,77 @@ def test_a_weight_that_costs_too_much_goes_in_one_stage_and_not_in_ever_shorter_
     assert len(seen) == 4
 
 
-def test_a_first_step_is_the_gradient_step_of_the_model():
-    data = tiny_batches((5, 5))
-    got = po.plans.staged(tiny_loss, tree(1, SHAPES), lambda stage: data, Cardinality(sparsity=0.0), data,
+def test_a_first_step_is_as_much_of_the_model_s_as_other_examples_allow():
+    data, others = tiny_batches((5, 5))
+    got = po.plans.staged(tiny_loss, tree(1, SHAPES), lambda stage: [data], Cardinality(sparsity=0.0), [others],
                           method="chita_steps", schedule=Iterative(1), rise=1e9, progress=False)  # fmt: skip
     w, unflat = jax.flatten_util.ravel_pytree(tree(1, SHAPES))
-    x, y = tiny_batches()[0]
-    g = np.stack([jax.grad(lambda v, i=i: tiny_loss(unflat(v), (x[i : i + 1], y[i : i + 1])))(w) for i in range(10)])
-    h = g.T @ g / 10
+    x, y = data
+    g = np.stack([jax.grad(lambda v, i=i: tiny_loss(unflat(v), (x[i : i + 1], y[i : i + 1])))(w) for i in range(5)])
+    h = g.T @ g / 5
     h += 0.1 * np.trace(h) / len(h) * np.eye(len(h))
-    step = -np.linalg.solve(h, g.mean(0))
+    newton = -np.linalg.solve(h, g.mean(0))
+    losses = [float(tiny_loss(unflat(w + t * newton), others)) for t in STEPS]
+    record, t = got.history[0], STEPS[int(np.argmin(losses))]
+    assert (record["gradient"], record["step"]) == (True, t)
+    assert record["loss"] == pytest.approx(min(losses), rel=1e-9)
+    step = t * newton
     np.testing.assert_allclose(jax.flatten_util.ravel_pytree(got.params)[0], w + step, rtol=1e-6, atol=1e-8)
-    assert got.history[0]["predicted"] == pytest.approx(g.mean(0) @ step + 0.5 * step @ (g.T @ g / 10) @ step, rel=1e-6)
+    assert record["predicted"] == pytest.approx(g.mean(0) @ step + 0.5 * step @ (g.T @ g / 5) @ step, rel=1e-6)
+
+
+def few_examples(seed):
+    """A linear regression of 24 weights, trained: three noisy examples say little of it. Stages, and 200 others."""
+    rng = np.random.default_rng(seed)
+    truth = rng.standard_normal(24)
+
+    def examples(n):
+        x = rng.standard_normal((n, 24))
+        return jnp.asarray(x), jnp.asarray(x @ truth + rng.standard_normal(n))
+
+    def loss(params, batch):
+        return jnp.mean((batch[0] @ params["w"].reshape(-1) - batch[1]) ** 2)
+
+    return {"w": jnp.asarray(truth.reshape(4, 6))}, loss, [examples(3) for _ in range(4)], examples(200)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_stage_is_worse_on_other_examples_than_the_plain_cut_where_the_model_overfits(seed):
+    params, loss, stages, others = few_examples(seed)
+    at = lambda w: float(loss({"w": w}, others))  # noqa: E731
+    solved, starts = [], []
+
+    class Watched(Pursuit):
+        def run(self, problem, init, key):
+            outcome = super().run(problem, init, key)
+            solved.append((len(starts), problem.objective, outcome))
+            return outcome
+
+    def model(fn, params, batches, leaves, key):
+        starts.append(params["w"])
+        return METHODS["chita_steps"].model(fn, params, batches, leaves, key)
+
+    got = po.plans.staged(
+        loss, params, lambda stage: [stages[stage]], Cardinality(sparsity=0.75, floor=1), [others],
+        method=Method(model, Watched(8, 1e-3), "test"), schedule=Iterative(4), rise=1e9, leaves="w", progress=False,
+    )  # fmt: skip
+    ends, overfitted = [*starts[1:], got.params["w"]], 0
+    for stage, (start, end, record) in enumerate(zip(starts, ends, got.history, strict=True), 1):
+        both = [(f.gradient is not None, out) for number, f, out in solved if number == stage]
+        assert [gradient for gradient, _ in both] == [True, False]
+        tried = {}
+        for gradient, out in both:
+            plain = np.where(out.support["w"], start, 0.0)
+            tried |= {(gradient, t): at(plain + t * (np.asarray(out.value["w"]) - plain)) for t in STEPS}
+        overfitted += tried[True, 1.0] > 1.2 * max(tried[True, 0.0], tried[False, 0.0])
+        assert record["loss"] == pytest.approx(at(end))
+        assert record["loss"] <= min(tried[True, 0.0], tried[False, 0.0]) * (1 + 1e-12)
+        assert record["loss"] == pytest.approx(min(tried.values()), rel=1e-9)
+        assert tried[record["gradient"], record["step"]] == pytest.approx(record["loss"], rel=1e-9)
+    assert overfitted > 0  # the case that this is for
+    assert got.kept == 6
+    last = solved[-1][1] if not got.history[-1]["gradient"] else solved[-2][1]
+    assert got.solutions["*"].objective == pytest.approx(last.value(got.params))
 
 
 def test_a_loss_below_zero_that_falls_is_no_rise():

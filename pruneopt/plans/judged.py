@@ -1,15 +1,19 @@
-"""Solves judged by the true loss: what was foreseen and measured, and the damping that other examples choose."""
+"""Solves judged by the true loss: what was foreseen and measured; other examples choose the model and the step."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from pruneopt import _tree
+from pruneopt.certify import verify
 from pruneopt.constraints.base import Constraint
 from pruneopt.objectives.base import Objective, QuadraticObjective
 from pruneopt.objectives.loss import Loss
@@ -19,44 +23,78 @@ from pruneopt.solution import Solution
 from pruneopt.solve import SolveError, solve
 from pruneopt.solvers.base import Solver
 
+Tree = Any
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1)  # tried where there are examples to choose on
 FACTS = ("predicted", "measured", "damping")  # what a judged solution's stats say besides
 
 
+def damped(objective: Objective, dampings: Sequence[float]) -> list[Objective]:
+    """A quadratic model with each of `dampings` for its own; as it is where none are given or it has no damping."""
+    if isinstance(objective, Quadratic) and objective.damping and dampings:
+        return [dataclasses.replace(objective, damping=d) for d in dampings]
+    return [objective]
+
+
 def judged(
-    objective: Objective,
+    models: Sequence[Objective],
     allowed: Constraint,
     solver: Solver,
     judge: Loss,
     before: float,
     key: jax.Array,
-    dampings: Sequence[float] = (),
+    steps: Sequence[float] = (1.0,),
 ) -> tuple[Solution, float]:
-    """The solution with the least `judge` among `dampings` of a damped quadratic model, and the loss there.
+    """What has the least `judge` among the solutions of `models` and shorter steps to them, and the loss there.
 
-    objective: its center is where the loss is `before`. dampings: empty for the objective's own; none is tried where
-    the model has no damping. The solution's stats get measured, the change of `judge`, and for a quadratic model
-    predicted, the change that it foresaw (its damping aside), and damping. What a damping makes unsolvable is skipped;
-    where all do, the first one's error is raised.
+    models: their center is where the loss is `before`. steps: 1 is a model's solution v with its support S, 0 is the
+    plain cut, the center's weights on S, and t in between is plain + t (v - plain); a shorter step that breaks a bound
+    on values is left out. The first of equals is taken.
+
+    The solution's stats get measured, the change of `judge`, step, and for a quadratic model predicted, the change that
+    it foresaw (its damping aside), damping, and gradient (whether it has one). A model that cannot be solved is
+    skipped; where all are, the first one's error is raised.
     """
-    models = [objective]
-    if isinstance(objective, Quadratic) and objective.damping and dampings:
-        models = [dataclasses.replace(objective, damping=d) for d in dampings]
-    tried, errors = [], []
+    best, errors = None, []
     for model in models:
+        problem = Problem(model, subject_to=allowed)
         try:
-            solution = solve(Problem(model, subject_to=allowed), solver, key=key)
+            solution = solve(problem, solver, key=key)
         except (ValueError, SolveError) as error:
             errors.append(error)
             continue
-        loss = judge.value(solution.value)
-        facts = {"measured": loss - before}
-        if isinstance(model, QuadraticObjective):
-            facts |= {"predicted": model.change(solution.value), "damping": model.damping}
-        tried.append((dataclasses.replace(solution, stats=solution.stats | facts), loss))
-    if not tried:
+        for step, value in _along(problem, solution, steps):
+            loss = judge.value(value)
+            rank = (loss != loss, loss)  # a NaN is the last resort
+            if best is None or rank < best[0]:
+                best = rank, problem, solution, step, value
+    if best is None:
         raise errors[0]
-    return min(tried, key=lambda row: (row[1] != row[1], row[1]))  # a NaN is the last resort
+    (_, loss), problem, solution, step, value = best
+    if step != 1:
+        check = verify(problem, value, solution.support, solution.evidence)
+        solution = dataclasses.replace(
+            solution, value=value, status=check.status, objective=check.objective, bound=check.bound, gap=check.gap
+        )
+    facts = {"measured": loss - before, "step": step}
+    if isinstance(model := problem.objective, QuadraticObjective):
+        facts |= {"predicted": model.change(value), "damping": model.damping, "gradient": model.gradient is not None}
+    return dataclasses.replace(solution, stats=solution.stats | facts), loss
+
+
+def _along(problem: Problem, solution: Solution, steps: Sequence[float]) -> Iterator[tuple[float, Tree]]:
+    """(t, plain + t (v - plain)) for each of `steps`; v alone where it is the plain cut."""
+    plain, full = _tree.masked(problem.objective.center, solution.support), solution.value
+    if all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(full), strict=True)):
+        steps = (1.0,)
+    for step in steps:
+        value = full if step == 1 else jax.tree.map(partial(_between, step), plain, full)
+        if step == 1 or problem.value_violation(value) == 0:
+            yield step, value
+
+
+def _between(step: float, plain: Any, full: Any) -> Any:
+    a, b = (jnp.asarray(x).astype(_tree.wide(x.dtype)) for x in (plain, full))
+    return _tree.like((a + jnp.asarray(step, a.dtype) * (b - a)).astype(plain.dtype), plain)
 
 
 def as_dampings(name: str, given: Any) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from pruneopt.constraints.support import Support
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, as_key, check_finite, check_like, combine, partition
 from pruneopt.objectives.loss import Loss
-from pruneopt.plans.judged import DAMPINGS, FACTS, judged
+from pruneopt.plans.judged import DAMPINGS, FACTS, damped, judged
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.methods import LayerMethod, Method, any_method
 from pruneopt.plans.schedules import OneShot, Schedule, stages_of
@@ -170,7 +170,7 @@ def _as_a_whole(
     judge = Loss(fn, params, others, leaves)
     before = judge.finite_value(judge.center)
     dampings = () if held_out is None else DAMPINGS
-    return judged(objective, allowed, row.solver, judge, before, keys[1], dampings)[0]
+    return judged(damped(objective, dampings), allowed, row.solver, judge, before, keys[1])[0]
 
 
 def _everywhere(support: Tree, chosen: Tree, before: Tree) -> Tree:

@@ -1,7 +1,8 @@
-"""Stages with a safeguard: the loss is modelled anew at each, and one that raises it too far is shortened."""
+"""Stages with a safeguard: the loss is modelled anew at each, and other examples say how far to trust the model."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +19,10 @@ from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, check_finite, combine, partition
+from pruneopt.objectives.base import Objective
 from pruneopt.objectives.loss import Loss
-from pruneopt.plans.judged import FACTS, as_dampings, judged
+from pruneopt.objectives.quadratic import Quadratic
+from pruneopt.plans.judged import FACTS, as_dampings, damped, judged
 from pruneopt.plans.methods import Method
 from pruneopt.plans.methods import method as row_of
 from pruneopt.plans.schedules import Iterative, Schedule, stages_of
@@ -27,6 +30,7 @@ from pruneopt.solution import Pruned
 
 Tree = Any
 _HALVINGS = 3  # of one stage, at most: an eighth of it is taken then, whatever it does
+_STEPS = (1.0, 0.5, 0.25, 0.125, 0.0)  # of the way from the plain cut to the model's weights: three halvings, and none
 
 
 def staged(
@@ -43,25 +47,34 @@ def staged(
     leaves: Choice = None,
     progress: bool = True,
 ) -> Pruned:
-    """For each stage of `schedule`, minimise model(w) subject to `constraint` relaxed to the stage's cut.
+    """For each stage of `schedule`, minimise model(w) subject to `constraint` relaxed to the stage's cut, and trust
+    the model as far as the loss on `held_out` says.
 
-    The model is built anew at the weights of the stage before.
+    At the weights w of the stage before, from the stage's own examples, with and without the gradient g:
 
-    The loss on `held_out` is measured after every stage. A stage after which it is more than `rise` times what it was
-    (for one below zero: higher by more than rise - 1 times its size) is taken back and made half as long, with the same
-    model, up to three times; what is still to be cut follows in further stages. The eighth of a stage, or the shortest
-    that cuts a weight, is taken whatever it does, and `history` says so.
+        (S, v) = argmin  <g, d> + 1/2 <d, (H + lambda I) d>,  d = v - w,  v = 0 outside S,  S allowed by the stage's cut
+        candidates: w_S + t (v - w_S),  t = 1, 1/2, 1/4, 1/8, 0
+
+    and of all candidates the one with the least loss on `held_out` is taken: never one that is worse there than the
+    plain cut w_S of either model. The gradient is the mean over a stage's examples; where these are few beside the
+    weights, v fits them and no others, and only a short step along v - w_S, or none, is an improvement elsewhere.
+
+    A stage after which the loss is more than `rise` times what it was (for one below zero: higher by more than rise - 1
+    times its size) is taken back and made half as long, with the same models, up to three times; what is still to be
+    cut follows in further stages. The eighth of a stage, or the shortest that cuts a weight, is taken whatever it does,
+    and `history` says so.
 
     fn: loss(params, batch) -> scalar, a mean over examples. batches: stage -> the examples that its model reads.
     held_out: examples that no stage reads; the trained network's loss on them is the first to compare with.
     method: a row whose model has the gradient ("chita_steps", "global_steps": away from a minimum it is not zero).
     schedule: Iterative(15) by default; its stages' own methods are not used.
-    dampings: relative ridges (lambda / mean diag H) of which each stage keeps the one with the least loss on
-        `held_out`, at one solve each; empty for the row's own.
+    dampings: relative ridges (lambda / mean diag H) to try for each stage, at one solve each and one more without the
+        gradient; empty for the row's own.
 
     Returns a Pruned. history: for each step sparsity, kept, predicted and measured (the change of the loss that the
-    model foresaw, and on `held_out`), damping, loss, shortened (how often this step was halved), over (it was taken
-    although it raised the loss too far), seconds. Supports are nested.
+    model taken foresaw, and on `held_out`), damping, gradient (whether that model has one), step (t), loss, shortened
+    (how often this step was halved), over (it was taken although it raised the loss too far), seconds. Supports are
+    nested.
     Raises ValueError for a rise below 1 or a loss on `held_out` that is not finite, and what `prune` raises.
     Source: the multi-stage CHITA++ of Benbaki et al. 2023, section 3.4, with a safeguard.
     """
@@ -90,11 +103,12 @@ def staged(
     while waiting:
         clock, key = time.perf_counter(), jax.random.fold_in(jax.random.key(0), index)
         objective = row.model(fn, combine(chosen, rest), batches(index), leaves, key)
+        models = [model for part in _with_and_without_gradient(objective) for model in damped(part, tried)]
         halved, goal, longer = 0, waiting[0], None
         while True:
             allowed = constraint if goal == 1 else constraint.relaxed(goal)
             allowed = allowed if support is None else Intersection((Support(support), allowed))
-            solution, loss = judged(objective, allowed, row.solver, judge, before, key, tried)
+            solution, loss = judged(models, allowed, row.solver, judge, before, key, _STEPS)
             if longer is not None and _tree.kept(solution.support) == live:  # so short that it cuts nothing
                 over, halved, (goal, solution, loss) = True, halved - 1, longer
                 break
@@ -108,7 +122,7 @@ def staged(
         kept = live = _tree.kept(solution.support)
         history.append(
             {"stage": index, "cut": goal, "sparsity": 1 - kept / _tree.size(chosen), "kept": kept}
-            | {name: solution.stats[name] for name in FACTS if name in solution.stats}
+            | {name: solution.stats[name] for name in (*FACTS, "gradient", "step") if name in solution.stats}
             | {"loss": loss}
             | {"shortened": halved, "over": over, "seconds": time.perf_counter() - clock}
         )
@@ -117,3 +131,10 @@ def staged(
     bar.close()
     assert solution is not None
     return Pruned(combine(chosen, rest), support, {"*": solution}, history)
+
+
+def _with_and_without_gradient(objective: Objective) -> list[Objective]:
+    """A quadratic model that has a gradient and a curvature, then its curvature alone; another as it is."""
+    if isinstance(objective, Quadratic) and objective.gradient is not None and objective.curvature is not None:
+        return [objective, dataclasses.replace(objective, gradient=None)]
+    return [objective]
