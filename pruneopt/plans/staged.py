@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -26,7 +27,7 @@ from pruneopt.plans.judged import FACTS, as_dampings, damped, judged
 from pruneopt.plans.methods import Method
 from pruneopt.plans.methods import method as row_of
 from pruneopt.plans.schedules import Iterative, Schedule, stages_of
-from pruneopt.solution import Pruned
+from pruneopt.solution import Pruned, Solution
 
 Tree = Any
 _HALVINGS = 3  # of one stage, at most: an eighth of it is taken then, whatever it does
@@ -104,33 +105,52 @@ def staged(
         clock, key = time.perf_counter(), jax.random.fold_in(jax.random.key(0), index)
         objective = row.model(fn, combine(chosen, rest), batches(index), leaves, key)
         models = [model for part in _with_and_without_gradient(objective) for model in damped(part, tried)]
-        halved, goal, longer = 0, waiting[0], None
-        while True:
-            allowed = constraint if goal == 1 else constraint.relaxed(goal)
-            allowed = allowed if support is None else Intersection((Support(support), allowed))
-            solution, loss = judged(models, allowed, row.solver, judge, before, key, _STEPS)
-            if longer is not None and _tree.kept(solution.support) == live:  # so short that it cuts nothing
-                over, halved, (goal, solution, loss) = True, halved - 1, longer
-                break
-            over = not loss <= before + (rise - 1) * abs(before)
-            if not over or halved == _HALVINGS:
-                break
-            longer = goal, solution, loss
-            halved, goal = halved + 1, cut + (goal - cut) / 2
+        solved = partial(judged, models, solver=row.solver, judge=judge, before=before, key=key, steps=_STEPS)
+        limit = before + (rise - 1) * abs(before)
+        goal, solution, loss, halved = _shortened(solved, constraint, support, (cut, waiting[0]), live, limit)
         waiting = waiting[1:] if goal == waiting[0] else waiting
         bar.update(goal - cut)
         kept = live = _tree.kept(solution.support)
         history.append(
             {"stage": index, "cut": goal, "sparsity": 1 - kept / _tree.size(chosen), "kept": kept}
             | {name: solution.stats[name] for name in (*FACTS, "gradient", "step") if name in solution.stats}
-            | {"loss": loss}
-            | {"shortened": halved, "over": over, "seconds": time.perf_counter() - clock}
+            | {"loss": loss, "shortened": halved, "over": not loss <= limit, "seconds": time.perf_counter() - clock}
         )
         chosen, support = solution.value, solution.support
         before, cut, index = loss, goal, index + 1
     bar.close()
     assert solution is not None
     return Pruned(combine(chosen, rest), support, {"*": solution}, history)
+
+
+def _shortened(
+    solved: Callable[[Constraint], tuple[Solution, float]],
+    constraint: Constraint,
+    support: Tree | None,
+    ends: tuple[float, float],
+    live: int,
+    limit: float,
+) -> tuple[float, Solution, float, int]:
+    """The stage between two cuts, halved while its loss is over `limit`: its end, solution, loss, and the halvings.
+
+    The last is as it comes out; so is the shortest that leaves less than the `live` weights before it.
+    """
+
+    def taken(goal: float) -> tuple[float, Solution, float]:
+        allowed = constraint if goal == 1 else constraint.relaxed(goal)
+        return goal, *solved(allowed if support is None else Intersection((Support(support), allowed)))
+
+    cut, goal = ends
+    stage = taken(goal)
+    for halved in range(_HALVINGS):
+        goal, _, loss = stage
+        if loss <= limit:
+            return *stage, halved
+        shorter = taken(cut + (goal - cut) / 2)
+        if _tree.kept(shorter[1].support) == live:
+            return *stage, halved
+        stage = shorter
+    return *stage, _HALVINGS
 
 
 def _with_and_without_gradient(objective: Objective) -> list[Objective]:
