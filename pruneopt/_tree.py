@@ -86,6 +86,11 @@ def check_paths(tree: Tree, what: str) -> None:
         raise ValueError(f"{what} has two leaves whose path is '{twice}'; rename one")
 
 
+def listed(paths: Sequence[str]) -> str:
+    """Paths in a sentence: 'a', 'b', ...; eight at most."""
+    return ", ".join(f"'{path}'" for path in paths[:8]) + (", ..." if len(paths) > 8 else "")
+
+
 def map_named(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """`jax.tree.map` whose function also receives the leaf's path as its first argument."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(name(path), *leaves), tree, *rest)

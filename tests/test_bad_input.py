@@ -52,6 +52,10 @@ def prune(p=None, constraint=None, fn=loss, data=None, **options):
     )
 
 
+def total(p):
+    return jnp.sum(p["w1"]) + jnp.sum(p["w2"])
+
+
 def nan_above(p, batch):
     return loss(p, batch) * jnp.where(jnp.max(batch[0]) > 90, jnp.nan, 1.0)
 
@@ -207,7 +211,7 @@ CASES = {
         ("batches", "batch 1", "NaN"),
     ),
     "NaN in a gradient": (
-        lambda: prune(fn=lambda p, b: jnp.sqrt(jnp.sum(p["w1"] * 0)), method="fisher"),
+        lambda: prune(fn=lambda p, b: jnp.sqrt(jnp.sum(p["w1"] * 0) + 0 * jnp.sum(p["w2"])), method="fisher"),
         ValueError,
         ("gradient of fn", "NaN", "'w1'"),
     ),
@@ -230,22 +234,22 @@ CASES = {
         for method in ("obs", "woodfisher", "cbs", "kfac_obs", "global_steps")
     },
     "gradient of zero": (
-        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + 0 * jnp.sum(p["w1"]), method="taylor"),
+        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + 0 * total(p), method="taylor"),
         ValueError,
         ("gradient of fn", "zero everywhere", "method='obd'"),
     ),
     "gradient of zero, GraSP": (
-        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + 0 * jnp.sum(p["w1"]), method="grasp"),
+        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + 0 * total(p), method="grasp"),
         ValueError,
         ("gradient of fn", "zero everywhere"),
     ),
     "Fisher of zero": (
-        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + 0 * jnp.sum(p["w1"]), method="fisher"),
+        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + 0 * total(p), method="fisher"),
         ValueError,
         ("Fisher of fn", "zero everywhere", "method='magnitude'"),
     ),
     "Hessian of zero": (
-        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + jnp.sum(p["w1"]), method="obd"),
+        lambda: prune(fn=lambda p, b: jnp.mean(b[0]) + total(p), method="obd"),
         ValueError,
         ("Hessian of fn", "zero everywhere", "method='magnitude'"),
     ),

@@ -54,6 +54,7 @@ def empirical_fisher(
     chosen, rest = partition(params, leaves)
     stream = Batches(batches)
     calls.check_scalar(loss, chosen, rest, stream)
+    calls.check_seen(loss, chosen, rest, stream)
     layout = _tree.Layout.of(chosen)
     dtype = _dtype(chosen, dtype)
     n = sum(each(batch, f"{stream.name}: batch {index}")[1] for index, batch in enumerate(stream))
@@ -89,6 +90,7 @@ def empirical_fisher_diagonal(loss: calls.Loss, params: Tree, batches: Source, l
     chosen, rest = partition(params, leaves)
     stream = Batches(batches)
     calls.check_scalar(loss, chosen, rest, stream)
+    calls.check_seen(loss, chosen, rest, stream)
     layout, n = _tree.Layout.of(chosen), 0
     total = jnp.zeros(layout.size, _dtype(chosen, None))
     for chunk, origin, new in _chunks(stream, _at_once(layout)):

@@ -59,6 +59,7 @@ class GaussNewton(Streamed):
                 raise TypeError(f"{fn!r} is no function; pass model(params, batch) and loss(outputs, batch)")
         made = GaussNewton(chosen, rest, model, loss, stream)
         calls.check_scalar(made.mean_loss, chosen, rest, stream)
+        calls.check_seen(made.mean_loss, chosen, rest, stream)
         return made
 
     @property

@@ -50,6 +50,7 @@ class Hessian(Streamed):
         chosen, rest = partition(params, leaves)
         stream = Batches(batches)
         calls.check_scalar(loss, chosen, rest, stream)
+        calls.check_seen(loss, chosen, rest, stream)
         return Hessian(chosen, rest, loss, stream)
 
     @property

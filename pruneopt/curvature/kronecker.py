@@ -55,6 +55,7 @@ class Kronecker(Curvature):
         stream = Batches(batches)
         chosen, rest = partition(params, leaves)
         calls.check_scalar(loss, chosen, rest, stream)
+        calls.check_seen(loss, chosen, rest, stream)
         layout = _tree.Layout.of(chosen)
         found = capture(loss, params, stream, leaves=leaves, output_gradients=True)
         n = sum(map(stream.examples, stream))

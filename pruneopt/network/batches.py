@@ -214,6 +214,11 @@ def _stream(source: Any) -> Iterable[Batch] | None:
     return None
 
 
+def shared_length(batch: Batch) -> int | None:
+    """The length of the first axis that all arrays of a batch agree on, or None."""
+    return _shared(_shapes(batch))
+
+
 def _shapes(batch: Batch) -> dict[str, tuple[int, ...]]:
     """Of the arrays with axes. Raises ValueError for one without examples."""
     shapes = {path: tuple(np.shape(leaf)) for path, leaf in _tree.named_leaves(batch)}
@@ -224,7 +229,6 @@ def _shapes(batch: Batch) -> dict[str, tuple[int, ...]]:
 
 
 def _shared(shapes: dict[str, tuple[int, ...]]) -> int | None:
-    """The length of the first axis that all arrays with axes agree on."""
     lengths = {shape[0] for shape in shapes.values() if shape}
     return lengths.pop() if len(lengths) == 1 else None
 

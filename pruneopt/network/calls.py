@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from pruneopt import _tree
 from pruneopt.network.batches import Batches, explained
 from pruneopt.network.leaves import Rest, combine, is_floating, partition
 
@@ -58,6 +60,31 @@ def check_scalar(loss: Loss, chosen: Tree, rest: Rest, batches: Batches, has_upd
     if getattr(out, "shape", None) != () or not jnp.issubdtype(getattr(out, "dtype", bool), jnp.floating):
         raise ValueError(
             f"fn returns {out}, not one floating-point number; pass a loss, fn(params, batch) -> mean over examples"
+        )
+
+
+def check_seen(loss: Loss, chosen: Tree, rest: Rest, batches: Batches) -> None:
+    """Raise ValueError, naming them, for chosen leaves in which the derivative of the loss is zero whatever the data.
+
+    Read off the program of the gradient, no data needed: such a leaf's is a zero that nothing flows into.
+    """
+    gradient_of = lambda c, r, b: jax.grad(closed(loss, r, b))(c)  # noqa: E731
+    program = jax.make_jaxpr(gradient_of)(chosen, rest, next(iter(batches))).jaxpr
+    maker = {var: equation for equation in program.eqns for var in equation.outvars}
+
+    def is_zero(atom: Any) -> bool:
+        if hasattr(atom, "val"):
+            return not np.any(np.asarray(atom.val))
+        equation = maker.get(atom)
+        return equation is not None and equation.primitive.name == "broadcast_in_dim" and is_zero(equation.invars[0])
+
+    paths = [path for path, _ in _tree.named_leaves(chosen)]
+    unseen = [path for path, atom in zip(paths, program.outvars, strict=True) if is_zero(atom)]
+    if unseen:
+        raise ValueError(
+            f"leaves: the derivative of fn does not see {_tree.listed(unseen)}: fn does not use it, or reads it behind "
+            "stop_gradient or as whole numbers, so that it ranks none of its weights; leave it out of leaves=, or pass "
+            "a method without derivatives, such as method='magnitude'"
         )
 
 

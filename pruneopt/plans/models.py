@@ -22,7 +22,7 @@ from pruneopt.curvature.kronecker import Kronecker
 from pruneopt.curvature.shrunk import Shrunk
 from pruneopt.curvature.true_fisher import sampled_fisher_diagonal
 from pruneopt.network import calls
-from pruneopt.network.batches import Batches
+from pruneopt.network.batches import Batches, each, shared_length
 from pruneopt.network.leaves import Choice, Rest, check_finite, combine, is_floating, partition
 from pruneopt.objectives.quadratic import Quadratic
 
@@ -40,6 +40,7 @@ def linear(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) 
     chosen, rest = partition(params, leaves)
     stream = Batches(batches)
     calls.check_scalar(fn, chosen, rest, stream)
+    calls.check_seen(fn, chosen, rest, stream)
     gradient = calls.mean_gradient(fn, chosen, rest, stream)
     return Quadratic(chosen, None, _not_zero(gradient, "the gradient of fn", "obd"))
 
@@ -126,7 +127,7 @@ def channel_factors(fn: Any, params: Tree, batches: Any, leaves: Choice, key: ja
     Source: Wang et al. 2019 (EigenDamage), section 3.1, Kron-OBD of filters.
     """
     chosen = partition(params, leaves)[0]
-    h = Kronecker.of(fn, params, batches, leaves)
+    h = _bends(Kronecker.of(fn, params, batches, leaves), chosen)
     w = h.layout.host(chosen)
     values = np.zeros_like(w)
     for a, s, at in zip(h.inputs, h.outputs, h.entries, strict=True):
@@ -135,7 +136,6 @@ def channel_factors(fn: Any, params: Tree, batches: Any, leaves: Choice, key: ja
         size = np.sum(part * part, axis=1, keepdims=True)
         along = bend * np.diagonal(np.asarray(s), axis1=1, axis2=2)[:, None] / np.where(size > 0, size, 1.0)
         values[np.asarray(at)] = along
-    _not_zero(values, "the Fisher of fn", "magnitude")
     return Quadratic(chosen, Diagonal(jax.tree.map(jnp.asarray, h.layout.tree(values, _tree.wide_shapes(chosen)))))
 
 
@@ -148,27 +148,29 @@ def gradient_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
     chosen, rest = partition(params, leaves)
     stream = Batches(batches)
     calls.check_scalar(fn, chosen, rest, stream)
+    calls.check_seen(fn, chosen, rest, stream)
     gradient = _not_zero(calls.mean_gradient(fn, chosen, rest, stream), "the gradient of fn", "obd")
     flow = stream.finite_mean(lambda batch: _negative_product(fn, chosen, rest, batch, gradient), "the Hessian of fn")
-    return Quadratic(chosen, None, flow)
+    return Quadratic(chosen, None, _not_zero(flow, "the Hessian of fn times its gradient", "snip"))
 
 
 def synaptic_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
     """<r, w - w0>, r_i = sign(w_i) dR/d|w_i|, R the sum of the outputs of fn(|params|, ones).
 
     fn: the network's outputs (not a loss) of params and a batch; every floating array of the first batch is replaced by
-    one example of ones. The saliency is -|w_i| dR/d|w_i|; rank by its size.
+    one example of ones (all of its examples, where its arrays do not agree on them). The saliency is
+    -|w_i| dR/d|w_i|; rank by its size.
     Source: Tanaka et al. 2020 (SynFlow), equation 4 and algorithm 1.
     """
     chosen, rest = partition(params, leaves)
     if not callable(fn):
         raise TypeError(f"fn is {fn!r}, but synaptic flow needs the network: fn(params, batch) -> outputs")
-    batch = jax.tree.map(_one_of_ones, next(iter(Batches(batches))))
+    batch = _one_of_ones(next(iter(Batches(batches))))
     out: Any = calls.outputs(fn, params, batch)
     if not jax.tree.leaves(out) or any(x.ndim == 0 for x in jax.tree.leaves(out)):
         raise ValueError(f"fn returns {out}; synaptic flow needs the network's outputs, not a loss: pass fn=forward")
     flow = check_finite(_flow(fn, chosen, rest, batch), "the synaptic flow of fn")
-    return Quadratic(chosen, None, flow)
+    return Quadratic(chosen, None, _not_zero(flow, "the synaptic flow of fn", "magnitude"))
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,12 @@ class SoftmaxGaussNewton:
 
     def __call__(self, fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
         """The model at `params`; fn is not read."""
-        network: Any = calls.outputs(self.logits, params, next(iter(Batches(batches))))
+        batch = next(iter(Batches(batches)))
+        network: Any = calls.outputs(self.logits, params, batch)
         if getattr(network, "ndim", 0) < 2 or not jnp.issubdtype(network.dtype, jnp.floating):
             raise ValueError(f"logits returns {network}; pass the network, (params, batch) -> (n, ..., classes)")
+        if network.shape[0] != each(batch, "batches: batch 0")[1]:
+            raise ValueError(f"logits returns {network}; its first axis is to be the examples of the batch")
         curvature = GaussNewton.of(self.logits, self.loss, params, batches, leaves)
         sampled = sampled_fisher_diagonal(self.cooled, params, batches, leaves, key=key).values
         diagonal = jax.tree.map(lambda h: h * jnp.asarray(self.temperature**2, h.dtype), sampled)
@@ -218,17 +223,24 @@ class SoftmaxGaussNewton:
 
 
 def _bends(fisher: _Fisher, chosen: Tree) -> _Fisher:
-    """`fisher`, or ValueError where it is zero everywhere."""
+    """`fisher`, or ValueError where its diagonal is zero in a whole leaf."""
     _not_zero(fisher.diagonal(chosen), "the Fisher of fn", "magnitude")
     return fisher
 
 
 def _not_zero(tree: Tree, what: str, instead: str) -> Tree:
-    """`tree`, or ValueError where all of it is zero: then every weight costs the same, nothing."""
-    if not any(bool(jnp.any(x)) for x in jax.tree.leaves(tree)):
+    """`tree`, or ValueError where a whole leaf is zero: its weights would cost nothing, and the cut fall on them."""
+    named = _tree.named_leaves(tree)
+    zero = [path for path, x in named if not bool(jnp.any(x))]
+    if len(zero) == len(named):
         raise ValueError(
             f"{what} is zero everywhere, as at a converged network or a loss that does not use these leaves: it ranks "
             f"no weight; check fn and batches, or pass method={instead!r}"
+        )
+    if zero:
+        raise ValueError(
+            f"leaves: {what} is zero in all of {_tree.listed(zero)} in every batch, as behind a zero or dead units: it "
+            f"ranks none of its weights; leave it out of leaves=, or pass method={instead!r}"
         )
     return tree
 
@@ -249,10 +261,16 @@ def _flow(fn: Any, chosen: Tree, rest: Rest, batch: Any) -> Tree:
     return jax.grad(total)(chosen)
 
 
-def _one_of_ones(leaf: Any) -> Any:
-    if not _tree.is_array(leaf) or leaf.ndim == 0:
-        return leaf
-    return jnp.ones_like(leaf[:1]) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf[:1]
+def _one_of_ones(batch: Any) -> Any:
+    """One example of ones, or all where arrays do not agree on what their examples are."""
+    one = slice(None) if shared_length(batch) is None else slice(1)
+
+    def of(leaf: Any) -> Any:
+        if not _tree.is_array(leaf) or leaf.ndim == 0:
+            return leaf
+        return jnp.ones_like(leaf[one]) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf[one]
+
+    return jax.tree.map(of, batch)
 
 
 @jax.jit
