@@ -163,8 +163,14 @@ class TestUnknown:
         assert [op.name for op in graph.operators] == ["b"]
         (refusal,) = graph.refusals
         assert (refusal.primitive, refusal.paths) == ("mystery_call", ("a",))
-        assert "a call without a rule, whose parameter 'inside' multiplies" in refusal.reason
+        assert "a call without a rule, whose parameter 'inside' is a body" in refusal.reason
         assert "mystery_call" in graph.why_not("a")
+
+    def test_so_is_one_whose_body_holds_no_product_that_is_known(self):
+        body = jax.make_jaxpr(lambda w, x: x + w.sum())(A, X)
+        mystery = self.call("mystery_kernel", body)
+        graph = trace(lambda p, x: mystery.bind(p["a"], x, inside=body)[0] @ p["b"], {"a": A, "b": B}, X)
+        assert [(r.primitive, r.paths) for r in graph.refusals] == [("mystery_kernel", ("a",))]
 
     def test_a_scan_with_other_parameters_is_refused_by_name(self):
         loop = self.equation(lambda x: lax.scan(lambda h, w: (h @ w, None), x, STACK), X)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt.program.keys import Literal
-from pruneopt.program.primitives import BLOCKS
 from pruneopt.program.program import Atom, Equation, Program
 
 _STACKS = "it stacks layers: one entry of it is read at a time"
@@ -149,14 +148,14 @@ class Axes:
 
 
 class Reader:
-    """The axes of every variable of a program, by the rules of its primitives.
+    """The axes of every variable of a program, by the rules of its primitives; `whole` says why some have none.
 
     leaves: {path: axes}. contractions: (axis of left, axis of right, left, right, primitive). roles: {axis: words}, of
     axes of parameters. unknown: [(primitive, reason, axes that it touches)], without a rule.
     """
 
-    def __init__(self, program: Program, rules: Mapping[str, Rule]):
-        self.program, self.axes, self._rules = program, Axes(), rules
+    def __init__(self, program: Program, rules: Mapping[str, Rule], whole: Mapping[str, str]):
+        self.program, self.axes, self._rules, self._whole = program, Axes(), rules, whole
         self.contractions: list[tuple[int, int, Atom, Atom, str]] = []
         self.roles: dict[int, list[str]] = {}
         self.unknown: list[tuple[str, str, Ids]] = []
@@ -276,7 +275,7 @@ class Reader:
         made = self._rules[name](self, equation) if name in self._rules else None
         if made is not None:
             return made
-        why = f"it goes through {BLOCKS[name]} ({name})" if name in BLOCKS else f"{name} has no rule"
+        why = f"it goes through {self._whole[name]} ({name})" if name in self._whole else f"{name} has no rule"
         touched = tuple(axis for atom in equation.inputs for axis in self.of(atom))
         for axis in touched:
             self.axes.block(axis, why)

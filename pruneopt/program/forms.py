@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+# What multiplies a matrix of parameters: the primitives that have a form.
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+
 _BLOCK = 2**20  # entries of a block of convolution patches: what a core's cache holds
 
 
@@ -341,49 +344,3 @@ class Ragged(Form):
         """1 where a row is the group's; rows past the last group belong to none."""
         at = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(self.positions[0], dtype=sizes.dtype), side="right")
         return at[None] == jnp.arange(self.problems, dtype=at.dtype)[:, None]
-
-
-def of_equation(equation: Any, shapes: list[tuple[int, ...]], side: int, repeated: frozenset[int]) -> Form | str:
-    """The form of a product whose operand number `side` is the weights, or why it has none.
-
-    repeated: axes along which the weights are copies of each other.
-    """
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (left, right), (left_batch, right_batch) = params["dimension_numbers"]
-        pairs, batch = list(zip(left, right, strict=True)), list(zip(left_batch, right_batch, strict=True))
-        if side == 0:
-            pairs, batch = [(b, a) for a, b in pairs], [(b, a) for a, b in batch]
-        copies = tuple(p for p in batch if p[1] in repeated)
-        if len(copies) < len(repeated):
-            return "its entries are repeated along an axis that is multiplied"
-        own = tuple(p for p in batch if p[1] not in repeated)
-        return Dot(shapes[1 - side], shapes[side], tuple(pairs), own, copies, side == 1, tuple(batch))
-    if repeated:
-        return "its entries are repeated along an axis"
-    if name == "conv_general_dilated":
-        if side == 0:
-            return "it is the image of a convolution, not the kernel"
-        if params["batch_group_count"] != 1:
-            return "the convolution has batch groups, as gradients of convolutions do"
-        spec = params["dimension_numbers"]
-        return Conv(
-            x_shape=shapes[0],
-            w_shape=shapes[1],
-            x_spec=tuple(spec.lhs_spec),
-            w_spec=tuple(spec.rhs_spec),
-            y_spec=tuple(spec.out_spec),
-            y_shape=shapes[2],
-            strides=tuple(params["window_strides"]),
-            padding=tuple(params["padding"]),
-            x_dilation=tuple(params["lhs_dilation"]),
-            w_dilation=tuple(params["rhs_dilation"]),
-            groups=params["feature_group_count"],
-        )
-    numbers = params["ragged_dot_dimension_numbers"]
-    (left, right), (left_batch, _) = numbers.dot_dimension_numbers
-    ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
-    if side == 0 or left_batch or len(left) != 1 or len(groups) != 1 or len(shapes[0]) != 2 or set(ragged) & set(left):
-        return "the ragged product is not rows by groups of matrices"
-    other = next(a for a in range(3) if a not in (groups[0], right[0]))
-    return Ragged(shapes[0], shapes[1], (ragged[0], left[0]), (groups[0], right[0], other))

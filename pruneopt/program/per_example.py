@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from pruneopt import _tree
 from pruneopt.network.calls import Loss
-from pruneopt.program import forms
 from pruneopt.program.forms import Conv
 from pruneopt.program.keys import Literal
+from pruneopt.program.primitives import form_of
 from pruneopt.program.program import Equation, Program, flatten
 
 Tree = Any
@@ -63,7 +63,7 @@ def _kernel(program: Program, equation: Equation) -> Conv | None:
     if not (program.is_data(image) and program.is_parametric(kernel)):
         return None
     shapes = [tuple(program.type_of(a).shape) for a in (image, kernel, equation.outputs[0])]
-    form = forms.of_equation(equation, shapes, 1, frozenset())
+    form = form_of(equation, shapes, 1, frozenset())
     return form if isinstance(form, Conv) else None
 
 

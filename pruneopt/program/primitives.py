@@ -1,45 +1,36 @@
-"""What each JAX primitive does to a parameter on its way to a product."""
+"""What each JAX primitive does, one row a primitive: how parameters pass it, which axes it ties, where it is zero."""
 
 from __future__ import annotations
 
-# A product: the primitives that multiply a matrix of parameters.
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+from typing import Any
 
-# What collectives do inside a shard_map over a single device: nothing (all_gather may add an axis, axis_index is 0).
-SIZE_ONE_COLLECTIVES = frozenset(
-    {"psum", "psum_invariant", "pmax", "pmin", "pvary", "pcast", "all_gather", "all_gather_invariant", "axis_index"}
-)
+from pruneopt.program import rows_elementwise, rows_index, rows_layout, rows_loop, rows_product, rows_reduce
+from pruneopt.program.forms import Form
+from pruneopt.program.program import Equation
+from pruneopt.program.row import Row
 
-# An array that only lies otherwise in memory: each entry of the result is one entry of the parameter.
-LAYOUT = frozenset(
-    {"transpose", "reshape", "broadcast_in_dim", "convert_element_type", "squeeze", "expand_dims", "rev", "copy"}
-    | {"copy_p", "slice", "dynamic_slice", "concatenate", "reduce_precision", "device_put"}
-    | {
-        "stop_gradient",
-        "sharding_constraint",
-        "layout_constraint",
-        "reshard",
-        "split",
-        "stack",
-        "unstack",
-        "pvary",
-        "name",
-    }
-)
+FAMILIES = (rows_elementwise, rows_layout, rows_index, rows_reduce, rows_product, rows_loop)
+TABLE: dict[str, Row] = {name: row for family in FAMILIES for name, row in family.ROWS.items()}
 
-# One entry times one number: a mask or a scale.
-SCALES = frozenset({"mul", "div", "select_n", "neg"})
+_UNKNOWN = Row()
 
-# Rows picked by an index: embedding tables.
-LOOKUPS = frozenset({"gather", "take", "dynamic_slice"})
 
-# Bodies that are evaluated whole; what they multiply inside is named, not read.
-BLOCKS = {
-    "while": "a while loop, whose number of steps depends on the data",
-    "cond": "a cond, whose branch depends on data or params",
-    "scan": "a loop that was not unrolled",
-    "shard_map": "a shard_map over several devices, or one with a collective that has no rule",
-    "pallas_call": "a Pallas kernel",
-    "custom_call": "a foreign call",
-    "ffi_call": "a foreign call",
-}
+def row_of(equation: Any) -> Row:
+    """The row of an equation's primitive, empty where it has none."""
+    return TABLE.get(equation.primitive.name, _UNKNOWN)
+
+
+def form_of(equation: Equation, shapes: list[tuple[int, ...]], side: int, repeated: frozenset[int]) -> Form | str:
+    """The form of a product whose operand number `side` is the weights, or why it has none.
+
+    shapes: of both operands and the result. repeated: axes along which the weights are copies of each other.
+    """
+    product = row_of(equation).product
+    if product is None:
+        return f"{equation.primitive.name} is no product"
+    return product.form(equation, shapes, side, repeated)
+
+
+def column(name: str) -> dict[str, Any]:
+    """{primitive: what stands in this column}, of the rows that fill it."""
+    return {primitive: entry for primitive, row in TABLE.items() if (entry := getattr(row, name))}

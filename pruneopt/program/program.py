@@ -18,9 +18,9 @@ from pruneopt import _tree
 from pruneopt.network.leaves import combine, is_floating, partition
 from pruneopt.network.readable import readable
 from pruneopt.program import versions
+from pruneopt.program.forms import PRODUCTS
 from pruneopt.program.keys import Literal, frozen, literal, signature, type_key, value_key
-from pruneopt.program.primitives import PRODUCTS, SIZE_ONE_COLLECTIVES
-from pruneopt.program.versions import CALLS, DERIVATIVES, Parameters, bodies, holds, plain
+from pruneopt.program.versions import CALLS, DERIVATIVES, SIZE_ONE_COLLECTIVES, Parameters, bodies, holds, plain
 
 Tree = Any
 

@@ -14,13 +14,10 @@ import jax
 # that way, which is right for reading and evaluating and wrong for training; nothing here is differentiated twice.
 CALLS: dict[str, tuple[str, ...]] = {
     "jit": ("jaxpr",),
-    "pjit": ("jaxpr",),
     "closed_call": ("call_jaxpr",),
     "call": ("call_jaxpr",),
-    "core_call": ("call_jaxpr",),
-    "eval_jaxpr": ("call_jaxpr",),  # what JAX 0.12 calls the three above
+    "eval_jaxpr": ("call_jaxpr",),  # what JAX 0.12 calls the two above
     "remat2": ("jaxpr",),
-    "checkpoint": ("jaxpr",),
     "custom_jvp_call": ("call_jaxpr",),
     "custom_vjp_call": ("call_jaxpr",),
     "custom_vmap_call": ("call",),
@@ -29,6 +26,11 @@ CALLS: dict[str, tuple[str, ...]] = {
 
 # Calls with a derivative of their own.
 DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+
+# What collectives do inside a shard_map over a single device: nothing (all_gather may add an axis, axis_index is 0).
+SIZE_ONE_COLLECTIVES = frozenset(
+    {"psum", "psum_invariant", "pmax", "pmin", "pvary", "all_gather", "all_gather_invariant", "axis_index"}
+)
 
 
 class Parameters(dict[str, Any]):

@@ -15,7 +15,7 @@ import numpy as np
 from pruneopt import _tree
 from pruneopt.network.leaves import combine, is_floating, nearest, partition
 from pruneopt.program import versions
-from pruneopt.program.primitives import PRODUCTS
+from pruneopt.program.forms import PRODUCTS
 from pruneopt.program.program import Program, traced
 from pruneopt.program.versions import CALLS, bodies, plain
 from pruneopt.structure.graph import Graph, trace

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt.network.leaves import is_prunable, nearest
-from pruneopt.program import forms
-from pruneopt.program.forms import Form
-from pruneopt.program.primitives import BLOCKS, LAYOUT, LOOKUPS, PRODUCTS
+from pruneopt.program.forms import PRODUCTS, Form
+from pruneopt.program.primitives import TABLE, form_of, row_of
 from pruneopt.program.program import Equation, Program, flatten
 from pruneopt.program.versions import carried, holds
 from pruneopt.structure.operators import Lookup, Operator, Refusal, Use
@@ -140,9 +139,7 @@ def read(program: Program) -> Graph:
         name = equation.primitive.name
         if name in PRODUCTS:
             _product(graph, found, fixed, index, equation)
-        elif (
-            name in LOOKUPS and program.is_parametric(equation.inputs[0]) and any(map(program.is_data, equation.inputs))
-        ):
+        elif row_of(equation).picks and _is_weights_at_data(program, equation):
             graph.lookups.append(_lookup(program, equation))
         else:
             _inside(graph, equation)
@@ -155,17 +152,22 @@ def read(program: Program) -> Graph:
     return graph
 
 
+def _is_weights_at_data(program: Program, equation: Equation) -> bool:
+    return program.is_parametric(equation.inputs[0]) and any(map(program.is_data, equation.inputs))
+
+
 def _inside(graph: Graph, equation: Equation) -> None:
-    """Refuse the leaves that go into a body that is evaluated whole, if it multiplies."""
-    inside = [name for name, found in carried(equation).items() if any(holds(body, PRODUCTS) for body in found)]
+    """Refuse the leaves that go into a body that is evaluated whole, if it multiplies or if nothing is known of it."""
+    name, bodies = equation.primitive.name, carried(equation)
+    inside = [key for key, found in bodies.items() if any(holds(body, PRODUCTS) for body in found)]
+    inside = inside or ([] if name in TABLE else list(bodies))
     if not inside:
         return
     program = graph.program
     paths = tuple(dict.fromkeys(p for a in equation.inputs for p in leaves_of(program, a)))
     if weights := tuple(p for p in paths if program.shapes[program.leaves[p]].ndim >= 2):
-        unknown = f"a call without a rule, whose parameter '{inside[0]}' multiplies"
-        reason = f"it stands inside {BLOCKS.get(equation.primitive.name, unknown)}"
-        graph.refusals.append(Refusal(equation.primitive.name, weights, reason))
+        whole = row_of(equation).whole or f"a call without a rule, whose parameter '{inside[0]}' is a body"
+        graph.refusals.append(Refusal(name, weights, f"it stands inside {whole}"))
 
 
 def _lookup(program: Program, equation: Equation) -> Lookup:
@@ -181,10 +183,10 @@ def _picked(program: Program, atom: Any) -> tuple[str, ...]:
     """The leaves of which an operand is matrices picked at indices from the data, or none."""
     while isinstance(atom, int) and atom in program.maker:
         equation = program.equations[program.maker[atom]]
-        if equation.primitive.name in LOOKUPS and program.is_parametric(equation.inputs[0]):
+        if row_of(equation).picks and program.is_parametric(equation.inputs[0]):
             is_matrix = sum(size > 1 for size in equation.params["slice_sizes"]) > 1
             return tuple(leaves_of(program, equation.inputs[0])) if is_matrix else ()
-        if equation.primitive.name not in LAYOUT:
+        if row_of(equation).layout is None:
             return ()
         atom = equation.inputs[0]
     return ()
@@ -198,7 +200,7 @@ def _known_inputs(graph: Graph, found: dict[Any, Operator], fixed: list[tuple[in
     for index, equation, side in fixed:
         shapes = _shapes(graph.program, equation)
         for op in by_operand.get(equation.inputs[side], []):
-            form = forms.of_equation(equation, shapes, side, op.repeated)
+            form = form_of(equation, shapes, side, op.repeated)
             if isinstance(form, Form) and form.weight_key == op.uses[0].form.weight_key:
                 inputs = _others(equation, side)
                 graph.program.data.update(inputs)
@@ -244,7 +246,7 @@ def _product(
     if any(np.issubdtype(program.shapes[v].dtype, np.complexfloating) for v in equation.inputs if isinstance(v, int)):
         refuse("it multiplies complex numbers, whose Gram is not real; split them into real and imaginary parts")
         return
-    form = forms.of_equation(equation, shapes, side, reading.repeated)
+    form = form_of(equation, shapes, side, reading.repeated)
     if isinstance(form, str):
         refuse(form)
         return
@@ -253,8 +255,8 @@ def _product(
     if key in found:
         found[key].uses.append(use)
     else:
-        kind = {"dot_general": "dot", "conv_general_dilated": "conv", "ragged_dot_general": "ragged dot"}
-        found[key] = Operator(program, reading, [use], kind[equation.primitive.name])
+        product = row_of(equation).product
+        found[key] = Operator(program, reading, [use], product.kind if product else "")
 
 
 def _between(graph: Graph, equation: Equation, shapes: list[tuple[int, ...]]) -> None:
@@ -279,7 +281,7 @@ def _between(graph: Graph, equation: Equation, shapes: list[tuple[int, ...]]) ->
                     )
                 )
                 return
-    form = forms.of_equation(equation, shapes, 1, frozenset())
+    form = form_of(equation, shapes, 1, frozenset())
     graph.activations += 0 if isinstance(form, str) else form.flops
 
 

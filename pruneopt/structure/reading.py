@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt.program.keys import Literal
-from pruneopt.program.primitives import LAYOUT, SCALES
+from pruneopt.program.primitives import row_of
 from pruneopt.program.program import Equation, Program
+from pruneopt.program.row import Bounds
 from pruneopt.program.segment import Segment, closure
 
 
@@ -62,28 +63,32 @@ def read_operand(program: Program, operand: Any) -> Reading:
             reads.append(named[var])
             return frozenset()
         equation = program.equations[program.maker[var]]
-        name = equation.primitive.name
-        if name in SCALES:
+        name, row = equation.primitive.name, row_of(equation)
+        if row.scales is not None:
             kept = _scaled_side(program, equation)
             scaled.extend(p for a in equation.inputs if a != kept for p in leaves_of(program, a))
             through.append("scale")
             alias[var] = kept
             return follow(kept)
-        if name not in LAYOUT:
+        if row.layout is None:
             raise Unreadable(f"its weights are computed from {', '.join(leaves_of(program, var))} by {name}")
-        arrays = equation.inputs if name in ("concatenate", "stack") else equation.inputs[:1]
+        arrays = equation.inputs if row.layout.joins else equation.inputs[:1]
         if not all(map(program.is_parametric, arrays)):
             raise Unreadable(f"its weights are joined with constants by {name}")
         if name != "convert_element_type" or program.type_of(arrays[0]).dtype != program.type_of(var).dtype:
             through.append(name)
-        if name in ("slice", "dynamic_slice", "split", "unstack"):
-            parts.append(_part(program, equation, var))
+        if row.layout.cut is not None:
+            parts.append(_part(program, equation, row.layout.cut(program, equation, var)))
             if re.fullmatch(r"\[\d+\]", parts[-1]) and _is_leaf(program, arrays[0]):
                 slabs.append(parts[-1])
         repeated = [follow(a) for a in arrays]
         if len(set(repeated)) > 1:
             raise Unreadable(f"some of its entries are repeated by broadcasting, then joined with others by {name}")
-        return _repeated(program, equation, repeated[0])
+        before, repeats = repeated[0], row.layout.repeats
+        after = repeats(program, equation, before) if repeats else None if before else before
+        if after is None:
+            raise Unreadable(f"its entries are repeated by broadcasting, then go through {name}")
+        return after
 
     repeated = follow(operand)
     if itself := [p for p in scaled if p in leaves]:
@@ -128,13 +133,8 @@ def _only(equations: list[Equation], target: int) -> list[Equation]:
 def _scaled_side(program: Program, equation: Equation) -> Any:
     """Which input of a scaling is the weights: the one that holds the largest leaf."""
     name = equation.primitive.name
-    inputs = (
-        equation.inputs[1:]
-        if name == "select_n"
-        else equation.inputs[:1]
-        if name in ("div", "neg")
-        else equation.inputs
-    )
+    scales = row_of(equation).scales
+    inputs = scales(equation) if scales else ()
     candidates = [a for a in inputs if program.is_parametric(a)]
     weights = [a for a in candidates if not all(map(program.masks, leaves_of(program, a)))]
     candidates = weights if len(weights) == 1 else candidates
@@ -161,29 +161,7 @@ def _is_zero(program: Program, atom: Any) -> bool:
     if atom not in program.maker:
         return False
     equation = program.equations[program.maker[atom]]
-    return equation.primitive.name in LAYOUT and all(_is_zero(program, a) for a in equation.inputs)
-
-
-def _repeated(program: Program, equation: Equation, before: frozenset[int]) -> frozenset[int]:
-    """The repeated axes after a layout equation."""
-    name, params = equation.primitive.name, equation.params
-    old = program.type_of(equation.inputs[0]).shape
-    new = program.type_of(equation.outputs[0]).shape
-    if name == "broadcast_in_dim":
-        kept = params["broadcast_dimensions"]
-        grown = {a for i, a in enumerate(kept) if old[i] != new[a] or i in before}
-        return frozenset(grown | {a for a in range(len(new)) if a not in kept and new[a] > 1})
-    if not before:
-        return before
-    if name == "transpose":
-        return frozenset(params["permutation"].index(a) for a in before)
-    if name == "concatenate" and params["dimension"] not in before:
-        return before
-    if name == "stack":
-        return frozenset(a + (a >= params["axis"]) for a in before)
-    if name in ("convert_element_type", "copy", "copy_p", "reduce_precision", "device_put"):
-        return before
-    raise Unreadable(f"its entries are repeated by broadcasting, then go through {name}")
+    return row_of(equation).layout is not None and all(_is_zero(program, a) for a in equation.inputs)
 
 
 def _is_leaf(program: Program, var: Any) -> bool:
@@ -193,32 +171,12 @@ def _is_leaf(program: Program, var: Any) -> bool:
     return var in program.names
 
 
-def _part(program: Program, equation: Equation, var: int) -> str:
+def _part(program: Program, equation: Equation, bounds: Bounds | None) -> str:
     """The slice that an equation takes, as text: "[2]", "[:, 0:64]"; empty for the whole."""
-    shape, inside = program.type_of(equation.inputs[0]).shape, []
-    steps = (1,) * len(shape)
-    if equation.primitive.name == "slice":
-        starts, stops = equation.params["start_indices"], equation.params["limit_indices"]
-        steps = equation.params["strides"] or steps
-    elif equation.primitive.name == "unstack":
-        at, axis = equation.outputs.index(var), equation.params["axis"]
-        starts = [at if a == axis else 0 for a in range(len(shape))]
-        stops = [at + 1 if a == axis else n for a, n in enumerate(shape)]
-    elif equation.primitive.name == "split":
-        axis, before = equation.params["axis"], equation.params["sizes"][: equation.outputs.index(var)]
-        starts = [sum(before) if a == axis else 0 for a in range(len(shape))]
-        stops = [s + n for s, n in zip(starts, program.type_of(var).shape, strict=True)]
-    else:
-        known: list[Any] = [
-            a.value if isinstance(a, Literal) else program.constants.get(a) for a in equation.inputs[1:]
-        ]
-        if any(k is None for k in known):
-            raise Unreadable("it is sliced at an index that is computed from params or data")
-        starts = [
-            int(np.clip(int(k), 0, n - s)) for k, n, s in zip(known, shape, equation.params["slice_sizes"], strict=True)
-        ]
-        stops = [k + s for k, s in zip(starts, equation.params["slice_sizes"], strict=True)]
-    for start, stop, step, n in zip(starts, stops, steps, shape, strict=True):
+    if bounds is None:
+        raise Unreadable("it is sliced at an index that is computed from params or data")
+    inside = []
+    for start, stop, step, n in zip(*bounds, program.type_of(equation.inputs[0]).shape, strict=True):
         span = f"{start}:{stop}" + (f":{step}" if step > 1 else "")
         inside.append(":" if stop - start == n and step == 1 else str(start) if stop - start == 1 else span)
     while inside and inside[-1] == ":":

@@ -11,9 +11,9 @@ import numpy as np
 
 from pruneopt.network.leaves import nearest
 from pruneopt.program.axes import Axes, Reader
-from pruneopt.program.keys import Literal
-from pruneopt.program.program import Atom, Equation, Program
-from pruneopt.program.unit_rules import RULES
+from pruneopt.program.primitives import column
+from pruneopt.program.program import Program
+from pruneopt.program.zeros import Zeros
 from pruneopt.structure.operators import Lookup, Operator, Refusal
 
 _SHOWN = 8  # ties that an explanation spells out for each axis
@@ -41,14 +41,14 @@ class Units:
     """
 
     def __init__(self, program: Program):
-        self._reader = reader = Reader(program, RULES)
+        self._reader = reader = Reader(program, column("axes"), column("whole"))
         self._axes = axes = reader.axes
         read = {a for e in program.equations for a in e.inputs if isinstance(a, int)}
         for path, var in program.leaves.items():
             if var not in read and var not in program.outputs:
                 for axis in reader.leaves[path]:
                     axes.block(axis, "fn does not use it")
-        _Zeros(reader)
+        Zeros(reader, column("zeros"), column("infinite"))
         members: dict[int, list[tuple[str, int]]] = {}
         for path, ids in reader.leaves.items():
             for k, axis in enumerate(ids):
@@ -197,107 +197,3 @@ def _owned(axes: Axes, axis: int, atom: int) -> np.ndarray:
 
 def _nothing(axes: Axes, axis: int, atom: int) -> np.ndarray:
     return np.zeros((axes.size[atom], axes.size[axis]), bool)
-
-
-# f(0) = 0, or only another layout of the entries.
-_KEEPS = frozenset(
-    {"abs", "asin", "asinh", "atan", "atanh", "broadcast_in_dim", "cbrt", "ceil", "conj"}
-    | {"convert_element_type", "copy", "copy_p", "cumsum", "device_put", "dynamic_slice", "erf", "erf_inv"}
-    | {"expm1", "floor", "gather", "imag", "integer_pow", "log1p", "name", "neg", "optimization_barrier"}
-    | {"pvary", "real", "reduce_max", "reduce_min", "reduce_precision", "reduce_sum", "reshape", "rev"}
-    | {"round", "sharding_constraint", "sign", "sin", "sinh", "slice", "split", "sqrt", "square"}
-    | {"squeeze", "stop_gradient", "tan", "tanh", "tile", "transpose", "unstack"}
-)
-# Zero where any input is, and zero where all inputs are; functions that may have no finite value at zero.
-_ANY = frozenset({"mul", "and", "div", "rem"})
-_ALL = frozenset({"add", "add_any", "sub", "max", "min", "or", "xor", "select_n", "clamp"})
-_JOINS = frozenset({"concatenate", "stack", "pad", "dynamic_update_slice"})
-_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
-_SINGULAR = frozenset({"div", "rem", "log", "rsqrt", "pow", "digamma", "lgamma", "acosh", "polygamma", "zeta", "atan2"})
-
-
-class _Zeros:
-    """Where variables are zero once a unit is zeroed in every leaf: for each axis, the units whose entries are."""
-
-    def __init__(self, reader: Reader):
-        self._reader, self._of, self._null = reader, {}, set()
-        axes, program = reader.axes, reader.program
-        atoms = {axis: frozenset(axes.atoms(axis)) for axis in range(len(axes.size))}
-        self._atoms = lambda atom: [atoms[axis] for axis in reader.of(atom)]
-        self._everything = frozenset().union(*atoms.values())
-        self._of.update({var: tuple(self._atoms(var)) for var in program.leaves.values()})
-        for equation in program.equations:
-            self._read(equation)
-        for a, b, left, right, name in reader.contractions:
-            if program.is_data(left) and program.is_data(right):
-                axes.block(a, f"it is contracted between two activations in {name}: a scale by its size would change")
-            elif not all(program.is_data(x) or program.is_parametric(x) for x in (left, right)):
-                axes.block(a, f"it is contracted with numbers that fn closed over in {name}")
-            for atom in atoms[a] - self._along(left, a) - self._along(right, b):
-                axes.block(atom, f"zeroing it in its leaves is no deletion: {name} sums what is left of it")
-
-    def _along(self, atom: Atom, axis: int) -> frozenset[int]:
-        """Units at which a variable is zero along one of its axes."""
-        found = [zero for i, zero in zip(self._reader.of(atom), self.of(atom), strict=True) if i == axis]
-        return frozenset.intersection(*found) if found else frozenset()
-
-    def of(self, atom: Atom) -> tuple[frozenset[int], ...]:
-        """For each axis, the units at which a variable is zero."""
-        rank = len(self._reader.shape(atom))
-        if self._is_null(atom):
-            return (self._everything,) * rank
-        return self._of.get(atom, (frozenset(),) * rank) if isinstance(atom, int) else (frozenset(),) * rank
-
-    def _is_null(self, atom: Atom) -> bool:
-        """Whether it is zero everywhere, whatever params and the batch."""
-        constants = self._reader.program.constants
-        if isinstance(atom, int) and atom not in constants:
-            return atom in self._null
-        value: Any = atom.value if isinstance(atom, Literal) else constants[atom]
-        return isinstance(value.dtype, np.dtype) and not np.any(np.asarray(value))
-
-    def _read(self, equation: Equation) -> None:
-        name, inputs = equation.primitive.name, equation.inputs
-        if name in _SINGULAR or (name == "integer_pow" and equation.params["y"] <= 0):
-            for atom in inputs[1:] if name in ("div", "rem") else inputs:
-                for unit in frozenset() if self._is_null(atom) else frozenset().union(*self.of(atom)):
-                    self._reader.axes.block(unit, f"{name} of a unit at zero may be infinite or not a number")
-        paired = name in _KEEPS and len(inputs) == len(equation.outputs)
-        if name == "select_n":
-            inputs = inputs[1:]
-        elif name == "dynamic_update_slice":
-            inputs = inputs[:2]
-        elif not paired and (name in _KEEPS or name in ("div", "rem")):  # a zero numerator
-            inputs = inputs[:1]
-        if name in ("broadcast_in_dim", "convert_element_type", "copy", "neg", "reshape") and self._is_null(inputs[0]):
-            self._null.update(equation.outputs)
-        for i, var in enumerate(equation.outputs):
-            read = inputs[i : i + 1] if paired else inputs
-            self._of[var] = tuple(self._kept(equation, read, var, k) for k in range(len(self._reader.shape(var))))
-
-    def _kept(self, equation: Equation, inputs: tuple[Atom, ...], var: int, k: int) -> frozenset[int]:
-        """Units at which axis `k` of an output is zero."""
-        name, carried, none = equation.primitive.name, self._atoms(var)[k], frozenset()
-        n = self._reader.shape(var)[k]
-        if name in _ANY or name in _ALL:
-            same = [self._is_full(a, var, k, n) for a in inputs]
-            found = [self.of(a)[k] if full else none for a, full in zip(inputs, same, strict=True)]
-            found = [self._everything if self._is_null(a) else f for a, f in zip(inputs, found, strict=True)]
-            return carried & (none.union(*found) if name in _ANY else frozenset.intersection(*found))
-        if name in _PRODUCTS:
-            axis = self._reader.of(var)[k]
-            return carried & none.union(*(self._along(a, axis) for a in inputs[:2]))
-        if name == "broadcast_in_dim":
-            dims = list(equation.params["broadcast_dimensions"])
-            return carried & self.of(inputs[0])[dims.index(k)] if k in dims else none
-        if name == "pad" and not self._is_null(inputs[1]):
-            return none
-        if name not in _KEEPS and name not in _JOINS:
-            return none
-        pairs = [pair for a in inputs for pair in zip(self._atoms(a), self.of(a), strict=True)]
-        met = none.union(*(own for own, _ in pairs))
-        return (carried & met) - none.union(*(own - zero for own, zero in pairs))
-
-    def _is_full(self, atom: Atom, var: int, k: int, n: int) -> bool:
-        shape = self._reader.shape(atom)
-        return len(shape) == len(self._reader.shape(var)) and shape[k] == n

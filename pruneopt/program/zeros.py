@@ -1,0 +1,164 @@
+"""Where variables are zero once a unit is zeroed in every leaf: what decides whether zeroing it is deleting it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from pruneopt.program.axes import Reader
+from pruneopt.program.keys import Literal
+from pruneopt.program.program import Atom, Equation
+
+Found = frozenset[int]
+Rule = Callable[["Zeros", Equation, int, int], Found]  # units at which axis k of output i is zero
+Infinite = Callable[[Equation], tuple[Atom, ...]]  # the inputs at whose zeros a value may be infinite or not a number
+
+_NONE: Found = frozenset()
+
+
+class Zeros:
+    """For each axis of each variable, the units whose entries are zero once they are zeroed in every leaf.
+
+    Blocks the units for which zeroing is no deletion: a product sums what is left of them, or a value may be infinite.
+    rules: {primitive: where its outputs are zero}; without one nowhere. infinite: {primitive: inputs}.
+    """
+
+    def __init__(self, reader: Reader, rules: Mapping[str, Rule], infinite: Mapping[str, Infinite]):
+        self._reader, self._rules, self._infinite = reader, rules, infinite
+        self._of: dict[int, tuple[Found, ...]] = {}
+        self._null: set[int] = set()
+        axes, program = reader.axes, reader.program
+        atoms = {axis: frozenset(axes.atoms(axis)) for axis in range(len(axes.size))}
+        self._everything = frozenset().union(*atoms.values())
+        self._atoms = lambda atom: [atoms[axis] for axis in reader.of(atom)]
+        self._of.update({var: tuple(self._atoms(var)) for var in program.leaves.values()})
+        for equation in program.equations:
+            self._read(equation)
+        for a, b, left, right, name in reader.contractions:
+            if program.is_data(left) and program.is_data(right):
+                axes.block(a, f"it is contracted between two activations in {name}: a scale by its size would change")
+            elif not all(program.is_data(x) or program.is_parametric(x) for x in (left, right)):
+                axes.block(a, f"it is contracted with numbers that fn closed over in {name}")
+            for atom in atoms[a] - self.along(left, a) - self.along(right, b):
+                axes.block(atom, f"zeroing it in its leaves is no deletion: {name} sums what is left of it")
+
+    def of(self, atom: Atom) -> tuple[Found, ...]:
+        """For each axis, the units at which a variable is zero."""
+        rank = len(self._reader.shape(atom))
+        if self.is_null(atom):
+            return (self._everything,) * rank
+        return self._of.get(atom, (_NONE,) * rank) if isinstance(atom, int) else (_NONE,) * rank
+
+    def along(self, atom: Atom, axis: int) -> Found:
+        """Units at which a variable is zero along one of its axes."""
+        found = [zero for i, zero in zip(self._reader.of(atom), self.of(atom), strict=True) if i == axis]
+        return frozenset.intersection(*found) if found else _NONE
+
+    def is_null(self, atom: Atom) -> bool:
+        """Whether it is zero everywhere, whatever params and the batch."""
+        constants = self._reader.program.constants
+        if isinstance(atom, int) and atom not in constants:
+            return atom in self._null
+        value: Any = atom.value if isinstance(atom, Literal) else constants[atom]
+        return isinstance(value.dtype, np.dtype) and not np.any(np.asarray(value))
+
+    def units(self, atom: Atom, k: int) -> Found:
+        """The units that axis `k` of a variable holds."""
+        return self._atoms(atom)[k]
+
+    def axis(self, atom: Atom, k: int) -> int:
+        """Axis `k` of a variable."""
+        return self._reader.of(atom)[k]
+
+    def at(self, equation: Equation, inputs: tuple[Atom, ...], i: int, k: int) -> list[Found]:
+        """For each input, where it is zero along axis `k` of output `i`: nowhere where it is repeated along it."""
+        shape, found = self._reader.shape(equation.outputs[i]), []
+        for atom in inputs:
+            own = self._reader.shape(atom)
+            is_full = len(own) == len(shape) and own[k] == shape[k]
+            found.append(self._everything if self.is_null(atom) else self.of(atom)[k] if is_full else _NONE)
+        return found
+
+    def kept(self, equation: Equation, inputs: tuple[Atom, ...], i: int, k: int) -> Found:
+        """Units of axis `k` of output `i` that are zero in every axis of the inputs that holds them."""
+        pairs = [pair for a in inputs for pair in zip(self._atoms(a), self.of(a), strict=True)]
+        met = _NONE.union(*(own for own, _ in pairs))
+        return (self.units(equation.outputs[i], k) & met) - _NONE.union(*(own - zero for own, zero in pairs))
+
+    def _read(self, equation: Equation) -> None:
+        name = equation.primitive.name
+        for atom in self._infinite[name](equation) if name in self._infinite else ():
+            for unit in _NONE if self.is_null(atom) else _NONE.union(*self.of(atom)):
+                self._reader.axes.block(unit, f"{name} of a unit at zero may be infinite or not a number")
+        rule = self._rules.get(name)
+        if rule is None:
+            return
+        if rule in (keeps, spread) and len(equation.inputs) == 1 and self.is_null(equation.inputs[0]):
+            self._null.update(equation.outputs)
+        for i, var in enumerate(equation.outputs):
+            self._of[var] = tuple(rule(self, equation, i, k) for k in range(len(self._reader.shape(var))))
+
+
+def keeps(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
+    """f(0) = 0, or only another layout of the first input's entries; of input i where there are as many as outputs."""
+    at = i if len(equation.inputs) == len(equation.outputs) else 0
+    return zeros.kept(equation, equation.inputs[at : at + 1], i, k)
+
+
+def joins(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
+    """Entries of all inputs side by side."""
+    return zeros.kept(equation, equation.inputs, i, k)
+
+
+def writes(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
+    """Entries of the first two inputs, the others being indices."""
+    return zeros.kept(equation, equation.inputs[:2], i, k)
+
+
+def pads(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
+    """Entries of the first input among zeros."""
+    return joins(zeros, equation, i, k) if zeros.is_null(equation.inputs[1]) else _NONE
+
+
+def spread(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
+    """An axis of the input, or copies of it along a new one."""
+    dims = list(equation.params["broadcast_dimensions"])
+    return zeros.units(equation.outputs[i], k) & zeros.of(equation.inputs[0])[dims.index(k)] if k in dims else _NONE
+
+
+def where_any(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
+    """Zero where any input is."""
+    return zeros.units(equation.outputs[i], k) & _NONE.union(*zeros.at(equation, equation.inputs, i, k))
+
+
+def where_first(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
+    """Zero where the first input is: a numerator."""
+    return zeros.units(equation.outputs[i], k) & zeros.at(equation, equation.inputs[:1], i, k)[0]
+
+
+def where_all(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
+    """Zero where all inputs are."""
+    return zeros.units(equation.outputs[i], k) & frozenset.intersection(*zeros.at(equation, equation.inputs, i, k))
+
+
+def where_chosen(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
+    """Zero where all inputs but the first, which chooses among them, are."""
+    return zeros.units(equation.outputs[i], k) & frozenset.intersection(*zeros.at(equation, equation.inputs[1:], i, k))
+
+
+def multiplied(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
+    """A product is zero along an axis of its first two inputs where that input is."""
+    axis = zeros.axis(equation.outputs[i], k)
+    return zeros.units(equation.outputs[i], k) & _NONE.union(*(zeros.along(a, axis) for a in equation.inputs[:2]))
+
+
+def at_all(equation: Equation) -> tuple[Atom, ...]:
+    """All inputs."""
+    return equation.inputs
+
+
+def at_divisor(equation: Equation) -> tuple[Atom, ...]:
+    """All inputs but the first."""
+    return equation.inputs[1:]
