@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,43 @@ def host_threads(n: int) -> Iterator[None]:
         yield
 
 
+# OpenBLAS was seen to crash the process in a float64 Cholesky factor of 16,000 rows on two threads; one thread, and
+# 14,000 rows, were fine. This is the power of two below.
+MANY_ROWS = 8192
+
+
+@contextmanager
+def factoring(n: int) -> Iterator[None]:
+    """One thread for the host's BLAS and LAPACK, XLA's on a CPU too, where a factor of n rows may crash several."""
+    with _controller().limit(limits=1, user_api="blas") if n > MANY_ROWS else nullcontext():
+        yield
+
+
+def _guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call(matrix, ...)` under `factoring`."""
+
+    def guarded(matrix: Any, *args: Any, **words: Any) -> Any:
+        with factoring(max(np.shape(matrix)[-2:])):
+            return call(matrix, *args, **words)
+
+    return guarded
+
+
+# Every factor, eigenvalue and solve of a host matrix in this package is one of these.
+cholesky = _guarded(np.linalg.cholesky)  # the lower factor; raises np.linalg.LinAlgError
+cholesky_solve = _guarded(lambda factor, sides: scipy.linalg.cho_solve((factor, True), sides))
+triangular_solve = _guarded(partial(scipy.linalg.solve_triangular, lower=True, check_finite=False))
+inverse = _guarded(np.linalg.inv)
+eigh = _guarded(np.linalg.eigh)
+eigvalsh = _guarded(np.linalg.eigvalsh)
+singular_values = _guarded(partial(np.linalg.svd, compute_uv=False))
+
+
+def lapack(names: tuple[str, ...], matrix: np.ndarray) -> list[Callable[..., Any]]:
+    """LAPACK's routines of these names in the matrix's precision; each takes a matrix first."""
+    return [_guarded(routine) for routine in scipy.linalg.get_lapack_funcs(names, (matrix,))]
+
+
 @cache
 def _controller() -> ThreadpoolController:
     return ThreadpoolController()
@@ -157,7 +194,7 @@ def inverse_on_host(matrix: np.ndarray) -> np.ndarray | None:
     factor = _cholesky(matrix)
     if factor is None:
         return None
-    (invert,) = scipy.linalg.get_lapack_funcs(("potri",), (factor,))
+    (invert,) = lapack(("potri",), factor)
     inverse = invert(factor, lower=True, overwrite_c=True)[0].T  # its upper half, rows contiguous
     for start in range(0, len(inverse), _TILE):
         here, after = slice(start, start + _TILE), slice(start + _TILE, None)
@@ -172,7 +209,7 @@ def inverse_factor_on_host(matrix: np.ndarray) -> np.ndarray | None:
     factor = _cholesky(matrix)
     if factor is None:
         return None
-    (invert,) = scipy.linalg.get_lapack_funcs(("trtri",), (factor,))
+    (invert,) = lapack(("trtri",), factor)
     return invert(factor, lower=True, overwrite_c=True)[0]
 
 
@@ -182,7 +219,7 @@ _BELOW = np.tri(_TILE, k=-1, dtype=bool)
 
 def _cholesky(matrix: np.ndarray) -> np.ndarray | None:
     """The lower factor; None without one."""
-    (factorise,) = scipy.linalg.get_lapack_funcs(("potrf",), (matrix,))
+    (factorise,) = lapack(("potrf",), matrix)
     factor, failed = factorise(matrix.T, lower=True, clean=True)  # symmetric: its transpose needs no copy to columns
     if failed or np.min(np.diagonal(factor)) ** 2 <= len(matrix) * np.finfo(float).eps * np.max(np.diagonal(matrix)):
         return None

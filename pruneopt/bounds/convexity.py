@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
 from pruneopt.bounds.base import Evidence
 from pruneopt.constraints.support import Support
 from pruneopt.curvature.diagonal import Diagonal, Identity
@@ -57,7 +57,7 @@ def _modulus(f: QuadraticObjective, ridge: float) -> float:
     if isinstance(f.curvature, Gram) and ridge > 0:
         h = np.asarray(f.curvature.matrix, np.float64)
         try:  # H + ridge/2 I is positive definite if and only if Cholesky succeeds
-            np.linalg.cholesky(h + 0.5 * ridge * np.eye(len(h)))
+            _linalg.cholesky(h + 0.5 * ridge * np.eye(len(h)))
         except np.linalg.LinAlgError:
             return 0.0
         return 0.5 * ridge

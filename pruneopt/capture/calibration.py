@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pruneopt import _linalg
 from pruneopt.capture import walk
 from pruneopt.capture.statistics import add, checked_weights, cross, is_finite, not_finite
 from pruneopt.capture.statistics import sums as sums_of
@@ -42,7 +43,7 @@ class Inputs:
         if self.cross is None or not self.count:
             return center
         h, cross, w = (np.asarray(x, np.float64) for x in (self.gram, self.cross, center))
-        values, vectors = np.linalg.eigh(h)
+        values, vectors = _linalg.eigh(h)
         values += damping * np.mean(np.diagonal(h))
         live = values > len(h) * np.finfo(self.gram.dtype).eps * values[-1]
         move = vectors[:, live] @ ((vectors[:, live].T @ ((cross - h) @ w)) / values[live, None])

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pruneopt import _linalg
+
 Tree = Any
 
 
@@ -43,7 +45,7 @@ def is_semidefinite(matrix: np.ndarray) -> bool:
     h = np.array(matrix, np.float64)
     h[np.diag_indices(len(h))] += 10 * np.finfo(np.float64).eps * np.trace(h)
     try:
-        np.linalg.cholesky(h)
+        _linalg.cholesky(h)
     except np.linalg.LinAlgError:
         return not np.any(h)
     return True

@@ -121,7 +121,7 @@ class BlockDiagonal(Curvature):
             damped[np.diag_indices(len(h))] += self.ridge + ridge
             inverse = invert(damped)
             if inverse is None:
-                least = np.linalg.eigvalsh(h)[0] + self.ridge
+                least = _linalg.eigvalsh(h)[0] + self.ridge
                 raise ValueError(
                     f"ridge={ridge!r}: the block of entries {at[0]} to {at[-1]} is not positive definite, its least "
                     f"eigenvalue is {least:.3g}; pass a larger ridge"

@@ -14,7 +14,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
 from pruneopt.curvature.streamed import Streamed, over_rows
 from pruneopt.network import calls
 from pruneopt.network.batches import Batches, Source
@@ -93,7 +93,7 @@ class GaussNewton(Streamed):
                 high = float(np.max(np.abs(blocks)))
                 if not np.max(np.abs(apart)) <= 1e-9 * high:
                     return False
-                least, largest = min(least, float(np.min(np.linalg.eigvalsh(blocks)))), max(largest, high)
+                least, largest = min(least, float(np.min(_linalg.eigvalsh(blocks)))), max(largest, high)
         return least >= -1e-12 * largest
 
     def on_batch(self, chosen: Tree, rest: Rest, batch: Any, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:

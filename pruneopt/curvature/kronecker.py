@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
 from pruneopt.capture.statistics import capture
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge, is_semidefinite
 from pruneopt.network import calls
@@ -140,7 +140,7 @@ class Kronecker(Curvature):
     @cached_property
     def _spectra(self) -> list[tuple[Any, Any]]:
         """Eigenvalues and eigenvectors of A and S of each operator, in float64; made once."""
-        spectrum = lambda m: np.linalg.eigh(np.asarray(m, np.float64))  # noqa: E731
+        spectrum = lambda m: _linalg.eigh(np.asarray(m, np.float64))  # noqa: E731
         return [(spectrum(a), spectrum(s)) for a, s in zip(self.inputs, self.outputs, strict=True)]
 
     def _bends(self, ridge: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:

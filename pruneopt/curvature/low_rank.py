@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jax import lax
 from jaxtyping import Array, Float
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge
 from pruneopt.network.leaves import check_finite
 
@@ -111,7 +110,10 @@ class LowRank(Curvature):
         """
         r = self._positive(ridge)
         flat = self.layout.host(b)
-        found = scipy.linalg.solve(self._square(r), flat, assume_a="pos") if self._is_tall else self._woodbury(flat, r)
+        if self._is_tall:
+            found = _linalg.cholesky_solve(_linalg.cholesky(self._square(r)), flat)
+        else:
+            found = self._woodbury(flat, r)
         return jax.tree.map(jnp.asarray, self.layout.tree(found, b))
 
     def inverse_diagonal(self, ridge: float = 0.0) -> Tree:
@@ -122,10 +124,10 @@ class LowRank(Curvature):
         """
         r = self._positive(ridge)
         if self._is_tall:
-            return self.layout.tree(np.diagonal(np.linalg.inv(self._square(r))))
+            return self.layout.tree(np.diagonal(_linalg.inverse(self._square(r))))
         factor, out = self._factor(r).astype(_tree.wide(self.gradients.dtype)), np.empty(self.layout.size)
         for at, block in self._columns():
-            half = scipy.linalg.solve_triangular(factor, block, lower=True, check_finite=False)
+            half = _linalg.triangular_solve(factor, block)
             out[at] = (1 - np.einsum("ij,ij->j", half, half, dtype=np.float64)) / r
         return self.layout.tree(out)
 
@@ -156,7 +158,7 @@ class LowRank(Curvature):
         factor, found, residual = self._factor(r), np.zeros_like(b), b
         with jax.enable_x64(True):
             for _ in range(5):
-                short = scipy.linalg.cho_solve((factor, True), np.asarray(_times(self.gradients, residual)))
+                short = _linalg.cholesky_solve(factor, np.asarray(_times(self.gradients, residual)))
                 found += (residual - np.asarray(_transposed_times(self.gradients, short))) / r
                 along = np.asarray(_times(self.gradients, found)) / self.n
                 residual = b - np.asarray(_transposed_times(self.gradients, along)) - r * found
@@ -165,7 +167,7 @@ class LowRank(Curvature):
         return found
 
     def _factor(self, r: float) -> Float[np.ndarray, "n n"]:
-        return np.linalg.cholesky(self.gram + self.n * r * np.eye(self.n))
+        return _linalg.cholesky(self.gram + self.n * r * np.eye(self.n))
 
     def _columns(self) -> Any:
         """(where, the columns of G there), a view on a CPU."""

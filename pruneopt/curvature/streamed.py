@@ -10,10 +10,9 @@ from typing import Any, ClassVar, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jaxtyping import Array, Bool, Float
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge
 from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.network import calls
@@ -130,9 +129,9 @@ class Streamed(Curvature):
         h = np.asarray(self.dense(memory), np.float64)
         h = (h + h.T) / 2 + ridge * np.eye(len(h))
         try:
-            found = scipy.linalg.cho_solve(scipy.linalg.cho_factor(h), self.layout.host(b))
+            found = _linalg.cholesky_solve(_linalg.cholesky(h), self.layout.host(b))
         except np.linalg.LinAlgError:
-            least = float(np.linalg.eigvalsh(h)[0])
+            least = float(_linalg.eigvalsh(h)[0])
             raise ValueError(
                 f"ridge={ridge!r}: the {self.name} + ridge I is not positive definite, its least eigenvalue is "
                 f"{least:.3g}; pass ridge > {ridge - least:.3g}, or {self.instead}"

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
 from pruneopt.curvature.fisher import empirical_fisher_diagonal
 from pruneopt.network.batches import Source
 from pruneopt.network.leaves import Choice, check_finite, partition
@@ -111,7 +111,7 @@ def _layer(
     norms = np.linalg.norm(w, axis=0)
     unit = w[:, norms > 0] / norms[norms > 0]
     twins = np.triu(np.abs(unit.T @ unit) >= similarity, 1).any(axis=0)
-    values = np.linalg.svd(w, compute_uv=False)
+    values = _linalg.singular_values(w)
     share = values[values > 0] / values.sum() if values.sum() else np.ones(0)
     cost = np.where(w == 0, 0.0, np.inf) if f is None else 0.5 * f * w * w
     return LayerRedundancy(

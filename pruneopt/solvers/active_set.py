@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
+from pruneopt import _linalg
 from pruneopt.bounds.duality import Duality
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.penalties.l1 import L1, ElasticNet
@@ -160,7 +160,7 @@ def _at_signs(at: _Output, active: np.ndarray, signs: np.ndarray, near: np.ndarr
     diagonal = np.einsum("ii->i", matrix)
     diagonal += at.square[active]
     sides = at.target[active] - at.linear[active] * signs
-    factorise, solve = scipy.linalg.get_lapack_funcs(("potrf", "potrs"), (matrix,))
+    factorise, solve = _linalg.lapack(("potrf", "potrs"), matrix)
     ridge, added = 0.0, 0.0
     largest = float(np.max(diagonal, initial=0.0))
     while active.size:

@@ -61,7 +61,8 @@ class ALPS(Solver):
         constraint = problem.subject_to
         assert constraint is not None
         ready = prepared(problem)
-        spectrum = _spectrum(ready, self.damping)
+        with _linalg.factoring(len(ready.center)):
+            spectrum = jax.block_until_ready(_spectrum(ready, self.damping))
         first = selected(constraint, ready.scores(spectrum.dense**2))
         start = state = _State(spectrum.dense, jnp.where(first, spectrum.dense, 0), jnp.zeros_like(spectrum.dense))
         support, kept = first, max(int(jnp.sum(first)), 1)

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float, Int
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.intersection import Intersection
@@ -133,9 +133,9 @@ def _inverse(h: Float[np.ndarray, "p p"], ridge: float, curvature: Curvature) ->
     """(H + ridge I)^-1. Raises ValueError where that is not positive definite."""
     matrix = h + ridge * np.eye(len(h))
     try:
-        factor = scipy.linalg.cho_factor(matrix, lower=True)
+        factor = _linalg.cholesky(matrix)
     except np.linalg.LinAlgError:
-        least = float(scipy.linalg.eigh(matrix, eigvals_only=True, subset_by_index=(0, 0))[0])
+        least = float(_linalg.eigvalsh(matrix)[0])
         mean = float(np.mean(np.diagonal(h)))
         advice = [] if curvature.semidefinite else ["a Fisher curvature, or the Gauss-Newton of a convex loss"]
         if mean > 0:
@@ -145,7 +145,7 @@ def _inverse(h: Float[np.ndarray, "p p"], ridge: float, curvature: Curvature) ->
             f"curvature is not positive definite (least eigenvalue of H + lambda I {least:.3g}), which OBS needs; pass "
             f"{', or '.join(advice) or 'a curvature that is not zero'}"
         ) from None
-    return scipy.linalg.cho_solve(factor, np.eye(len(h)))
+    return _linalg.cholesky_solve(factor, np.eye(len(h)))
 
 
 def _flat(tree: Any) -> Float[np.ndarray, " p"]:

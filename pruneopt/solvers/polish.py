@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jaxtyping import Array
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
 from pruneopt.bounds.convexity import StrongConvexity
 from pruneopt.constraints.support import Support
 from pruneopt.curvature.diagonal import Diagonal, Identity
@@ -110,7 +109,7 @@ def _low_rank_refit(f: QuadraticObjective, h: LowRank, support: Tree) -> Tree:
         sloped += block @ slope[at].astype(block.dtype)
         kept = block[:, mask[at]]
         inner += kept @ kept.T
-    short = scipy.linalg.cho_solve(factor(inner, r, h.gradients.dtype), np.stack([reach, sloped], axis=1))
+    short = _linalg.cholesky_solve(factor(inner, r, h.gradients.dtype), np.stack([reach, sloped], axis=1))
     for at, block in _columns(h):
         along = np.where(mask[at], short[:, 0].astype(block.dtype) @ block, 0.0)
         turned = np.where(mask[at], short[:, 1].astype(block.dtype) @ block, 0.0)
@@ -126,7 +125,7 @@ def factor(inner: np.ndarray, ridge: float, dtype: Any) -> Any:
     """
     matrix = inner + len(inner) * ridge * np.eye(len(inner))
     try:
-        return scipy.linalg.cho_factor(matrix, lower=True)
+        return _linalg.cholesky(matrix)
     except np.linalg.LinAlgError:
         raise ValueError(
             f"curvature has a ridge of {ridge:.3g} in all, below the rounding of products of gradients in {dtype}; "
@@ -167,7 +166,7 @@ def refit(gram: Any, center: Any, support: Any, ridge: float) -> tuple[np.ndarra
 
 def _solved(matrix: np.ndarray, sides: np.ndarray) -> np.ndarray | None:
     """By Cholesky; None where the matrix is singular to working precision."""
-    factorise, solve = scipy.linalg.get_lapack_funcs(("potrf", "potrs"), (matrix,))
+    factorise, solve = _linalg.lapack(("potrf", "potrs"), matrix)
     factor, failed = factorise(matrix, lower=True)
     tolerance = len(matrix) * np.finfo(matrix.dtype).eps * np.max(np.diagonal(matrix))
     if failed or np.min(np.diagonal(factor)) ** 2 <= tolerance:
@@ -176,7 +175,7 @@ def _solved(matrix: np.ndarray, sides: np.ndarray) -> np.ndarray | None:
 
 
 def _least_change(h: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(h)
+    values, vectors = _linalg.eigh(h)
     live = values > len(values) * np.finfo(h.dtype).eps * max(values[-1], 0.0)
     return vectors[:, live] @ ((vectors[:, live].T @ wanted) / values[live, None])
 

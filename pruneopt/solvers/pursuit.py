@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jaxtyping import Bool, Float
 
-from pruneopt import _tree
+from pruneopt import _linalg, _tree
 from pruneopt.curvature.low_rank import LowRank
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
@@ -139,7 +138,7 @@ class _Model(NamedTuple):
             inner = near.inner + _square(g[:, support & ~near.support]) - _square(g[:, near.support & ~support])
         gap = np.where(support, self.target, 0.0) - self.center
         reach = (g @ gap.astype(g.dtype)).astype(np.float64)
-        y = scipy.linalg.cho_solve(factor(inner, self.ridge, g.dtype), reach)
+        y = _linalg.cholesky_solve(factor(inner, self.ridge, g.dtype), reach)
         z = self.target - (y.astype(g.dtype) @ g).astype(np.float64)
         d = np.where(support, z, 0.0) - self.center
         value = self.gradient @ d + 0.5 * self.ridge * (n * self.ridge * (y @ y) + d @ d)  # G d = n r y

@@ -153,7 +153,7 @@ def _swapped(problem: Problem, ready: Layer, start: Any, steps: int, damping: fl
     gram = np.asarray(ready.gram, np.float64) + damping * float(ready.mean) * np.eye(n)
     runs = np.arange(n) // run
     at_once = int(max(1, min(m, memory // (48 * n * n))))
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), _linalg.factoring(n):
         given = [x.T for x in (np.asarray(ready.center, np.float64), start & live, free & live)]
         support, swaps, gains = jax.device_get(_exchanged(at_once, gram, runs, steps, *given))
     return _Found(support.T, swaps, gains)
