@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _linalg
 
 Tree = Any
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
 def is_array(leaf: Any) -> bool:
@@ -27,6 +33,54 @@ def is_array(leaf: Any) -> bool:
 def like(new: Any, old: Any) -> Any:
     """`new` as a NumPy array where `old` is one."""
     return np.asarray(new) if isinstance(old, np.ndarray) else new
+
+
+def on_host(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """`call`, which reads numbers, but refused inside `jit`, and on arrays that `vmap` or `grad` follow or that were deleted
+    (donated to a compiled function): in one sentence, which names the argument.
+    """
+    names = inspect.signature(call)
+
+    @functools.wraps(call)
+    def checked(*args: _Given.args, **words: _Given.kwargs) -> _Result:
+        _check_outside_jit(call.__name__)
+        try:
+            given = names.bind(*args, **words).arguments
+        except TypeError:  # Python says it better
+            given = {}
+        for name, value in given.items():
+            check_here(value, name)
+        return call(*args, **words)
+
+    return checked
+
+
+def _check_outside_jit(what: str) -> None:
+    if isinstance(jnp.zeros((), bool), jax.core.Tracer):  # there even what is made of constants has no value
+        raise TypeError(f"{what}: numbers are read here, and inside jit there are none yet; call it outside of jit")
+
+
+def check_here(tree: Tree, what: str, *, may_be_traced: bool = False) -> None:
+    """Raise TypeError inside jit and for an array that has no value yet, ValueError for one that was deleted."""
+    if not may_be_traced:
+        _check_outside_jit(what)
+    for path, leaf in named_leaves(tree):
+        where = f"{what}: leaf '{path}'" if path else what
+        if isinstance(leaf, jax.core.Tracer):
+            if not may_be_traced:
+                raise TypeError(
+                    f"{where} is traced by jit, vmap or grad and has no numbers yet; call this outside "
+                    "of them, on arrays"
+                )
+        elif isinstance(leaf, jax.Array):
+            if leaf.is_deleted():
+                raise ValueError(
+                    f"{where} was deleted, such as by donating it to a compiled function; pass the arrays "
+                    "that this function returned"
+                )
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                check_here(getattr(leaf, field.name), f"{what}.{field.name}", may_be_traced=may_be_traced)
 
 
 def placed(new: Any, old: Any) -> Any:

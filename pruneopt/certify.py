@@ -28,6 +28,7 @@ class Certificate:
     status: Status
 
 
+@_tree.on_host
 def certify(problem: Problem, solution: Solution) -> Certificate:
     """Re-derive feasibility, objective and bound of `solution`, in float64 for quadratics.
 

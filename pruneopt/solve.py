@@ -25,6 +25,7 @@ class SolveError(RuntimeError):
     """A solver's result is not usable: not finite, or infeasible. The message is the status's sentence."""
 
 
+@_tree.on_host
 def solve(
     problem: Problem,
     solver: Solver,

@@ -51,6 +51,7 @@ class Statistics:
     output_gradient: Float[Array, "problems n_out n_out"] | None = None
 
 
+@_tree.on_host
 def capture(
     fn: Callable[[Tree, Any], Any],
     params: Tree,

@@ -25,6 +25,7 @@ Tree = Any
 _CHUNK_BYTES, _CHUNK = 1 << 24, 256
 
 
+@_tree.on_host
 def empirical_fisher(
     loss: calls.Loss,
     params: Tree,
@@ -77,6 +78,7 @@ def empirical_fisher(
     return LowRank(gradients, layout, float(ridge))
 
 
+@_tree.on_host
 def empirical_fisher_diagonal(loss: calls.Loss, params: Tree, batches: Source, leaves: Choice = None) -> Diagonal:
     """diag F, F = 1/n sum_i g_i g_i^T with g_i the gradient of example i's loss; n examples in all.
 

@@ -35,6 +35,7 @@ class Gram(Curvature):
         """
         if not hasattr(matrix, "ndim"):
             raise TypeError(f"gram is a {type(matrix).__name__}; pass an array, X^T X / N")
+        _tree.check_here(matrix, "gram")
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"gram has shape {np.shape(matrix)}; pass the square matrix X^T X / N, (n_in, n_in)")
         if not jnp.issubdtype(matrix.dtype, jnp.floating):

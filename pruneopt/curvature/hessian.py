@@ -69,6 +69,7 @@ def _products(loss: calls.Loss, chosen: Tree, rest: Rest, batch: Any, rows: Arra
     return over_rows(lambda d: hessian_vector_product(of, chosen, d), _tree.Layout.of(chosen), chosen, rows)
 
 
+@_tree.on_host
 def hutchinson_diagonal(
     loss: calls.Loss,
     params: Tree,

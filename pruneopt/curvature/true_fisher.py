@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pruneopt import _tree
 from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.curvature.fisher import empirical_fisher, empirical_fisher_diagonal
 from pruneopt.curvature.gauss_newton import Outputs
@@ -35,6 +36,7 @@ def cross_entropy(logits: Float[Array, "... classes"], labels: Int[Array, "..."]
     return -jnp.sum(jnp.take_along_axis(logs, labels[..., None], axis=-1))
 
 
+@_tree.on_host
 def sampled_fisher(
     model: Outputs,
     params: Tree,
@@ -60,6 +62,7 @@ def sampled_fisher(
     return empirical_fisher(drawn, params, keyed, leaves, ridge=ridge, dtype=dtype, memory=memory)
 
 
+@_tree.on_host
 def sampled_fisher_diagonal(
     model: Outputs,
     params: Tree,
@@ -75,6 +78,7 @@ def sampled_fisher_diagonal(
     return empirical_fisher_diagonal(drawn, params, keyed, leaves)
 
 
+@_tree.on_host
 def softmax_fisher(
     model: Outputs,
     params: Tree,

@@ -20,6 +20,8 @@ def apply(params: Tree, pruned: Pruned | Solution | Tree) -> Tree:
         None or no entry at all where nothing is pruned. Use it to hold a support through your own training.
     Raises ValueError for a mask whose path or shape `params` does not have, TypeError for one that is not boolean.
     """
+    for name, tree in (("params", params), ("pruned", pruned)):
+        _tree.check_here(tree, name, may_be_traced=True)
     support = pruned.support if isinstance(pruned, (Pruned, Solution)) else pruned
     masks = dict(_tree.named_leaves(support))
     arrays = {path: leaf for path, leaf in _tree.named_leaves(params) if path in masks or _tree.is_array(leaf)}
@@ -27,6 +29,7 @@ def apply(params: Tree, pruned: Pruned | Solution | Tree) -> Tree:
     return _tree.map_named(lambda path, leaf: _tree.masked(leaf, masks[path]) if path in masks else leaf, params)
 
 
+@_tree.on_host
 def from_masks(params: Tree, masks: Tree) -> Pruned:
     """A Pruned from the masks of any tool: booleans, or numbers of which zero means pruned.
 

@@ -25,6 +25,7 @@ _VALUES, _MASK, _ARRAY = "values:", "mask:", "array:"
 _HAS_SHAPE = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
+@_tree.on_host
 def save(pruned: Pruned, file: str | os.PathLike[str]) -> None:
     """Write values, masks and history of `pruned` to `file` (safetensors), all or nothing.
 
@@ -47,6 +48,7 @@ def load(file: str | os.PathLike[str], like: Tree) -> Pruned:
     Raises ValueError for a damaged file, one that `save` did not write, or one that does not fit `like`;
     FileNotFoundError where there is none.
     """
+    _tree.check_here(None, "load")
     try:
         tensors, texts = _store.read_tensors(file)
         history = _store.read_json(texts.get("history", ""), list)

@@ -85,6 +85,7 @@ class Report:
         return "\n".join(lines)
 
 
+@_tree.on_host
 def report(
     params: Tree,
     pruned: Pruned,

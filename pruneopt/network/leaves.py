@@ -136,6 +136,7 @@ def updated(rest: Rest, updates: Tree) -> Rest:
 
 def check_finite(tree: Tree, what: str) -> Tree:
     """`tree`, or ValueError naming `what` and the first leaf with a NaN or an infinity."""
+    _tree.check_here(tree, what)
     path = _tree.first_nonfinite(tree)
     if path is not None:
         raise ValueError(f"{what} holds a NaN or an infinity in leaf '{path}'; repair it before pruning")

@@ -36,6 +36,7 @@ from pruneopt.structure.operators import Operator
 Tree = Any
 
 
+@_tree.on_host
 def layerwise(
     fn: Callable[[Tree, Any], Any],
     params: Tree,

@@ -23,6 +23,7 @@ from pruneopt.solvers.score import Score
 Tree = Any
 
 
+@_tree.on_host
 def lossless(
     fn: Callable[[Tree, Any], Any],
     params: Tree,

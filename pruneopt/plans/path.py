@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pruneopt import _selection
+from pruneopt import _tree
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.support import Support
 from pruneopt.objectives.base import Objective, QuadraticObjective
@@ -54,6 +55,7 @@ class Path:
         return "\n".join([f"{'weight':>10} {'kept':>10} {'sparsity':>9} {'objective':>12} {'gap':>8}", *rows])
 
 
+@_tree.on_host
 def path(
     objective: Objective,
     penalty: Penalty,

@@ -29,6 +29,7 @@ Tree = Any
 FineTune = Callable[[Tree, Tree], Tree]
 
 
+@_tree.on_host
 def prune(
     fn: Callable[[Tree, Any], Any] | None,
     params: Tree,

@@ -19,6 +19,7 @@ Tree = Any
 Updates = Callable[[Tree, Any], Tree]
 
 
+@_tree.on_host
 def recalibrate(updates: Updates, params: Tree, batches: Source) -> Tree:
     """`params` with each running statistic replaced by its mean over batches, weighted by their examples.
 

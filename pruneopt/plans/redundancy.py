@@ -65,6 +65,7 @@ class Redundancy:
         return "\n".join(lines)
 
 
+@_tree.on_host
 def redundancy(
     params: Tree,
     fn: Callable[[Tree, Any], Any] | None = None,

@@ -54,6 +54,7 @@ class Sensitivity:
         return axes
 
 
+@_tree.on_host
 def sensitivity(
     fn: Callable[[Tree, Any], Any],
     params: Tree,

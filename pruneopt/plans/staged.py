@@ -34,6 +34,7 @@ _HALVINGS = 3  # of one stage, at most: an eighth of it is taken then, whatever 
 _STEPS = (1.0, 0.5, 0.25, 0.125, 0.0)  # of the way from the plain cut to the model's weights: three halvings, and none
 
 
+@_tree.on_host
 def staged(
     fn: Callable[[Tree, Any], Any],
     params: Tree,

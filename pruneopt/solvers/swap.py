@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pruneopt import _linalg
+from pruneopt import _linalg, _tree
 from pruneopt.constraints.support import Support
 from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
@@ -81,6 +81,7 @@ class Swap(Solver):
         return outcome(problem, ready, jnp.asarray(value, dtype), jnp.asarray(support), hit_limit=limit, stats=stats)
 
 
+@_tree.on_host
 def largest_gain(problem: Problem, support: Tree, outputs: int | None = None) -> float:
     """By which part of its error the best single exchange in an output would lower that, all kept weights refitted.
 

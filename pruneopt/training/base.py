@@ -34,6 +34,8 @@ class SparseOptimizer(optax.GradientTransformationExtraArgs):
         """From the three functions."""
 
         def finished(params: Tree, state: Any) -> Pruned:
+            _tree.check_here(params, "params")
+            _tree.check_here(state, "state")
             _check_converged(params)
             done = finish(params, state)
             _check_converged(done.params)
