@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pruneopt import _selection
-from pruneopt import _tree
+from pruneopt import _selection, _tree
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.support import Support
 from pruneopt.objectives.base import Objective, QuadraticObjective
