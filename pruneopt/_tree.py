@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -36,8 +36,8 @@ def like(new: Any, old: Any) -> Any:
 
 
 def on_host(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """`call`, which reads numbers, but refused inside `jit`, and on arrays that `vmap` or `grad` follow or that were deleted
-    (donated to a compiled function): in one sentence, which names the argument.
+    """`call`, which reads numbers, refused in one sentence inside `jit`, and on arguments that `vmap` or `grad` follow or
+    that were deleted (donated to a compiled function).
     """
     names = inspect.signature(call)
 
@@ -49,7 +49,8 @@ def on_host(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         except TypeError:  # Python says it better
             given = {}
         for name, value in given.items():
-            check_here(value, name)
+            if not isinstance(value, Iterator):  # a mistake that its reader explains
+                check_here(value, name)
         return call(*args, **words)
 
     return checked
