@@ -36,8 +36,8 @@ def like(new: Any, old: Any) -> Any:
 
 
 def on_host(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """`call`, which reads numbers, refused in one sentence inside `jit`, and on arguments that `vmap` or `grad` follow or
-    that were deleted (donated to a compiled function).
+    """`call`, which reads numbers, refused in one sentence inside `jit`, and on arrays that `vmap` or `grad` follow, or
+    that were deleted: donated to a compiled function.
     """
     names = inspect.signature(call)
 
