@@ -128,6 +128,11 @@ def name(key_path: tuple) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
+def called(path: str) -> str:
+    """What a message calls the leaf of that path; a tree that is one array has none."""
+    return f"leaf '{path}'" if path else "the matrix"
+
+
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """[(path, leaf)] in leaf order."""
     return [(name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]

@@ -86,6 +86,11 @@ class Pruned(_Supported):
     solutions: dict[str, Solution] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """What the last stage says of each layer; empty for methods that take the network as a whole."""
+        return self.history[-1].get("layers", []) if self.history else []
+
     def __repr__(self) -> str:
         return (
             f"Pruned({len(jax.tree.leaves(self.support))} leaves, kept {self.kept} of {_tree.size(self.support)} "

@@ -69,8 +69,8 @@ def _solved(problem: Problem, solver: Solver, start: Start | None, key: jax.Arra
     path = problem.emptied(outcome.support)
     if path is not None:
         raise ValueError(
-            f"subject_to={problem.subject_to!r} keeps no weight of leaf '{path}': the layer would collapse; lower the "
-            "sparsity, pass floor=1 (or more) to keep some, or floor=0 to allow it"
+            f"subject_to={problem.subject_to!r} keeps no weight of {_tree.called(path)}: the layer would collapse; "
+            "lower the sparsity, pass floor=1 (or more) to keep some, or floor=0 to allow it"
         )
     check = verify(problem, value, outcome.support, outcome.evidence)
     status = Status.LIMIT if outcome.hit_limit and check.status is Status.FEASIBLE else check.status

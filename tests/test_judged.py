@@ -13,9 +13,10 @@ import pruneopt as po
 from pruneopt.constraints import Cardinality, L1Ball
 from pruneopt.curvature import Identity, sampled_fisher
 from pruneopt.objectives import Quadratic
-from pruneopt.plans import LAYER_METHODS, METHODS, Iterative, Method, SoftmaxGaussNewton
+from pruneopt.plans import METHODS, Iterative, Method, SoftmaxGaussNewton
 from pruneopt.plans.judged import DAMPINGS, judged
-from pruneopt.solvers import ProximalGradient, Score
+from pruneopt.solvers import FAST, ProximalGradient, Score
+from pruneopt.structure import Network
 
 SHAPES = {"a": (2, 8), "b": (8, 1)}
 GOAL = Cardinality(sparsity=0.5, floor=1)
@@ -81,25 +82,25 @@ def test_a_model_that_is_not_of_the_loss_foresees_nothing():
 
 
 def test_held_out_examples_choose_the_damping():
-    row = METHODS["chita"]
+    row = METHODS["pursuit"]
 
     def loss_with(damping):
         def model(*given):
             found = row.model(*given)
             return Quadratic(found.center, found.curvature, damping=damping)
 
-        alone = pruned(Method(model, row.solver, "CHITA"), batches=[train()])
+        alone = pruned(Method(model, row.solver, "pursuit"), batches=[train()])
         return float(tiny_loss(alone.params, other()))
 
     losses = [loss_with(d) for d in DAMPINGS]
     assert max(losses) > 1.001 * min(losses)
-    got = pruned("chita", [other()], batches=[train()])
+    got = pruned("pursuit", [other()], batches=[train()])
     assert got.history[0]["damping"] == DAMPINGS[int(np.argmin(losses))]
     assert float(tiny_loss(got.params, other())) == pytest.approx(min(losses))
-    assert pruned("chita", batches=[train()]).history[0]["damping"] == 0.01
+    assert pruned("pursuit", batches=[train()]).history[0]["damping"] == 0.01
     staged = po.plans.staged(
-        tiny_loss, tree(1, SHAPES), lambda stage: [train()], GOAL, [other()], method="chita", schedule=Iterative(1),
-        rise=1e9, dampings=DAMPINGS, progress=False,
+        tiny_loss, tree(1, SHAPES), lambda stage: [train()], GOAL, [other()], method="pursuit", schedule=Iterative(1),
+        rise=1e9, progress=False,
     )  # fmt: skip
     assert staged.history[0]["loss"] <= min(losses) * (1 + 1e-9)  # of the same models, and shorter steps to each
 
@@ -128,7 +129,7 @@ class Picky(Score):
 
 
 def test_a_damping_that_cannot_be_solved_is_skipped_unless_all_are():
-    model = METHODS["chita"].model
+    model = METHODS["pursuit"].model
     assert pruned(Method(model, Picky(), "test"), [other()]).history[0]["damping"] in (0.03, 0.1)
     with pytest.raises(ValueError, match=r"damping=0\.001: leaf 'a'"):
         pruned(Method(model, Picky(least=1.0), "test"), [other()])
@@ -137,13 +138,20 @@ def test_a_damping_that_cannot_be_solved_is_skipped_unless_all_are():
 def test_held_out_examples_choose_the_damping_layer_by_layer():
     given = {"leaves": "a", "batches": [train()]}
     direct = po.plans.layerwise(
-        tiny_loss, tree(1, SHAPES), [train()], GOAL, LAYER_METHODS["fast"].solver, held_out=[other()], leaves="a",
-        target="network", progress=False,
+        tiny_loss, tree(1, SHAPES), [train()], GOAL, FAST, held_out=[other()], leaves="a", progress=False,
     )  # fmt: skip
     got = pruned("fast", [other()], **given)
-    assert got.history[0]["layers"][0]["damping"] == direct.history[0]["damping"]
+    assert got.history[0]["layers"][0]["damping"] == direct.layers[0]["damping"]
     np.testing.assert_allclose(got.params["a"], direct.params["a"], rtol=1e-9, atol=1e-12)
     assert pruned("wanda", [other()], **given).history[0]["layers"][0]["damping"] == 0  # Wanda has none to choose
+
+
+def test_rows_check_their_parts():
+    model = METHODS["pursuit"].model
+    with pytest.raises(ValueError, match=r"dampings=\(0.1, -1\) is no number >= 0 and no sequence"):
+        Method(model, Score(), dampings=(0.1, -1))
+    with pytest.raises(TypeError, match="solver is 'score'; pass a pruneopt Solver"):
+        Method(model, "score")
 
 
 def test_a_seed_may_be_a_numpy_integer():
@@ -163,7 +171,7 @@ def test_the_softmax_gauss_newton_is_the_dense_one():
     w, back = jax.flatten_util.ravel_pytree(params)
     model = SoftmaxGaussNewton(logits, temperature=2.0, share=0.25, damping=0.1)
     key = jax.random.key(3)
-    found = model(None, params, tiny_batches((6, 4)), ["a", "b"], key)
+    found = model(Network.of(None, params, tiny_batches((6, 4))), key)
     h = np.zeros((w.size, w.size))
     for x, y in tiny_batches((6, 4)):
         jacobian = jax.jacobian(lambda v, x=x, y=y: logits(back(v), (x, y)))(w)

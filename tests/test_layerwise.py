@@ -7,9 +7,9 @@ import pytest
 
 import pruneopt as po
 from pruneopt.capture import calibration
-from pruneopt.constraints import NM, ByPath, Cardinality, Support
-from pruneopt.plans import layerwise
-from pruneopt.plans.layerwise import DAMPINGS
+from pruneopt.constraints import NM, ByPath, Cardinality, Intersection, Support
+from pruneopt.plans import LayerMethod, layer_task, layerwise
+from pruneopt.plans.judged import DAMPINGS
 from pruneopt.program import segment
 from pruneopt.solvers import ADMM, Polish, Score, Then, factors
 
@@ -70,9 +70,10 @@ def by_hand(batches, weights=None):
     return new
 
 
-def run(fn=mlp, params=None, batches=None, constraint=HALF, solver=REFIT, **words):
+def run(fn=mlp, params=None, batches=None, constraint=HALF, solver=REFIT, target="layer", damping=0.01, **words):
     given = WEIGHTS if params is None else params
-    return layerwise(fn, given, BATCHES if batches is None else batches, constraint, solver, progress=False, **words)
+    row = LayerMethod(solver, damping=damping, target=target)
+    return layerwise(fn, given, BATCHES if batches is None else batches, constraint, row, progress=False, **words)
 
 
 def assert_same(found, wanted, rtol=1e-9):
@@ -88,7 +89,7 @@ def assert_identical(one, other):
 def test_each_layer_sees_the_pruned_ones_before_it():
     pruned = run()
     assert_same(pruned.params, by_hand(BATCHES))
-    assert [entry["layer"] for entry in pruned.history] == ["a", "b", "c"]
+    assert [entry["layer"] for entry in pruned.layers] == ["a", "b", "c"]
     assert {name: s.kept for name, s in pruned.solutions.items()} == {"a": 24, "b": 32, "c": 12}
     for name, mask in pruned.support.items():
         assert not np.any(np.asarray(pruned.params[name])[~np.asarray(mask)])
@@ -156,7 +157,7 @@ def test_held_out_batches_choose_the_damping():
     tried = {d: one_layer(WEIGHTS["a"], x, d) for d in DAMPINGS}
     errors = {d: np.sum((w - WEIGHTS["a"]) * (h @ (w - WEIGHTS["a"]))) for d, w in tried.items()}
     best = min(errors, key=errors.get)
-    assert pruned.history[0]["damping"] == best
+    assert pruned.layers[0]["damping"] == best
     assert best != DAMPINGS[0], "the case must tell the dampings apart"
     assert_same(pruned.params, {"a": tried[best]})
 
@@ -172,7 +173,7 @@ def test_layers_under_different_constraints_and_layers_skipped():
 
 def test_what_is_cut_before_stays_cut():
     within = {"a": draw(6, 8) > -0.5, "b": None, "c": None}
-    pruned = run(within=within)
+    pruned = run(constraint=Intersection((Support(within), HALF)))
     assert not np.any(np.asarray(pruned.support["a"]) & ~within["a"])
     assert np.asarray(pruned.support["a"]).sum() == 24
 
@@ -189,7 +190,7 @@ def test_operators_with_one_input_share_one_gram(monkeypatch):
 
     pruned = run(attention, params, [BATCHES[0]])
     assert seen == [6, 4]
-    assert [entry["layer"] for entry in pruned.history] == ["q", "k", "v", "o"]
+    assert [entry["layer"] for entry in pruned.layers] == ["q", "k", "v", "o"]
 
 
 def test_operators_with_one_input_share_its_factors(monkeypatch):
@@ -224,7 +225,7 @@ def test_repeated_blocks_are_compiled_once():
 
     before = segment._run._cache_size()
     pruned = run(blocks, params, [jnp.asarray(BATCHES[0])], solver=Score())
-    assert len(pruned.history) == 12
+    assert len(pruned.layers) == 12
     assert segment._run._cache_size() - before == 2  # from up to down, from down to the next up
 
 
@@ -245,7 +246,7 @@ def test_scanned_layers_are_their_own_layers(scanned):
         new[i] = one_layer(stack["w"][i], x)
         x = relu(x @ new[i])
     assert_same(pruned.params, {"w": new})
-    assert [entry["layer"] for entry in pruned.history] == [f"w[{i}]" for i in order]
+    assert [entry["layer"] for entry in pruned.layers] == [f"w[{i}]" for i in order]
     assert np.asarray(pruned.support["w"]).sum() == 54
 
 
@@ -287,7 +288,7 @@ def test_experts_are_problems_of_their_own():
     for e in (0, 1):
         wanted = one_layer(params["experts"][e], x[routes[0] == e])
         np.testing.assert_allclose(pruned.params["experts"][e], wanted, rtol=1e-8)
-    assert pruned.history[0]["notes"] == ["experts{2} saw no input: pruned by magnitude"]
+    assert pruned.layers[0]["notes"] == ["experts{2} saw no input: pruned by magnitude"]
     third = params["experts"][2]
     np.testing.assert_array_equal(np.asarray(pruned.support["experts"][2]), kept_by_saliency(third, np.eye(6), 12))
     assert set(pruned.solutions) == {"experts{0}", "experts{1}", "experts{2}"}
@@ -321,8 +322,6 @@ class Killed(Exception):
 
 def killed_at(monkeypatch, layer):
     """`solve` of the plan that dies at the given layer; the list of its calls."""
-    from pruneopt.plans import layerwise as module
-
     solve, calls = po.solve, []
 
     def dying(*args, **words):
@@ -331,7 +330,7 @@ def killed_at(monkeypatch, layer):
             raise Killed
         return solve(*args, **words)
 
-    monkeypatch.setattr(__import__("sys").modules[module.__module__], "solve", dying)
+    monkeypatch.setattr(layer_task, "solve", dying)
     return calls
 
 
@@ -349,7 +348,7 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch, layer):
     assert_identical(again.params, whole.params)
     assert_identical(again.support, whole.support)
     assert {n: s.objective for n, s in again.solutions.items()} == {n: s.objective for n, s in whole.solutions.items()}
-    assert [e["relative_error"] for e in again.history] == [e["relative_error"] for e in whole.history]
+    assert [e["relative_error"] for e in again.layers] == [e["relative_error"] for e in whole.layers]
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
@@ -362,7 +361,7 @@ def test_a_folder_belongs_to_one_run(tmp_path):
         ({"target": "network"}, "target"),
         ({"batches": BATCHES[:2]}, "batches"),
         ({"params": {**WEIGHTS, "c": 2 * WEIGHTS["c"]}}, "params"),
-        ({"within": {"a": draw(6, 8) > -1, "b": None, "c": None}}, "within"),
+        ({"constraint": Intersection((Support({"a": draw(6, 8) > -1}), HALF))}, "constraint"),
     ):
         with pytest.raises(ValueError, match=f"run_dir.*other {named}; repeat that call"):
             run(run_dir=folder, **words)
@@ -396,8 +395,8 @@ def test_leaves_that_no_operator_reads_are_listed_or_refused():
         return mlp(p, jnp.asarray(x) + p["position"])
 
     pruned = run(fn, params)
-    assert pruned.history[-1]["layer"] == "position"
-    assert "meets data in add" in pruned.history[-1]["skipped"]
+    assert pruned.layers[-1]["layer"] == "position"
+    assert "meets data in add" in pruned.layers[-1]["skipped"]
     assert pruned.support["position"] is None
     with pytest.raises(ValueError, match=r"no operator can be captured for 'position': it meets data in add"):
         run(fn, params, leaves=["a", "position"])
@@ -410,15 +409,23 @@ def test_bad_input():
         run(batches=[np.zeros((4, 6))])
     with pytest.raises(ValueError, match="target='dense' is unknown; pass 'layer' or 'network'"):
         run(target="dense")
-    with pytest.raises(ValueError, match=r"damping=\[0.1, 0.2\] leaves a choice, but held_out is None"):
+    with pytest.raises(ValueError, match=r"damping=\[0.1, 0.2\] is no single number; pass those to try as dampings="):
         run(damping=[0.1, 0.2])
     with pytest.raises(ValueError, match="damping=-1 is no number >= 0"):
         run(damping=-1)
-    for damping in ("a", (), np.array([[0.1, np.nan]])):
+    for dampings in ("a", np.array([[0.1, np.nan]])):
         with pytest.raises(ValueError, match="is no number >= 0 and no sequence of them"):
-            run(damping=damping, held_out=BATCHES)
+            LayerMethod(REFIT, dampings=dampings)
     with pytest.raises(TypeError, match="solver is 'wanda'; pass a pruneopt Solver"):
         run(solver="wanda")
+    with pytest.raises(
+        ValueError, match=r"method='fisher' models the whole network's loss; pass one of wanda, .*Solver"
+    ):
+        layerwise(mlp, WEIGHTS, BATCHES, HALF, "fisher")
+    with pytest.raises(
+        ValueError, match=r"method='wand' is unknown; pass one of random, .*a row of your own, or a Sol"
+    ):
+        layerwise(mlp, WEIGHTS, BATCHES, HALF, "wand")
     with pytest.raises(TypeError, match=r"constraint is 0.5; pass a pruneopt Constraint"):
         run(constraint=0.5)
     with pytest.raises(ValueError, match="of: leaf 'b' matches none"):
@@ -427,8 +434,8 @@ def test_bad_input():
         run(weights=lambda batch: np.ones(5))
     with pytest.raises(ValueError, match="batch 1 has structure"):
         run(batches=[BATCHES[0], (BATCHES[1],)])
-    with pytest.raises(ValueError, match=r"within: 'a' has shape|within: 'a'"):
-        run(within={"a": np.ones((2, 2), bool), "b": None, "c": None})
+    with pytest.raises(ValueError, match=r"mask 'a': the matrix has shape \(2, 2\), params has \(6, 8\)"):
+        run(constraint=Support({"a": np.ones((2, 2), bool), "b": None, "c": None}))
 
 
 def test_a_network_that_changes_with_the_batch_is_refused():
@@ -490,9 +497,9 @@ def test_overflow_inside_the_network_names_the_layer():
         run(fn, {"a": draw(6, 3), "z": draw(3, 4)})
 
 
-def test_within_is_boolean():
-    with pytest.raises(TypeError, match="within: 'a' has dtype float64"):
-        run(within={"a": np.full(WEIGHTS["a"].shape, 0.3)})
+def test_masks_are_boolean():
+    with pytest.raises(TypeError, match="mask 'a' has dtype float64"):
+        run(constraint=Support({"a": np.full(WEIGHTS["a"].shape, 0.3)}))
 
 
 def test_the_layers_name_is_in_its_constraints_error():
@@ -512,7 +519,7 @@ def test_complex_products_are_refused():
 
 def test_an_unreadable_use_is_noted():
     fn = lambda p, x: jnp.asarray(x) @ p["w"] + (3 * jnp.asarray(x)) @ jnp.tanh(p["w"])  # noqa: E731
-    history = run(fn, {"w": draw(6, 4)}).history
+    history = run(fn, {"w": draw(6, 4)}).layers
     assert any("a use that cannot be read" in note for note in history[0]["notes"])
 
 
@@ -526,7 +533,7 @@ def test_an_init_that_is_not_finite():
 def test_a_layer_that_would_collapse_is_named():
     p = {"first": jnp.ones((2, 2), jnp.float32), "second": jnp.ones((2, 2), jnp.float32)}
     x = np.random.default_rng(0).standard_normal((8, 2)).astype(np.float32)
-    with pytest.raises(ValueError, match=r"keeps no weight of layer 'first"):
+    with pytest.raises(ValueError, match=r"layer 'first': .* keeps no weight of the matrix: the layer would collapse"):
         layerwise(
             lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"],
             p,

@@ -162,9 +162,8 @@ def test_lossless_gives_back_the_trained_weights_where_a_method_only_raises_the_
     def rising(params, batch):
         return jnp.mean(batch[0][:, 0] ** 2) * jnp.sum(jnp.abs(params["a"] - trained["a"]))
 
-    def wrong(fn, params, batches, leaves, key):  # a model whose minimum is elsewhere, even with nothing removed
-        center = {"a": params["a"], "b": None}
-        return po.objectives.Quadratic(center, po.curvature.Identity(), {"a": jnp.ones((2, 16)), "b": None})
+    def wrong(network, key):  # a model whose minimum is elsewhere, even with nothing removed
+        return po.objectives.Quadratic(network.chosen, po.curvature.Identity(), {"a": jnp.ones((2, 16)), "b": None})
 
     trained = tree(1, SHAPES)
     row = po.plans.Method(wrong, po.solvers.GlobalADMM(), "a test")

@@ -10,6 +10,7 @@ from cases import tiny_batches, tiny_loss, tree
 import pruneopt as po
 from pruneopt.constraints import Cardinality, Slices
 from pruneopt.plans import METHODS, Iterative
+from pruneopt.structure import Network
 
 SHAPES = {"a": (2, 6), "b": (6, 1)}
 
@@ -40,7 +41,7 @@ def test_snip_and_grasp_are_their_formulas():
 
 def test_grasp_keeps_the_weights_whose_loss_would_lower_the_gradient_most():
     params, (whole,) = tree(1, SHAPES), tiny_batches()
-    model = METHODS["grasp"].model(tiny_loss, params, [whole], None, jax.random.key(0))
+    model = METHODS["grasp"].model(Network.of(tiny_loss, params, [whole]), jax.random.key(0))
     w, unflat = jax.flatten_util.ravel_pytree(params)
 
     def flow(v):
@@ -55,7 +56,7 @@ def network(params, batch):
 
 def test_synflow_is_the_flow_through_absolute_weights_and_is_conserved():
     params = tree(1, SHAPES)
-    model = METHODS["synflow"].model(network, params, tiny_batches(), None, jax.random.key(0))
+    model = METHODS["synflow"].model(Network.of(network, params, tiny_batches()), jax.random.key(0))
     scores = jax.tree.map(np.abs, model.saliency())
     a, b = np.abs(params["a"]), np.abs(params["b"])
     np.testing.assert_allclose(scores["a"], a * b[:, 0], rtol=1e-12)

@@ -12,7 +12,6 @@ from cases import tiny_batches, tiny_loss, tree
 import pruneopt as po
 from pruneopt.constraints import Cardinality
 from pruneopt.curvature import Identity
-from pruneopt.network.leaves import partition
 from pruneopt.objectives import Quadratic
 from pruneopt.plans import METHODS, Iterative, Method
 from pruneopt.solvers import Pursuit, Score
@@ -25,9 +24,9 @@ GOAL = Cardinality(sparsity=0.75, floor=1)
 def test_models_are_built_at_the_stage_s_weights_on_the_stage_s_examples():
     seen = []
 
-    def model(fn, params, batches, leaves, key):
-        seen.append((params, len(batches)))
-        return Quadratic(partition(params, leaves)[0], Identity())
+    def model(network, key):
+        seen.append((network.params, len(list(network.batches))))
+        return Quadratic(network.chosen, Identity())
 
     data = tiny_batches((4, 6))
     got = po.plans.staged(
@@ -47,7 +46,7 @@ def test_models_are_built_at_the_stage_s_weights_on_the_stage_s_examples():
     assert got.solutions["*"].stats["measured"] == got.history[-1]["measured"]
 
 
-@pytest.mark.parametrize("method", ["chita_steps", pytest.param("global_steps", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["pursuit_steps", pytest.param("global_steps", marks=pytest.mark.slow)])
 def test_a_stage_that_raises_the_loss_too_far_is_shortened_and_the_goal_is_met(method):
     goal = Cardinality(count=3, floor=1)
     data = tiny_batches((5, 5))
@@ -72,9 +71,9 @@ def test_a_stage_that_raises_the_loss_too_far_is_shortened_and_the_goal_is_met(m
 def test_a_weight_that_costs_too_much_goes_in_one_stage_and_not_in_ever_shorter_ones():
     seen = []
 
-    def model(fn, params, batches, leaves, key):
-        seen.append(params)
-        return Quadratic(partition(params, leaves)[0], Identity())
+    def model(network, key):
+        seen.append(network.params)
+        return Quadratic(network.chosen, Identity())
 
     def loss(params, batch):  # each weight that goes raises it
         return jnp.mean(batch[0]) * 0 + sum(jnp.sum(jnp.where(x == 0, 1.0, 0.0)) for x in params.values())
@@ -92,7 +91,7 @@ def test_a_weight_that_costs_too_much_goes_in_one_stage_and_not_in_ever_shorter_
 def test_a_first_step_is_as_much_of_the_model_s_as_other_examples_allow():
     data, others = tiny_batches((5, 5))
     got = po.plans.staged(tiny_loss, tree(1, SHAPES), lambda stage: [data], Cardinality(sparsity=0.0), [others],
-                          method="chita_steps", schedule=Iterative(1), rise=1e9, progress=False)  # fmt: skip
+                          method="pursuit_steps", schedule=Iterative(1), rise=1e9, progress=False)  # fmt: skip
     w, unflat = jax.flatten_util.ravel_pytree(tree(1, SHAPES))
     x, y = data
     g = np.stack([jax.grad(lambda v, i=i: tiny_loss(unflat(v), (x[i : i + 1], y[i : i + 1])))(w) for i in range(5)])
@@ -135,9 +134,9 @@ def test_no_stage_is_worse_on_other_examples_than_the_plain_cut_where_the_model_
             solved.append((len(starts), problem.objective, outcome))
             return outcome
 
-    def model(fn, params, batches, leaves, key):
-        starts.append(params["w"])
-        return METHODS["chita_steps"].model(fn, params, batches, leaves, key)
+    def model(network, key):
+        starts.append(network.params["w"])
+        return METHODS["pursuit_steps"].model(network, key)
 
     got = po.plans.staged(
         loss, params, lambda stage: [stages[stage]], Cardinality(sparsity=0.75, floor=1), [others],
@@ -177,10 +176,10 @@ def test_bad_input_is_refused():
         ({"rise": 0.5}, ValueError, "rise="),
         ({"batches": data}, TypeError, "stage -> batches"),
         ({"constraint": 3}, TypeError, "constraint is 3"),
-        ({"method": "wanda"}, ValueError, "unknown here"),
-        ({"method": ["fisher"]}, ValueError, "unknown here"),
+        ({"method": "wanda"}, ValueError, "goes layer by layer, and this plan needs a model of the loss"),
+        ({"method": Score()}, ValueError, r"Method\(model, solver\)"),
+        ({"method": ["fisher"]}, ValueError, "is unknown; pass one of random"),
         ({"rise": "2"}, ValueError, "rise='2'"),
-        ({"dampings": (0.1, -1)}, ValueError, "dampings="),
         ({"schedule": 15}, TypeError, "schedule is 15"),
         ({"schedule": Iterative}, TypeError, "pass an instance"),
         ({"held_out": [(jnp.full((2, 2), jnp.inf), jnp.zeros((2, 1)))]}, ValueError, "NaN or an infinity"),

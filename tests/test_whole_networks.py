@@ -62,7 +62,7 @@ def test_minilm_keeps_its_embeddings(folder):
 
     words = {"leaves": ["layers/*/kernel"], "progress": False}
     weights = {"weights": lambda batch: batch["mask"]}
-    layers = po.plans.layerwise(minilm.hidden, params, batches, NM(2, 4), po.solvers.Score(), **words, **weights)
+    layers = po.plans.layerwise(minilm.hidden, params, batches, NM(2, 4), "wanda", **words, **weights)
     assert len(layers.solutions) == 36
     assert cosine(layers) > cosine(po.prune(None, params, None, NM(2, 4), **words)) + 0.05
 

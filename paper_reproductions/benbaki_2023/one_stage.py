@@ -113,8 +113,9 @@ def layer_by_layer(solver, power, damping=0.01):
     def weights(setting, sparsity):
         network, images = setting.network, [batch[0] for batch in setting.batches]
         allowed = by_size(network.params, sparsity, power, leaves=network.leaves)
-        words = {"target": "network", "damping": damping, "leaves": network.leaves, "progress": False}
-        found = po.plans.layerwise(network.forward, network.params, images, allowed, solver, **words)
+        row = po.plans.LayerMethod(solver, damping=damping)
+        words = {"leaves": network.leaves, "progress": False}
+        found = po.plans.layerwise(network.forward, network.params, images, allowed, row, **words)
         return partition(found.params, network.leaves)[0]
 
     return None, weights

@@ -117,7 +117,8 @@ def gauss_newton_cut(params, examples, sparsity, support):
 def reconstruction_cut(params, examples, sparsity, support):
     """Layer by layer, as in resnet20.py."""
     allowed = by_size(params, sparsity, resnet20.POWER, leaves=resnet20.is_pruned)
-    words = {"target": "network", "within": support, "leaves": resnet20.is_pruned, "progress": False}
+    allowed = allowed if support is None else Intersection((Support(support), allowed))
+    words = {"leaves": resnet20.is_pruned, "progress": False}
     found = po.plans.layerwise(resnet.forward, params, resnet20.pieces(examples[0]), allowed, BALANCED, **words)
     return found.params, found.support
 

@@ -45,7 +45,6 @@ from paper_reproductions.networks import mlpnet as mlp
 from paper_reproductions.networks import resnet20 as resnet
 from pruneopt.constraints import Cardinality
 from pruneopt.curvature import empirical_fisher
-from pruneopt.network.leaves import partition
 from pruneopt.objectives import Quadratic
 from pruneopt.plans import Method, Stage, staged
 from pruneopt.solvers import CHITA, Pursuit
@@ -107,10 +106,11 @@ class Model:
 
     ridge: float
 
-    def __call__(self, fn, params, batches, leaves, key):
-        fisher = empirical_fisher(replace(fn, scale=GROUP**0.5), params, batches, leaves, ridge=self.ridge)
+    def __call__(self, network, key):
+        loss = replace(network.fn, scale=GROUP**0.5)
+        fisher = empirical_fisher(loss, *network.given[1:], ridge=self.ridge)
         mean = np.mean(np.asarray(fisher.gradients), axis=0) / GROUP**0.5
-        center = partition(params, leaves)[0]
+        center = network.chosen
         return Quadratic(center, fisher, fisher.layout.tree(jnp.asarray(mean), center))
 
 

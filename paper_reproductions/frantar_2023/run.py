@@ -17,6 +17,7 @@ layer's on pruned inputs. Seconds are CPU seconds of pruning, the first run's co
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -63,10 +64,9 @@ def pruned(network, batches, method, level):
     words = {"leaves": network.projections, "progress": False}
     if row is None:
         return po.prune(None, network.params, None, budget(network.params, level, per), **words).params
-    solver, damping = LAYER_METHODS[row].solver, LAYER_METHODS[row].damping
-    words |= {"damping": damping, "target": target}
+    asked = dataclasses.replace(LAYER_METHODS[row], target=target)
     return po.plans.layerwise(
-        network.forward, network.params, batches, budget(network.params, level, per), solver, **words
+        network.forward, network.params, batches, budget(network.params, level, per), asked, **words
     ).params
 
 

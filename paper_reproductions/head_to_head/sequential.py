@@ -56,13 +56,13 @@ def ours():
         params,
         batches,
         constraint,
-        solver,
+        po.plans.LayerMethod(solver, target="layer"),
         weights=lambda batch: batch["mask"],
         leaves=KERNELS,
         progress=False,
     )
     split = {
-        part: sum(layer["seconds"].get(part, 0.0) for layer in pruned.history) for part in ("forward", "gram", "solve")
+        part: sum(layer["seconds"].get(part, 0.0) for layer in pruned.layers) for part in ("forward", "gram", "solve")
     }
     return pruned.params, split
 

@@ -83,8 +83,9 @@ def all_at_once(fn, params, batches, leaves, level, name, weights=None):
 def sequential(fn, params, batches, leaves, level, name, weights=None, target="layer"):
     solver, per, damping = SOLVERS[name]
     constraint = Support(magnitude(params, leaves, level).support) if solver == Polish() else budget(level, per)
-    words = {"leaves": leaves, "weights": weights, "target": target, "damping": damping, "progress": False}
-    return po.plans.layerwise(fn, params, batches, constraint, solver, **words).params
+    row = po.plans.LayerMethod(solver, damping=damping, target=target)
+    words = {"leaves": leaves, "weights": weights, "progress": False}
+    return po.plans.layerwise(fn, params, batches, constraint, row, **words).params
 
 
 def table(title, levels, fn, params, batches, leaves, score, weights=None):

@@ -14,10 +14,11 @@ from pruneopt import _linalg
 from pruneopt.capture import walk
 from pruneopt.capture.statistics import add, checked_weights, cross, is_finite, not_finite
 from pruneopt.capture.statistics import sums as sums_of
-from pruneopt.capture.walk import Cut, Env, Graphs, Walk
+from pruneopt.capture.walk import Cut, Env, Walk
 from pruneopt.network.batches import Batches, Source, explained
 from pruneopt.program.program import Program
 from pruneopt.structure.operators import Operator, Use
+from pruneopt.structure.traced import Traced
 
 Tree = Any
 Leaves = Mapping[str, Any]
@@ -53,16 +54,15 @@ class Inputs:
 class Calibration:
     """Every batch's live variables, in the pruned network and, if asked, in the dense one.
 
-    batches: read once. weights: batch -> weights of positions, or None. choose: graph -> the operators to stop at.
+    It stops at the chosen operators. batches: read once. weights: batch -> weights of positions, or None.
     dense: the leaves of the dense network, to follow it too; None to follow the pruned one alone.
     """
 
     def __init__(
         self,
-        graphs: Graphs,
+        traced: Traced,
         batches: Source,
         weights: Callable[[Any], Any] | None,
-        choose: Callable[[Any], list[Operator]],
         dense: Leaves | None,
     ):
         self._programs: list[Any] = []
@@ -75,9 +75,9 @@ class Calibration:
         stream = Batches(batches)
         self._name = stream.name
         for batch in stream:
-            program = (graph := graphs.of(batch)).program
+            program = (graph := traced.of(batch)).program
             if program not in self._walks:
-                self._operators = choose(graph)
+                self._operators = traced.chosen(graph)
                 cuts = walk.cuts(self._operators)
                 self._cuts[program] = cuts
                 self._walks[program] = Walk(program, [d for cut in cuts for d in cut.demands])

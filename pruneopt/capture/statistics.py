@@ -16,15 +16,17 @@ from tqdm import tqdm
 
 from pruneopt import _tree
 from pruneopt.capture import walk
-from pruneopt.capture.walk import Env, Graphs, Walk
+from pruneopt.capture.walk import Env, Walk
 from pruneopt.network.batches import Batches, Source, explained
 from pruneopt.network.calls import check_value
 from pruneopt.network.leaves import Choice, is_floating, partition
+from pruneopt.network.network import Network
 from pruneopt.program.forms import Form, Ragged
 from pruneopt.program.keys import Literal
 from pruneopt.program.program import Program
 from pruneopt.structure.graph import Graph
 from pruneopt.structure.operators import Operator
+from pruneopt.structure.traced import Traced
 
 Tree = Any
 Weights = Callable[[Any], Any]
@@ -74,41 +76,31 @@ def capture(
 
     Raises ValueError for a leaf that no operator reads (with the reason), or weights that fit no position.
     """
-    stream, graphs, slopes = Batches(batches), Graphs(fn, params), _Slopes(fn, params)
+    network = Network.of(fn, params, batches, leaves)
+    stream, traced, slopes = network.batches, Traced(network), _Slopes(network)
     floats = dict(_tree.named_leaves(params))
     want = tuple(n for n, on in (("gram", gram), ("means", means), ("activations", activations)) if on)
     totals: dict[str, dict[str, Any]] = {}
 
     def sums_of(batch: Any, graph: Graph) -> Any:
         given = None if weights is None else checked_weights(weights(batch))
-        return _one_batch(graph, selected(graph, params, leaves), batch, floats, want, given)
+        return _one_batch(graph, traced.chosen(graph), batch, floats, want, given)
 
     for index, batch in enumerate(tqdm(stream, desc="capture", unit="batch", disable=not progress)):
         try:
-            graph = graphs.of(batch)
+            graph = traced.of(batch)
         except Exception as error:
             error.add_note(f"pruneopt called fn on batch {index} of batches.")
             raise
         for op, sums in sums_of(batch, graph):
             add(totals.setdefault(op.name, {}), sums)
         if output_gradients:
-            names, n = [op.name for op in selected(graph, params, leaves)], stream.examples(batch)
+            names, n = [op.name for op in traced.chosen(graph)], stream.examples(batch)
             given = None if weights is None else checked_weights(weights(batch))
             for name, moment in slopes.of(batch, n, floats, names, given).items():
                 add(totals.setdefault(name, {}), {"output_gradient": moment})
-    _check_finite(totals, stream, lambda batch: sums_of(batch, graphs.of(batch)), fn, params)
+    _check_finite(totals, stream, lambda batch: sums_of(batch, traced.of(batch)), fn, params)
     return {name: _finished(sums) for name, sums in totals.items()}
-
-
-def selected(graph: Graph, params: Tree, leaves: Choice) -> list[Operator]:
-    """The operators all of whose leaves are chosen. Raises ValueError for a leaf named by the user that none reads."""
-    paths = {path for path, _ in _tree.named_leaves(partition(params, leaves)[0])}
-    chosen = [op for op in graph.operators if paths.issuperset(op.paths)]
-    unread = paths - {p for op in chosen for p in op.paths}
-    if unread and (leaves is not None or not chosen):
-        reasons = "; ".join(f"'{p}': {graph.why_not(p)}" for p in sorted(unread)[:8])
-        raise ValueError(f"leaves: no operator can be captured for {reasons}")
-    return chosen
 
 
 def checked_weights(weights: Any) -> Any:
@@ -333,15 +325,15 @@ def _finished(total: dict[str, Any]) -> Statistics:
 class _Slopes:
     """Second moments of a loss's gradients in its operators' outputs, compiled once for each shape of batches."""
 
-    def __init__(self, fn: Any, params: Tree):
-        self._graphs = Graphs(fn, params, keep_derivatives=True)
+    def __init__(self, network: Network):
+        self._traced = Traced(network, keep_derivatives=True)
         self._compiled: dict[Graph, Any] = {}
 
     def of(self, batch: Any, n: float, leaves: dict[str, Any], names: list[str], weights: Any) -> dict[str, Any]:
         """{operator: sum over positions of g g^T}, g the gradient of an example's loss in the operator's output: n
         times that of the batch's.
         """
-        graph = self._graphs.of(batch)
+        graph = self._traced.of(batch)
         outputs = [graph.program.type_of(a) for a in graph.program.outputs]
         if len(outputs) != 1 or outputs[0].shape != ():
             raise ValueError(

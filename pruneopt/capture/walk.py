@@ -10,12 +10,10 @@ from typing import Any
 
 import jax
 
-from pruneopt.program.program import Program, flatten
+from pruneopt.program.program import Program
 from pruneopt.program.segment import Segment, closure
-from pruneopt.structure.graph import Graph, read
 from pruneopt.structure.operators import Operator, Use
 
-Tree = Any
 Env = dict[int, Any]
 
 
@@ -114,36 +112,3 @@ def _fixed(program: Program, var: int, leaves: Mapping[str, Any]) -> Any:
 def values(program: Program, env: Env, demand: tuple[int, ...]) -> list[Any]:
     """The arrays of a demand."""
     return [env[v] if v in env else program.constants[v] for v in demand]
-
-
-class Graphs:
-    """The graphs of one function for batches of different shapes: the same operators in the same order."""
-
-    def __init__(self, fn: Callable[[Tree, Any], Any], params: Tree, keep_derivatives: bool = False):
-        self._fn, self._params, self._keep = fn, params, keep_derivatives
-        self._known: dict[Any, Graph] = {}
-
-    @property
-    def first(self) -> Graph:
-        """The graph of the first batch."""
-        return next(iter(self._known.values()))
-
-    def of(self, batch: Any) -> Graph:
-        """The graph for batches of this shape. Raises ValueError where it differs from the first batch's."""
-        key = _shape_of(batch)
-        if key not in self._known:
-            graph = read(flatten(self._fn, self._params, batch, keep_derivatives=self._keep))
-            first = next(iter(self._known.values()), graph)
-            if [op.name for op in graph.operators] != [op.name for op in first.operators]:
-                raise ValueError(
-                    f"fn multiplies {[op.name for op in graph.operators]} for a batch of shapes "
-                    f"{[s for s, _ in key[1]]} and {[op.name for op in first.operators]} for the first batch; it must "
-                    "be one network"
-                )
-            self._known[key] = graph
-        return self._known[key]
-
-
-def _shape_of(batch: Any) -> Any:
-    leaves, structure = jax.tree.flatten(batch)
-    return structure, tuple((tuple(t.shape), str(t.dtype)) for t in map(jax.typeof, leaves))

@@ -121,7 +121,7 @@ class GroupBall(Ball):
         for path, leaf in _tree.named_leaves(variable):
             if not -len(leaf.shape) <= self.axis < len(leaf.shape):
                 raise ValueError(
-                    f"axis={self.axis} does not exist in leaf '{path}' of shape {leaf.shape}; pass another"
+                    f"axis={self.axis} does not exist in {_tree.called(path)} of shape {leaf.shape}; pass another"
                 )
 
     def project(self, values: Tree) -> Tree:

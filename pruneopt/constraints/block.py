@@ -123,13 +123,13 @@ class Blocks(Units):
     def box(self, shape: tuple[int, ...], path: str = "") -> tuple[int, ...]:
         """`self.shape`, with ones before it and -1 filled in."""
         if len(self.shape) > len(shape):
-            raise ValueError(f"shape={self.shape} has more axes than leaf '{path}' of shape {shape}; drop some")
+            raise ValueError(f"shape={self.shape} has more axes than {_tree.called(path)} of shape {shape}; drop some")
         box = (1,) * (len(shape) - len(self.shape)) + self.shape
         box = tuple(s if b == -1 else b for s, b in zip(shape, box, strict=True))
         if any(s % b for s, b in zip(shape, box, strict=True)):
             raise ValueError(
-                f"shape={self.shape}: blocks do not tile leaf '{path}' of shape {shape}; choose lengths that divide "
-                "it, or leave that leaf out with leaves="
+                f"shape={self.shape}: blocks do not tile {_tree.called(path)} of shape {shape}; choose lengths that "
+                "divide it, or leave that leaf out with leaves="
             )
         return box
 
@@ -156,7 +156,9 @@ class Slices(Units):
     def box(self, shape: tuple[int, ...], path: str = "") -> tuple[int, ...]:
         """The leaf's shape with 1 at `axis`."""
         if not -len(shape) <= self.axis < len(shape):
-            raise ValueError(f"axis={self.axis} does not exist in leaf '{path}' of shape {shape}; pass another axis")
+            raise ValueError(
+                f"axis={self.axis} does not exist in {_tree.called(path)} of shape {shape}; pass another axis"
+            )
         return tuple(1 if i == self.axis % len(shape) else s for i, s in enumerate(shape))
 
     def relaxed(self, cut: float) -> Slices:

@@ -179,7 +179,7 @@ class Cardinality(Constraint):
         else:
             axes = self.per if isinstance(self.per, tuple) else (operator.index(self.per),)  # type: ignore[arg-type]
         if any(not -ndim <= axis < ndim for axis in axes):
-            raise ValueError(f"per={self.per!r} names an axis that leaf '{path}' of {ndim} axes does not have")
+            raise ValueError(f"per={self.per!r} names an axis that {_tree.called(path)} of {ndim} axes does not have")
         return tuple(axis % ndim for axis in axes)
 
     def _select_slices(self, leaf: Shaped[Array, "..."], counts: Any) -> Shaped[Array, "..."]:

@@ -52,7 +52,7 @@ class NM(Constraint):
             length = leaf.shape[self.positive_axis(leaf.ndim, path)]
             if length % self.m:
                 raise ValueError(
-                    f"m={self.m} does not divide axis {self.axis!r} of leaf '{path}', of length {length} "
+                    f"m={self.m} does not divide axis {self.axis!r} of {_tree.called(path)}, of length {length} "
                     f"(shape {tuple(leaf.shape)}); leave that leaf out with leaves=, or choose another m or axis"
                 )
 
@@ -82,7 +82,9 @@ class NM(Constraint):
         """The number of `axis` in a leaf of `ndim` axes, counted from the first. Raises ValueError where it is not."""
         axis = {"in": -2, "out": -1}[self.axis] if isinstance(self.axis, str) else self.axis
         if not -ndim <= axis < ndim:
-            raise ValueError(f"axis={self.axis!r} does not exist in leaf '{path}' of {ndim} axes; pass another axis")
+            raise ValueError(
+                f"axis={self.axis!r} does not exist in {_tree.called(path)} of {ndim} axes; pass another axis"
+            )
         return axis % ndim
 
     def _groups(self, leaf: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], int]:

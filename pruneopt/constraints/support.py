@@ -80,11 +80,9 @@ class Support(Constraint):
         return self
 
     def restricted(self, paths: tuple[str, ...], laid: Callable[[dict[str, Any]], Any]) -> Support:
-        """The masks of these leaves in the matrix's form."""
-        masks = self._named()
-        if missing := [path for path in paths if path not in masks]:
-            raise ValueError(f"mask has no leaf '{missing[0]}'; its leaves are {list(masks)}")
-        return Support(laid({path: masks[path] for path in paths}))
+        """The masks of these leaves in the matrix's form; where there is none, all of it may live."""
+        masks = {path: mask for path, mask in self._named().items() if path in paths}
+        return Support(laid(masks) if masks else None)
 
     def _named(self) -> dict[str, Any]:
         return dict(_tree.named_leaves(self.mask))

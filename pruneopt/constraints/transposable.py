@@ -58,7 +58,8 @@ class TransposableNM(Constraint):
         for path, leaf in _tree.named_leaves(variable):
             if len(leaf.shape) < 2:
                 raise ValueError(
-                    f"leaf '{path}' of shape {tuple(leaf.shape)} has no inputs and outputs; leave it out with leaves="
+                    f"{_tree.called(path)} of shape {tuple(leaf.shape)} has no inputs and outputs; leave it out with "
+                    "leaves="
                 )
             if leaf.shape[-2] % self.m or leaf.shape[-1] % self.m:
                 raise ValueError(

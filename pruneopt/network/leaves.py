@@ -139,7 +139,7 @@ def check_finite(tree: Tree, what: str) -> Tree:
     _tree.check_here(tree, what)
     path = _tree.first_nonfinite(tree)
     if path is not None:
-        raise ValueError(f"{what} holds a NaN or an infinity in leaf '{path}'; repair it before pruning")
+        raise ValueError(f"{what} holds a NaN or an infinity in {_tree.called(path)}; repair it before pruning")
     return tree
 
 
@@ -152,7 +152,9 @@ def check_like(tree: Tree, params: Tree, what: str) -> None:
         )
     for (path, mine), theirs in zip(_tree.named_leaves(tree), jax.tree.leaves(params), strict=True):
         if np.shape(mine) != np.shape(theirs):
-            raise ValueError(f"{what}: leaf '{path}' has shape {np.shape(mine)}, params has {np.shape(theirs)} there")
+            raise ValueError(
+                f"{what}: {_tree.called(path)} has shape {np.shape(mine)}, params has {np.shape(theirs)} there"
+            )
 
 
 def nearest(path: str, paths: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -50,21 +51,20 @@ class Reconstruction(QuadraticObjective):
             )
 
     def relative_error(self, w: Float[Array, "n_in n_out"], value: float | None = None) -> float:
-        """tr(D^T H D) / tr(W0^T H W0), undamped; NaN where the layer's output is zero.
+        """tr(D^T H D) / tr(W0^T H W0), undamped; NaN where the layer's output is zero. value: f(w), where known."""
+        return self.error(w, value) / self.energy if self.energy else float("nan")
 
-        The numerator is computed in float64; the denominator, which is no difference of nearly equal weights, in the
-        layer's own precision. value: f(w), where it is known.
-        """
-        whole = _energy(self.curvature.matrix, self.center)
+    def error(self, w: Float[Array, "n_in n_out"], value: float | None = None) -> float:
+        """tr(D^T H D), undamped, in float64. value: f(w), where it is known."""
         change = np.asarray(w, np.float64) - np.asarray(self.center, np.float64)
-        error = 2 * (self.value(w) if value is None else value) - float(self.ridge()) * float(np.sum(change * change))
-        return max(error, 0.0) / whole if whole else float("nan")
+        damped = 2 * (self.value(w) if value is None else value)
+        return max(damped - float(self.ridge()) * float(np.sum(change * change)), 0.0)
 
-
-def _energy(gram: Float[Array, "n n"], center: Float[Array, "n m"]) -> float:
-    """tr(W0^T H W0)."""
-    total, gram_unit, unit = _scaled_energy(gram, center)
-    return float(total) * float(gram_unit) * float(unit) ** 2
+    @cached_property
+    def energy(self) -> float:
+        """tr(W0^T H W0): no difference of nearly equal weights, so in the layer's own precision."""
+        total, gram_unit, unit = _scaled_energy(self.curvature.matrix, self.center)
+        return float(total) * float(gram_unit) * float(unit) ** 2
 
 
 @jax.jit

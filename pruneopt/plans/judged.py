@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from pruneopt.objectives.base import Objective, QuadraticObjective
 from pruneopt.objectives.loss import Loss
 from pruneopt.objectives.quadratic import Quadratic
 from pruneopt.problem import Problem
-from pruneopt.solution import Solution
+from pruneopt.solution import Solution, Status
 from pruneopt.solve import SolveError, solve
 from pruneopt.solvers.base import Solver
 
@@ -106,3 +106,14 @@ def as_dampings(name: str, given: Any) -> tuple[float, ...]:
     if not values or not all(0 <= d < math.inf for d in values):
         raise ValueError(f"{name}={given!r} is no number >= 0 and no sequence of them; pass one, such as 0.01")
     return values
+
+
+def standing(support: Any, solutions: Mapping[str, Solution]) -> dict[str, Any]:
+    """What a history says of where a stage ends; the status is the least that is known of all solutions."""
+    kept = _tree.kept(support)
+    return {
+        "sparsity": 1 - kept / _tree.size(support),
+        "kept": kept,
+        "objective": sum(s.objective for s in solutions.values()),
+        "status": max((s.status for s in solutions.values()), key=list(Status).index).name.lower(),
+    }

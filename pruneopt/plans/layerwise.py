@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from pruneopt import _tree
-from pruneopt.capture import calibration
 from pruneopt.capture.calibration import Calibration
-from pruneopt.capture.statistics import selected
-from pruneopt.capture.walk import Graphs
 from pruneopt.constraints.base import Constraint
-from pruneopt.constraints.intersection import Intersection
-from pruneopt.constraints.support import Support
-from pruneopt.curvature.gram import Gram
 from pruneopt.network.batches import Batches, Source
-from pruneopt.network.leaves import Choice, as_key, check_finite, check_like, partition
-from pruneopt.objectives.reconstruction import Reconstruction
-from pruneopt.plans.judged import DAMPINGS, as_dampings
+from pruneopt.network.leaves import Choice, as_key
+from pruneopt.network.network import Network
+from pruneopt.plans.judged import standing
+from pruneopt.plans.layer_task import LayerTask, packed, problem_name
+from pruneopt.plans.methods import LayerMethod, layer_row, name_of
 from pruneopt.plans.run_folder import RunFolder
-from pruneopt.problem import Problem
-from pruneopt.solution import Pruned, Solution, Status
-from pruneopt.solve import solve
+from pruneopt.solution import Pruned, Solution
 from pruneopt.solvers.base import Solver
-from pruneopt.structure.operators import Operator
+from pruneopt.structure.traced import Traced
 
 Tree = Any
 
@@ -42,13 +34,10 @@ def layerwise(
     params: Tree,
     batches: Source,
     constraint: Constraint,
-    solver: Solver,
+    method: str | LayerMethod | Solver,
     *,
-    target: Literal["layer", "network"] = "layer",
-    damping: float | Sequence[float] | None = None,
     held_out: Source | None = None,
     weights: Callable[[Any], Any] | None = None,
-    within: Tree | None = None,
     leaves: Choice = None,
     run_dir: str | os.PathLike[str] | None = None,
     key: jax.Array | int | None = None,
@@ -61,246 +50,129 @@ def layerwise(
     that several products share see all their inputs, the later ones with the weights as they are before.
 
     fn: outputs or a loss, of params and a batch. batches: read once.
-    constraint: on each operator's matrix (n_in, n_out) by itself; `ByPath` gives layers different ones. Experts, heads
-        and feature groups are problems of their own. solver: any that takes a `Reconstruction`.
-    target: "layer" matches the dense layer on the pruned inputs (Frantar and Alistarh 2023); "network" matches what
-        the dense network computes there, ||X0 W0 - X W||^2 with X0 its inputs, by moving the centre
-        (`calibration.Inputs.target`).
-    damping: lambda / mean(diag H); 0.01 by default. Of a sequence, the one with the least undamped error on `held_out`
-        is kept (default with held_out: 0.001, 0.003, 0.01, 0.03, 0.1).
+    constraint: on each operator's matrix (n_in, n_out) by itself; `ByPath` gives layers different ones; what a
+        `Support` cuts stays cut, Intersection((Support(masks), constraint)). Experts, heads and feature groups are
+        problems of their own.
+    method: a name of `plans.LAYER_METHODS`, a `LayerMethod` (which says target and damping), or a solver alone, which
+        is `LayerMethod(solver)`.
+    held_out: examples on which the damping of a method that has `dampings` is chosen, by the least undamped error.
     weights: batch -> one weight >= 0 a position (B, T) or example (B,), such as an attention mask; in Grams and errors.
         They are laid on an operator's positions by their shapes, in the batch's order: an fn that moves or reverses
         the time axis gets the wrong ones. Where an operator has positions (B,) alone, such as a pooled output or one
         step of a loop over time, an example counts if any of its positions does.
-    within: a tree of boolean masks; what they cut stays cut. leaves: which leaves are pruned; leaves that are not
-        chosen are skipped. run_dir: a folder; after a kill the same call continues there, to the same bits.
+    leaves: which leaves are pruned; leaves that are not chosen are skipped. run_dir: a folder; after a kill the same
+        call continues there, to the same bits.
 
-    Returns a Pruned: `solutions` by operator (`name{e}` for problem e of several), `history` with one entry an operator
-    and one for each chosen leaf that no operator reads, with the reason.
+    Returns a Pruned: `solutions` by operator (`name{e}` for problem e of several), `history` of one stage, whose
+    "layers" has an entry for each operator and for each chosen leaf that no operator reads, with the reason. An
+    entry's relative_error is the layer's: squared changes of the outputs of all its problems over their squares. Its
+    seconds: forward and gram (of all operators with that input, at the first), solve (the solutions' own), rest.
     Raises ValueError for a leaf named by a pattern that no operator reads, a layer whose inputs are all zero, a folder
     of another run, and whatever `solve` refuses.
     """
-    for name, part, kind in (("constraint", constraint, Constraint), ("solver", solver, Solver)):
-        if not isinstance(part, kind):
-            raise TypeError(f"{name} is {part!r}; pass a pruneopt {kind.__name__}")
-    if target not in ("layer", "network"):
-        raise ValueError(f"target={target!r} is unknown; pass 'layer' or 'network'")
-    chosen, _ = partition(params, leaves)
-    check_finite(chosen, "params")
-    dampings = _dampings(damping, held_out)
-    before = dict(_tree.named_leaves(params))
-    masks = {} if within is None else dict(_tree.named_leaves(within))
-    graphs = Graphs(fn, params)
-
-    def choose(graph: Any) -> list[Operator]:
-        return selected(graph, params, leaves)
-
-    stream = Calibration(graphs, batches, weights, choose, before if target == "network" else None)
-    aside = None if held_out is None else Calibration(graphs, Batches(held_out, "held_out"), weights, choose, None)
-    operators = choose(graphs.first)
-    task = _Task(operators, before, masks, constraint, solver, dampings)
-    task.check()
-    key = as_key(key)
-    folder = None
+    if not isinstance(constraint, Constraint):
+        raise TypeError(f"constraint is {constraint!r}; pass a pruneopt Constraint")
+    clock, row, network = time.perf_counter(), layer_row(method), Network.of(fn, params, batches, leaves)
+    run = _Pass(network, constraint, row, held_out, weights, as_key(key))
     if run_dir is not None:
-        identity = task.identity() | {"params": list(before.values()), "target": target}
-        identity |= {"fn": graphs.first.program.text(), "key": jax.random.key_data(key)}
-        identity |= {"batches": stream.arrays, "held_out": None if aside is None else aside.arrays}
-        folder = RunFolder(run_dir, identity)
-    now, supports, solutions, history = dict(before), {}, {}, []
-    with tqdm(total=len(operators), desc="layers", unit="layer", disable=not progress) as bar:
-        for number, cut in enumerate(stream.cuts):
-            clock = time.perf_counter()
-            stream.advance(number, now)
-            if aside is not None:
-                aside.advance(number, now)
-            seconds = {"forward": time.perf_counter() - clock}
-            done = {} if folder is None else {i: task.remembered(folder, i) for i in cut.operators}
-            sums, others = {}, {}
-            if not all(done.get(i) for i in cut.operators):
-                clock = time.perf_counter()
-                sums = stream.sums(number, now)
-                others = {} if aside is None else aside.sums(number, now)
-                seconds["gram"] = time.perf_counter() - clock
-            for i in cut.operators:
-                clock, op, known = time.perf_counter(), operators[i], done.get(i)
-                bar.set_postfix_str(op.name, refresh=False)
-                found, facts = known or task.solve(i, sums[i], others.get(i), jax.random.fold_in(key, i))
-                if folder is not None and known is None:
-                    folder.store(i, *_packed(found, facts))
-                matrix, support = (jnp.stack([getattr(s, part) for s in found]) for part in ("value", "support"))
-                now |= op.to_leaves(matrix, now)
-                for path, mask in op.masks(support).items():
-                    supports[path] = mask & supports[path] if path in supports else mask
-                    now[path] = _tree.masked(now[path], supports[path])  # where a scale is zero the matrix says nothing
-                solutions |= {_name(op, e): solution for e, solution in enumerate(found)}
-                seconds["solve"] = time.perf_counter() - clock
-                history.append({"layer": op.name, **facts, "seconds": seconds})
-                seconds = {}
-                bar.update()
-    operators_by_name = {op.name: op for op in operators}
-    unread = [path for path, _ in _tree.named_leaves(chosen) if path not in supports]
-    history += [{"layer": path, "skipped": graphs.first.why_not(path)} for path in unread]
-    for entry in history[: len(operators)]:
-        if unseen := graphs.first.unread(operators_by_name[entry["layer"]].paths):
-            entry.setdefault("notes", []).append(f"a use that cannot be read has no part in its inputs: {unseen}")
-    support = _tree.map_named(lambda path, _: supports.get(path), params)
-    return Pruned(_tree.map_named(lambda p, x: _tree.like(now[p], x), params), support, solutions, history)
+        run.folder = RunFolder(run_dir, run.identity())
+    run.go(progress)
+    support = _tree.map_named(lambda path, _: run.supports.get(path), params)
+    record = {"stage": 0, "cut": 1.0, "method": name_of(method)} | standing(support, run.solutions)
+    record |= {"seconds": time.perf_counter() - clock, "layers": run.account()}
+    values = _tree.map_named(lambda p, x: _tree.like(run.now[p], x), params)
+    return Pruned(values, support, run.solutions, [record])
 
 
-def _dampings(damping: Any, held_out: Any) -> tuple[float, ...]:
-    if damping is None:
-        return DAMPINGS if held_out is not None else (0.01,)
-    values = as_dampings("damping", damping)
-    if len(values) != 1 and held_out is None:
-        raise ValueError(f"damping={damping!r} leaves a choice, but held_out is None; pass batches to choose on")
-    return values
-
-
-def _name(op: Operator, e: int) -> str:
-    return op.name if op.problems == 1 else f"{op.name}{{{e}}}"
-
-
-def _gram(inputs: calibration.Inputs) -> Gram | None:
-    """The Gram of what reached a problem, None where nothing did."""
-    return Gram(inputs.gram) if inputs.count else None
-
-
-def _check_inputs(gram: Any, argument: str, name: str) -> None:
-    """Raise ValueError for inputs that are all zero."""
-    if not np.any(np.asarray(jnp.diagonal(gram)) > 0):
-        raise ValueError(
-            f"{argument}: the inputs of '{name}' are zero in all batches, so that every pruning of it looks perfect; "
-            "check the calibration data, or leave it out of leaves="
-        )
-
-
-class _Task:
-    """What is asked of every layer."""
+class _Pass:
+    """One pass over a network: its pruned leaves so far, and what is known of its layers."""
 
     def __init__(
         self,
-        operators: list[Operator],
-        before: Mapping[str, Any],
-        within: Mapping[str, Any],
+        network: Network,
         constraint: Constraint,
-        solver: Solver,
-        dampings: tuple[float, ...],
+        row: LayerMethod,
+        held_out: Source | None,
+        weights: Callable[[Any], Any] | None,
+        key: jax.Array,
     ):
-        self._operators, self._before, self._within = operators, before, within
-        self._constraint, self._solver, self._dampings = constraint, solver, dampings
-
-    def check(self) -> None:
-        """Raise where a constraint does not fit a layer, before any work."""
-        for path, mask in self._within.items():
-            check_like(mask, self._before.get(path), f"within: '{path}'")
-            if np.asarray(mask).dtype != bool:
-                raise TypeError(f"within: '{path}' has dtype {np.asarray(mask).dtype}; pass booleans, True = may live")
-        for op in self._operators:
-            try:
-                self._constraints(op)[0].check(jax.ShapeDtypeStruct((op.n_in, op.n_out), np.dtype(np.float32)))
-            except ValueError as error:  # the matrix of a layer is a tree of one leaf, which has no path
-                raise ValueError(str(error).replace("leaf ''", f"layer '{op.name}'")) from error
+        before = dict(_tree.named_leaves(network.params))
+        self._network, self._traced, self._row, self._key = network, Traced(network), row, key
+        dense = before if row.target == "network" else None
+        self._stream = Calibration(self._traced, network.batches, weights, dense)
+        self._aside = None
+        if held_out is not None:
+            self._aside = Calibration(self._traced, Batches(held_out, "held_out"), weights, None)
+        self.operators = self._traced.chosen(self._traced.first)
+        dampings = row.dampings if row.dampings and held_out is not None else (row.damping,)
+        self.task = LayerTask(self.operators, before, constraint, row, dampings)
+        self.task.check()
+        self.folder: RunFolder | None = None
+        self.now, self.supports = dict(before), dict[str, Any]()
+        self.solutions, self._layers = dict[str, Solution](), list[dict[str, Any]]()
 
     def identity(self) -> dict[str, Any]:
-        """What tells this task from another."""
-        return {
-            "operators": [(op.name, op.problems, op.n_in, op.n_out) for op in self._operators],
-            "within": dict(self._within),
-            "constraint": self._constraint,
-            "solver": self._solver,
-            "damping": self._dampings,
+        """What tells this run from another."""
+        return self.task.identity() | {
+            "params": jax.tree.leaves(self._network.params),
+            "fn": self._traced.first.program.text(),
+            "key": jax.random.key_data(self._key),
+            "batches": self._stream.arrays,
+            "held_out": None if self._aside is None else self._aside.arrays,
         }
 
-    def solve(self, i: int, sums: Any, others: Any, key: jax.Array) -> tuple[list[Solution], dict[str, Any]]:
-        """The solutions of an operator's problems, and what the history says of them."""
-        op = self._operators[i]
-        center = op.to_matrix(self._before)
-        center = center.astype(_tree.wide(center.dtype))
-        constraints, found, dampings, notes = self._constraints(op), [], [], []
-        for e in range(op.problems):
-            inputs = calibration.problem(sums, e)
-            if not inputs.count:
-                notes.append(f"{_name(op, e)} saw no input: pruned by magnitude")
-                inputs = calibration.Inputs(0.0, jnp.eye(op.n_in, dtype=center.dtype), None)
-            else:
-                _check_inputs(inputs.gram, "batches", _name(op, e))
-            aside = None if others is None else _gram(calibration.problem(others, e))
-            if aside is not None:
-                _check_inputs(aside.matrix, "held_out", _name(op, e))
-            try:
-                solution, damping = self._best(center[e], inputs, aside, constraints[e], jax.random.fold_in(key, e))
-            except ValueError as error:
-                raise ValueError(str(error).replace("leaf ''", f"layer '{_name(op, e)}'")) from error
-            found.append(solution)
-            dampings.append(damping)
-        errors = [s.stats["relative_error"] for s in found]
-        facts: dict[str, Any] = {
-            "relative_error": float(np.mean([x for x in errors if math.isfinite(x)] or [math.nan])),
-            "damping": dampings[0] if len(set(dampings)) == 1 else dampings,
-            "kept": sum(s.kept for s in found),
-            "size": op.size,
-        }
-        return found, facts | ({"notes": notes} if notes else {})
+    def go(self, progress: bool) -> None:
+        """Cut by cut: bring all batches there, solve its operators, put their weights in."""
+        with tqdm(total=len(self.operators), desc="layers", unit="layer", disable=not progress) as bar:
+            for number, cut in enumerate(self._stream.cuts):
+                seconds = {"forward": _timed(lambda n=number: self._advance(n))}
+                known, sums, others = {i: self._known(i) for i in cut.operators}, {}, {}
+                if not all(known.values()):
+                    clock = time.perf_counter()
+                    sums = self._stream.sums(number, self.now)
+                    others = {} if self._aside is None else self._aside.sums(number, self.now)
+                    seconds["gram"] = time.perf_counter() - clock
+                for i in cut.operators:
+                    bar.set_postfix_str(self.operators[i].name, refresh=False)
+                    self._layers.append(self._solved(i, known[i], sums.get(i), others.get(i), seconds))
+                    seconds = {}
+                    bar.update()
 
-    def remembered(self, folder: RunFolder, i: int) -> tuple[list[Solution], dict[str, Any]] | None:
-        """What `solve` returned for an operator in an earlier call, or None. Raises ValueError where it cannot have."""
-        op = self._operators[i]
-        shape = (op.problems, op.n_in, op.n_out)
-        stored = folder.load(i, {"value": (shape, _tree.wide(op.dtype)), "support": (shape, bool)})
-        if stored is None:
-            return None
-        try:
-            found, facts = _unpacked(*stored)
-        except (KeyError, TypeError, ValueError) as error:
-            raise folder.damaged(i, f"its facts: {error!r}") from error
-        for solution, constraint in zip(found, self._constraints(op), strict=True):
-            if _tree.first_nonfinite(solution.value) is not None:
-                raise folder.damaged(i, "it holds a NaN or an infinity")
-            if constraint.violation(solution.support) or _tree.outside(solution.value, solution.support):
-                raise folder.damaged(i, f"its support is not in {constraint!r}")
-        return found, facts
+    def account(self) -> list[dict[str, Any]]:
+        """What is said of each layer, and of each chosen leaf that no operator reads."""
+        graph, paths = self._traced.first, {op.name: op.paths for op in self.operators}
+        for entry in self._layers:
+            if unseen := graph.unread(paths[entry["layer"]]):
+                entry.setdefault("notes", []).append(f"a use that cannot be read has no part in its inputs: {unseen}")
+        unread = [path for path, _ in _tree.named_leaves(self._network.chosen) if path not in self.supports]
+        return self._layers + [{"layer": path, "skipped": graph.why_not(path)} for path in unread]
 
-    def _best(
-        self, center: Any, inputs: calibration.Inputs, aside: Gram | None, constraint: Constraint, key: jax.Array
-    ) -> tuple[Solution, float]:
-        """The solution, and damping, with the least error on the Gram of other data."""
-        tried = []
-        for damping in self._dampings if aside is not None else self._dampings[:1]:
-            objective = Reconstruction(inputs.target(center, damping), Gram(inputs.gram), damping)
-            solution = solve(Problem(objective, subject_to=constraint), self._solver, key=key)
-            tried.append((0.0 if aside is None else aside.form(solution.value, center, 0.0), solution, damping))
-        _, solution, damping = min(tried, key=lambda row: row[0])
-        return solution, damping
+    def _advance(self, number: int) -> None:
+        self._stream.advance(number, self.now)
+        if self._aside is not None:
+            self._aside.advance(number, self.now)
 
-    def _constraints(self, op: Operator) -> list[Constraint]:
-        """The constraint of each of an operator's problems."""
-        found = []
-        within = None
-        if any(path in self._within for path in op.paths):
-            everything = {p: np.ones(np.shape(self._before[p]), bool) for p in op.paths}
-            within = op.support(everything | {p: self._within[p] for p in op.paths if p in self._within})
-        for e in range(op.problems):
-            one = self._constraint.restricted(op.paths, lambda masks, e=e: op.support(masks)[e])
-            found.append(one if within is None else Intersection((Support(within[e]), one)))
-        return found
+    def _known(self, i: int) -> Any:
+        return None if self.folder is None else self.task.remembered(self.folder, i)
+
+    def _solved(self, i: int, known: Any, sums: Any, others: Any, seconds: dict[str, float]) -> dict[str, Any]:
+        """Solve operator i, or take what is known of it; put it in. Returns the layer's entry."""
+        clock, op = time.perf_counter(), self.operators[i]
+        found, facts = known or self.task.solve(i, sums, others, jax.random.fold_in(self._key, i))
+        if self.folder is not None and known is None:
+            self.folder.store(i, *packed(found, facts))
+        matrix, support = (jnp.stack([getattr(s, part) for s in found]) for part in ("value", "support"))
+        self.now |= op.to_leaves(matrix, self.now)
+        for path, mask in op.masks(support).items():
+            self.supports[path] = mask & self.supports[path] if path in self.supports else mask
+            self.now[path] = _tree.masked(self.now[path], self.supports[path])  # a zero scale hides it in the matrix
+        self.solutions |= {problem_name(op, e): solution for e, solution in enumerate(found)}
+        solve = sum(s.stats["seconds"] for s in found)
+        rest = time.perf_counter() - clock - (solve if known is None else 0.0)
+        return {"layer": op.name, **facts, "seconds": seconds | {"solve": solve, "rest": max(rest, 0.0)}}
 
 
-def _packed(found: list[Solution], facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays and facts of an operator's solutions, for a folder."""
-    arrays = {part: np.stack([np.asarray(getattr(s, part)) for s in found]) for part in ("value", "support")}
-    numbers = ("objective", "bound", "gap")
-    said = [{"status": s.status.name, "relative_error": s.stats["relative_error"]} for s in found]
-    said = [row | {n: getattr(s, n) for n in numbers} for row, s in zip(said, found, strict=True)]
-    return arrays, {"layer": facts, "problems": said}
-
-
-def _unpacked(arrays: dict[str, Any], said: dict[str, Any]) -> tuple[list[Solution], dict[str, Any]]:
-    """What a folder remembers; its evidence is not kept."""
-    found = []
-    for value, support, row in zip(arrays["value"], arrays["support"], said["problems"], strict=True):
-        numbers = (float(row["objective"]), float(row["bound"]), float(row["gap"]))
-        stats = {"relative_error": float(row["relative_error"]), "resumed": True}
-        status = Status[row["status"]]
-        found.append(Solution(jnp.asarray(value), jnp.asarray(support), status, *numbers, None, stats))
-    return found, {**said["layer"]}
+def _timed(call: Callable[[], None]) -> float:
+    clock = time.perf_counter()
+    call()
+    return time.perf_counter() - clock

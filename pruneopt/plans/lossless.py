@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from pruneopt import _tree
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.network.batches import Source
-from pruneopt.network.leaves import Choice, as_key, check_finite, combine, partition
+from pruneopt.network.leaves import Choice, as_key
+from pruneopt.network.network import Network
 from pruneopt.objectives.loss import Loss
-from pruneopt.plans.methods import Method
-from pruneopt.plans.methods import method as row_of
+from pruneopt.plans.layerwise import layerwise
+from pruneopt.plans.methods import LayerMethod, Method, Row, row_of
 from pruneopt.problem import Problem
-from pruneopt.solution import Pruned, Solution
+from pruneopt.solution import Pruned
 from pruneopt.solve import solve
-from pruneopt.solvers.score import Score
+from pruneopt.solvers.base import Solver
 
 Tree = Any
 
@@ -30,7 +33,7 @@ def lossless(
     batches: Source,
     *,
     tolerance: float = 0.0,
-    method: str | Method = "fisher",
+    method: str | Row | Solver = "fisher",
     leaves: Choice = None,
     floor: int = 0,
     key: jax.Array | None = None,
@@ -47,31 +50,32 @@ def lossless(
     """
     if not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance={tolerance!r} is not a finite number >= 0; pass the rise of the loss to accept")
-    chosen, rest = partition(params, leaves)
-    check_finite(chosen, "params")
-    loss = Loss(fn, params, batches, leaves)
-    row = row_of(method)
-    key = as_key(key)
-    model = row.model(fn, params, loss.stream, leaves, key)
-    dense = loss.finite_value(chosen)
+    network, row, key = Network.of(fn, params, batches, leaves), row_of(method), as_key(key)
+    loss = Loss(*network.given)
+    model = row.model(network, key) if isinstance(row, Method) else None
+    dense = loss.finite_value(network.chosen)
 
-    def at(count: int) -> Solution:
+    def at(count: int) -> Pruned:
         constraint = Cardinality(count=count, floor=floor)
-        return solve(Problem(model, subject_to=constraint), row.solver, key=key)
+        if isinstance(row, LayerMethod):
+            return layerwise(*network.given[:3], constraint, row, leaves=leaves, key=key, progress=False)
+        assert model is not None
+        solution = solve(Problem(model, subject_to=constraint), row.solver, key=key)
+        return Pruned(network.put(solution.value), solution.support, {"*": solution})
 
-    total = _tree.size(chosen)
-    low = sum(min(floor, leaf.size) for leaf in jax.tree.leaves(chosen))
-    dense_weights = solve(Problem(model, subject_to=Cardinality(count=total)), Score("random"))
-    high, best, history = total, dense_weights, []
+    total = _tree.size(network.chosen)
+    low = sum(min(floor, leaf.size) for leaf in jax.tree.leaves(network.chosen))
+    everything = jax.tree.map(lambda w: np.ones(w.shape, bool), network.chosen)
+    high, best, history = total, Pruned(params, everything), []
     with tqdm(total=(total - low).bit_length(), desc="lossless", unit="try", disable=not progress) as bar:
         while low < high:
             count = (low + high) // 2
             tried = at(count)
-            rise = loss.value(tried.value) - dense
+            rise = loss.value(network.at(tried.params).chosen) - dense
             history.append({"count": count, "loss": rise + dense, "rise": rise})
             if rise <= tolerance:
                 high, best = count, tried
             else:
                 low = count + 1
             bar.update()
-    return Pruned(combine(best.value, rest), best.support, {"*": best}, history)
+    return replace(best, history=history)

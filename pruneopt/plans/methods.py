@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
+import numpy as np
 
-from pruneopt.network.leaves import Choice
+from pruneopt.network.network import Network
 from pruneopt.objectives.base import Objective
+from pruneopt.plans.judged import DAMPINGS, as_dampings
 from pruneopt.plans.models import (
     SoftmaxGaussNewton,
     channel_factors,
@@ -30,6 +33,7 @@ from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
 from pruneopt.solvers.base import Solver, Then
 from pruneopt.solvers.block_obs import BlockOBS
 from pruneopt.solvers.cbs import CBS
+from pruneopt.solvers.chita import CHITA
 from pruneopt.solvers.frank_wolfe import FrankWolfe
 from pruneopt.solvers.global_admm import GlobalADMM
 from pruneopt.solvers.greedy_obs import GreedyOBS
@@ -42,21 +46,33 @@ from pruneopt.solvers.sparse_swaps import SparseSwaps
 from pruneopt.solvers.summed_obs import SummedOBS
 from pruneopt.solvers.thanos import Thanos
 
-Tree = Any
-Model = Callable[[Any, Tree, Any, Choice, jax.Array], Objective]
+Model = Callable[[Network, jax.Array], Objective]
 
 
-class Method(NamedTuple):
-    """A row: `model(fn, params, batches, leaves, key)` builds the objective at `params`, `solver` solves it.
+def _check_row(row: Any) -> None:
+    """Raise for what is no solver, or for dampings that are no numbers >= 0; they become a tuple."""
+    if not isinstance(row.solver, Solver):
+        raise TypeError(f"solver is {row.solver!r}; pass a pruneopt Solver")
+    object.__setattr__(row, "dampings", as_dampings("dampings", row.dampings) if np.size(row.dampings) else ())
 
-    predicts: whether the model's change is meant to be that of the loss fn.
+
+@dataclass(frozen=True)
+class Method:
+    """A row for the whole network: `model(network, key)` builds the objective at its params, `solver` solves it.
+
+    predicts: whether the model's change is meant to be that of the loss fn. dampings: of a damped quadratic model,
+        tried where there are examples to choose on; empty for the model's own.
     """
 
     model: Model
     solver: Solver
-    source: str
+    source: str = ""
     reads_data: bool = True
     predicts: bool = True
+    dampings: tuple[float, ...] = DAMPINGS
+
+    def __post_init__(self) -> None:
+        _check_row(self)
 
 
 # OBD ranks by |h|: an estimated Hessian diagonal is negative wherever a probe's noise or the network's indefiniteness
@@ -75,10 +91,13 @@ METHODS: dict[str, Method] = {
     "kfac_obd": Method(kronecker_fisher, Score(), "LeCun et al. 1990 with the diagonal of K-FAC"),
     "kfac_obs": Method(kronecker_fisher, SummedOBS(), "Zeng and Urtasun 2018 (MLPrune)"),
     "cbs": Method(ridged_fisher, Then(CBS(), Polish()), "Yu et al. 2022, selection by swaps, then the joint update"),
-    "chita": Method(low_rank_fisher, Pursuit(), "Benbaki et al. 2023, each step from the refit of its support"),
+    "chita": Method(low_rank_fisher, Then(CHITA(), Polish()), "Benbaki et al. 2023, as published, then the refit"),
+    "pursuit": Method(low_rank_fisher, Pursuit(), "the same with each step from the refit of its support"),
     "global": Method(low_rank_fisher, Then(GlobalADMM(), Polish()), "ADMM in the metric of diag(F), then the refit"),
-    "chita_steps": Method(fisher_step, Pursuit(8, 1e-3), "Benbaki et al. 2023, with the gradient: for stages"),
-    "global_steps": Method(fisher_step, Then(GlobalADMM(), Polish()), "the same by ADMM"),
+    "pursuit_steps": Method(
+        fisher_step, Pursuit(8, 1e-3), "Benbaki et al. 2023 (CHITA++), with the gradient: for stages", dampings=()
+    ),
+    "global_steps": Method(fisher_step, Then(GlobalADMM(), Polish()), "the same by ADMM", dampings=()),
     "hap": Method(
         channel_traces, Score("absolute"), "Yu et al. 2021; under Slices(-1, ...): the trace of each channel"
     ),
@@ -93,37 +112,55 @@ METHODS: dict[str, Method] = {
 }
 
 
-class LayerMethod(NamedTuple):
-    """A row for `plans.layerwise`: `solver` solves each layer's reconstruction of `target` in turn."""
+@dataclass(frozen=True)
+class LayerMethod:
+    """A row for `plans.layerwise`: `solver` solves each layer's damped reconstruction in turn.
+
+    target: "network" matches what the dense network computes there, ||X0 W0 - X W||^2 with X0 its inputs, by moving
+        the centre (`calibration.Inputs.target`); "layer" the dense layer on the pruned inputs (Frantar and Alistarh
+        2023), as most published methods do.
+    damping: lambda / mean(diag H). dampings: tried where there are examples to choose on; empty for `damping` alone.
+    """
 
     solver: Solver
-    source: str
+    source: str = ""
     damping: float = 0.01
-    target: Literal["layer", "network"] = "layer"
+    target: Literal["layer", "network"] = "network"
+    dampings: tuple[float, ...] = DAMPINGS
+
+    def __post_init__(self) -> None:
+        _check_row(self)
+        if self.target not in ("layer", "network"):
+            raise ValueError(f"target={self.target!r} is unknown; pass 'layer' or 'network'")
+        if len(as_dampings("damping", self.damping)) != 1:
+            raise ValueError(f"damping={self.damping!r} is no single number; pass those to try as dampings=")
+
+
+def _published(solver: Solver, source: str, damping: float = 0.0) -> LayerMethod:
+    """A row as its paper has it: one damping, each layer's own outputs."""
+    return LayerMethod(solver, source, damping, "layer", DAMPINGS if damping else ())
 
 
 # Wanda's score is |w| times the norm of the input, undamped.
 LAYER_METHODS: dict[str, LayerMethod] = {
-    "wanda": LayerMethod(Score(), "Sun et al. 2023; its budget is Cardinality(per='out')", damping=0.0),
-    "wanda_refit": LayerMethod(Then(Score(), Polish()), "Wanda's support, weights refitted exactly"),
-    "ria": LayerMethod(Score("relative"), "Zhang et al. 2024; its budget is Cardinality(per='out')", damping=0.0),
-    "sparsegpt": LayerMethod(
-        BlockOBS(), "Frantar and Alistarh 2023; its budget is Cardinality(per='in', span=128)", damping=0.0
+    "wanda": _published(Score(), "Sun et al. 2023; its budget is Cardinality(per='out')"),
+    "wanda_refit": _published(Then(Score(), Polish()), "Wanda's support, weights refitted exactly", damping=0.01),
+    "ria": _published(Score("relative"), "Zhang et al. 2024; its budget is Cardinality(per='out')"),
+    "sparsegpt": _published(BlockOBS(), "Frantar and Alistarh 2023; its budget is Cardinality(per='in', span=128)"),
+    "thanos": _published(Thanos(), "Ilin and Richtarik 2025"),
+    "obc": _published(GreedyOBS(), "Frantar, Singh and Alistarh 2022"),
+    "alps": _published(ALPS(), "Meng et al. 2024"),
+    "iht": _published(
+        Then(HardThresholding(), Polish()), "Blumensath and Davies 2010, then an exact refit", damping=0.01
     ),
-    "thanos": LayerMethod(Thanos(), "Ilin and Richtarik 2025", damping=0.0),
-    "obc": LayerMethod(GreedyOBS(), "Frantar, Singh and Alistarh 2022", damping=0.0),
-    "alps": LayerMethod(ALPS(), "Meng et al. 2024", damping=0.0),
-    "iht": LayerMethod(Then(HardThresholding(), Polish()), "Blumensath and Davies 2010, then an exact refit"),
-    "frank_wolfe": LayerMethod(FrankWolfe(), "Roux, Zimmer and Pokutta 2025, the mask alone", damping=0.0),
-    "sparse_swaps": LayerMethod(SparseSwaps(), "Zimmer et al. 2025, from Wanda's mask, the mask alone", damping=0.0),
+    "frank_wolfe": _published(FrankWolfe(), "Roux, Zimmer and Pokutta 2025, the mask alone"),
+    "sparse_swaps": _published(SparseSwaps(), "Zimmer et al. 2025, from Wanda's mask, the mask alone"),
     "fast": LayerMethod(
-        FAST,
-        "ADMM in the metric of the inverse diagonal, one level of rho; towards the dense network's outputs",
-        target="network",
+        FAST, "ADMM in the metric of the inverse diagonal, one level of rho; towards the dense network's outputs"
     ),
-    "balanced": LayerMethod(BALANCED, "the same, two levels", target="network"),
-    "best": LayerMethod(BEST, "the same, five levels, more iterations", target="network"),
-    "auto": LayerMethod(Auto(), "the preset that the layer's size allows", target="network"),
+    "balanced": LayerMethod(BALANCED, "the same, two levels"),
+    "best": LayerMethod(BEST, "the same, five levels, more iterations"),
+    "auto": LayerMethod(Auto(), "the preset that the layer's size allows"),
 }
 
 
@@ -136,20 +173,50 @@ def gauss_newton(logits: Any, *, temperature: float = 4.0, share: float = 0.15, 
     return Method(model, GlobalADMM(rho=(0.1, 10.0), levels=8, refit=60), "Gauss-Newton matrix, ADMM in its diagonal")
 
 
-def method(name: str | Method) -> Method:
-    """The row of that name among the models of the whole loss. Raises ValueError, listing the names, for another."""
-    if isinstance(name, Method):
-        return name
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method={name!r} is unknown here; pass one of {', '.join(METHODS)}, or a Method")
-    return METHODS[name]
+Row = Method | LayerMethod
 
 
-def any_method(name: str | Method | LayerMethod) -> Method | LayerMethod:
-    """The row of that name, layer by layer or not. Raises ValueError, listing the names, for another."""
-    if isinstance(name, (Method, LayerMethod)):
-        return name
+def row_of(method: str | Row | Solver) -> Row:
+    """The row that `method` asks for: a name's, itself, or for a solver alone `LayerMethod(solver)`.
+
+    Raises ValueError, listing the names, for an unknown one.
+    """
+    if isinstance(method, (Method, LayerMethod)):
+        return method
+    if isinstance(method, Solver):
+        return LayerMethod(method)
     rows = METHODS | LAYER_METHODS
-    if not isinstance(name, str) or name not in rows:
-        raise ValueError(f"method={name!r} is unknown; pass one of {', '.join(rows)}, or a Method")
-    return rows[name]
+    if not isinstance(method, str) or method not in rows:
+        raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(rows)}, a row of your own, or a Solver")
+    return rows[method]
+
+
+def layer_row(method: str | Row | Solver) -> LayerMethod:
+    """`row_of`, or ValueError for a method that models the loss of the whole network."""
+    row = row_of(method)
+    if not isinstance(row, LayerMethod):
+        raise ValueError(
+            f"method={method!r} models the whole network's loss; pass one of {', '.join(LAYER_METHODS)}, a Solver or "
+            "a LayerMethod, or use prune"
+        )
+    return row
+
+
+def loss_row(method: str | Row | Solver) -> Method:
+    """`row_of`, or ValueError for a method that goes layer by layer."""
+    row = row_of(method)
+    if not isinstance(row, Method):
+        raise ValueError(
+            f"method={method!r} goes layer by layer, and this plan needs a model of the loss; pass one of "
+            f"{', '.join(METHODS)}, or Method(model, solver)"
+        )
+    return row
+
+
+def name_of(method: str | Row | Solver) -> str:
+    """What a method is called in a history: its name in the tables, or what its solver is."""
+    if isinstance(method, str):
+        return method
+    row = row_of(method)
+    known = [name for name, other in (METHODS | LAYER_METHODS).items() if other is row or other == row]
+    return known[0] if known else repr(row.solver)

@@ -22,112 +22,112 @@ from pruneopt.curvature.kronecker import Kronecker
 from pruneopt.curvature.shrunk import Shrunk
 from pruneopt.curvature.true_fisher import sampled_fisher_diagonal
 from pruneopt.network import calls
-from pruneopt.network.batches import Batches, each, shared_length
-from pruneopt.network.leaves import Choice, Rest, check_finite, combine, is_floating, partition
+from pruneopt.network.batches import each, shared_length
+from pruneopt.network.leaves import Rest, check_finite, combine, is_floating
+from pruneopt.network.network import Network
 from pruneopt.objectives.quadratic import Quadratic
 
 Tree = Any
 _Fisher = TypeVar("_Fisher", bound=Curvature)
 
 
-def weights_alone(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def weights_alone(network: Network, key: jax.Array) -> Quadratic:
     """1/2 ||w - w0||^2: no data, no loss."""
-    return Quadratic(partition(params, leaves)[0], Identity())
+    return Quadratic(network.chosen, Identity())
 
 
-def linear(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def linear(network: Network, key: jax.Array) -> Quadratic:
     """<g, w - w0>, g the gradient of the mean loss."""
-    chosen, rest = partition(params, leaves)
-    stream = Batches(batches)
+    fn, chosen, rest, stream = network.parts
     calls.check_scalar(fn, chosen, rest, stream)
     calls.check_seen(fn, chosen, rest, stream)
     gradient = calls.mean_gradient(fn, chosen, rest, stream)
     return Quadratic(chosen, None, _not_zero(gradient, "the gradient of fn", "obd"))
 
 
-def diagonal_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def diagonal_fisher(network: Network, key: jax.Array) -> Quadratic:
     """1/2 <d, diag(F) d>, F the empirical Fisher."""
-    curvature = empirical_fisher_diagonal(fn, params, batches, leaves)
+    curvature = empirical_fisher_diagonal(*network.given)
     _not_zero(curvature.values, "the Fisher of fn", "magnitude")
-    return Quadratic(partition(params, leaves)[0], curvature)
+    return Quadratic(network.chosen, curvature)
 
 
-def low_rank_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def low_rank_fisher(network: Network, key: jax.Array) -> Quadratic:
     """1/2 <d, (F + lambda I) d>, F the empirical Fisher of all examples, lambda a hundredth of its mean diagonal."""
-    chosen = partition(params, leaves)[0]
-    return Quadratic(chosen, _bends(empirical_fisher(fn, params, batches, leaves), chosen), damping=0.01)
+    chosen = network.chosen
+    return Quadratic(chosen, _bends(empirical_fisher(*network.given), chosen), damping=0.01)
 
 
-def ridged_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def ridged_fisher(network: Network, key: jax.Array) -> Quadratic:
     """As `low_rank_fisher`, lambda twice the mean diagonal: less trust in what few examples say of pairs of weights.
 
     Chosen for CBS on MLPNet: of 1e-4, 1e-3, 1e-2 and 1e-1, the mean diagonal 5e-3, by images that no draw touches.
     """
-    chosen = partition(params, leaves)[0]
-    return Quadratic(chosen, _bends(empirical_fisher(fn, params, batches, leaves), chosen), damping=2.0)
+    chosen = network.chosen
+    return Quadratic(chosen, _bends(empirical_fisher(*network.given), chosen), damping=2.0)
 
 
-def fisher_blocks(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def fisher_blocks(network: Network, key: jax.Array) -> Quadratic:
     """1/2 <d, (B + lambda I) d>, B the blocks of 1,000 consecutive weights of a leaf on the diagonal of the empirical
     Fisher; lambda a hundredth of its mean diagonal.
 
     Source: Singh and Alistarh 2020 (WoodFisher), section 4.
     """
-    chosen = partition(params, leaves)[0]
-    fisher = _bends(empirical_fisher(fn, params, batches, leaves), chosen)
+    chosen = network.chosen
+    fisher = _bends(empirical_fisher(*network.given), chosen)
     return Quadratic(chosen, BlockDiagonal.of(fisher, by=1000), damping=0.01)
 
 
-def kronecker_fisher(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def kronecker_fisher(network: Network, key: jax.Array) -> Quadratic:
     """1/2 <d, (A (x) S + lambda I) d> for each operator, A and S its Kronecker factors by the labels of the data;
     lambda a hundredth of the mean diagonal.
 
     Source: Zeng and Urtasun 2018 (MLPrune), with the factors of Martens and Grosse 2015.
     """
-    chosen = partition(params, leaves)[0]
-    return Quadratic(chosen, _bends(Kronecker.of(fn, params, batches, leaves), chosen), damping=0.01)
+    chosen = network.chosen
+    return Quadratic(chosen, _bends(Kronecker.of(*network.given), chosen), damping=0.01)
 
 
-def fisher_step(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def fisher_step(network: Network, key: jax.Array) -> Quadratic:
     """<g, d> + 1/2 <d, (F + lambda I) d>, g the mean of the examples' gradients whose second moments are F; lambda a
     tenth of its mean diagonal: the step of a stage away from a minimum.
     """
-    chosen = partition(params, leaves)[0]
-    fisher = _bends(empirical_fisher(fn, params, batches, leaves), chosen)
+    chosen = network.chosen
+    fisher = _bends(empirical_fisher(*network.given), chosen)
     gradient = fisher.layout.tree(
         jnp.mean(fisher.gradients, axis=0, dtype=_tree.widest(chosen)), _tree.wide_shapes(chosen)
     )
     return Quadratic(chosen, fisher, gradient, damping=0.1)
 
 
-def diagonal_hessian(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def diagonal_hessian(network: Network, key: jax.Array) -> Quadratic:
     """1/2 <d, diag(H) d>, H the Hessian of the mean loss, its diagonal by 8 Hutchinson probes."""
-    curvature = hutchinson_diagonal(fn, params, batches, leaves, key=key)
+    curvature = hutchinson_diagonal(*network.given, key=key)
     _not_zero(curvature.values, "the Hessian of fn", "magnitude")
-    return Quadratic(partition(params, leaves)[0], curvature)
+    return Quadratic(network.chosen, curvature)
 
 
-def channel_traces(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def channel_traces(network: Network, key: jax.Array) -> Quadratic:
     """1/2 sum over channels c of (tr(H_cc) / n_c) ||d_c||^2, c the n_c weights of one output of a leaf (its last axis),
     the trace of their block of the Hessian by 8 Hutchinson probes.
 
     Source: Yu et al. 2021 (HAP), equation 5.
     """
-    chosen = partition(params, leaves)[0]
-    curvature = hutchinson_diagonal(fn, params, batches, leaves, key=key)
+    chosen = network.chosen
+    curvature = hutchinson_diagonal(*network.given, key=key)
     _not_zero(curvature.values, "the Hessian of fn", "magnitude")
     return Quadratic(chosen, Diagonal(_channel_means(curvature.values)))
 
 
-def channel_factors(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def channel_factors(network: Network, key: jax.Array) -> Quadratic:
     """1/2 sum over channels c of S_cc <d_c, A d_c>, taken along w_c: h_c = S_cc <w_c, A w_c> / ||w_c||^2 for each
     weight, A and S the Kronecker factors of the operator that has c as an output.
 
     Exact for what goes as whole channels, but for the pairs of them that S couples.
     Source: Wang et al. 2019 (EigenDamage), section 3.1, Kron-OBD of filters.
     """
-    chosen = partition(params, leaves)[0]
-    h = _bends(Kronecker.of(fn, params, batches, leaves), chosen)
+    chosen = network.chosen
+    h = _bends(Kronecker.of(*network.given), chosen)
     w = h.layout.host(chosen)
     values = np.zeros_like(w)
     for a, s, at in zip(h.inputs, h.outputs, h.entries, strict=True):
@@ -139,14 +139,13 @@ def channel_factors(fn: Any, params: Tree, batches: Any, leaves: Choice, key: ja
     return Quadratic(chosen, Diagonal(jax.tree.map(jnp.asarray, h.layout.tree(values, _tree.wide_shapes(chosen)))))
 
 
-def gradient_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def gradient_flow(network: Network, key: jax.Array) -> Quadratic:
     """-<H g, w - w0>: to first order -1/2 ||gradient||^2 at w, so that least loses the least gradient flow.
 
     H g is the Hessian of the mean loss times its gradient, each over all batches.
     Source: Wang, Zhang and Grosse 2020 (GraSP), equation 8, its sign turned.
     """
-    chosen, rest = partition(params, leaves)
-    stream = Batches(batches)
+    fn, chosen, rest, stream = network.parts
     calls.check_scalar(fn, chosen, rest, stream)
     calls.check_seen(fn, chosen, rest, stream)
     gradient = _not_zero(calls.mean_gradient(fn, chosen, rest, stream), "the gradient of fn", "obd")
@@ -154,7 +153,7 @@ def gradient_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
     return Quadratic(chosen, None, _not_zero(flow, "the Hessian of fn times its gradient", "snip"))
 
 
-def synaptic_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
+def synaptic_flow(network: Network, key: jax.Array) -> Quadratic:
     """<r, w - w0>, r_i = sign(w_i) dR/d|w_i|, R the sum of the outputs of fn(|params|, ones).
 
     fn: the network's outputs (not a loss) of params and a batch; every floating array of the first batch is replaced by
@@ -162,15 +161,15 @@ def synaptic_flow(fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.
     -|w_i| dR/d|w_i|; rank by its size.
     Source: Tanaka et al. 2020 (SynFlow), equation 4 and algorithm 1.
     """
-    chosen, rest = partition(params, leaves)
+    fn = network.fn
     if not callable(fn):
         raise TypeError(f"fn is {fn!r}, but synaptic flow needs the network: fn(params, batch) -> outputs")
-    batch = _one_of_ones(next(iter(Batches(batches))))
-    out: Any = calls.outputs(fn, params, batch)
+    batch = _one_of_ones(next(iter(network.batches)))
+    out: Any = calls.outputs(fn, network.params, batch)
     if not jax.tree.leaves(out) or any(x.ndim == 0 for x in jax.tree.leaves(out)):
         raise ValueError(f"fn returns {out}; synaptic flow needs the network's outputs, not a loss: pass fn=forward")
-    flow = check_finite(_flow(fn, chosen, rest, batch), "the synaptic flow of fn")
-    return Quadratic(chosen, None, _not_zero(flow, "the synaptic flow of fn", "magnitude"))
+    flow = check_finite(_flow(fn, network.chosen, network.rest, batch), "the synaptic flow of fn")
+    return Quadratic(network.chosen, None, _not_zero(flow, "the synaptic flow of fn", "magnitude"))
 
 
 @dataclass(frozen=True)
@@ -195,21 +194,19 @@ class SoftmaxGaussNewton:
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature!r} is not a finite number > 0; pass one, such as 4.0")
 
-    def __call__(self, fn: Any, params: Tree, batches: Any, leaves: Choice, key: jax.Array) -> Quadratic:
-        """The model at `params`; fn is not read."""
-        batch = next(iter(Batches(batches)))
-        network: Any = calls.outputs(self.logits, params, batch)
-        if getattr(network, "ndim", 0) < 2 or not jnp.issubdtype(network.dtype, jnp.floating):
-            raise ValueError(f"logits returns {network}; pass the network, (params, batch) -> (n, ..., classes)")
-        if network.shape[0] != each(batch, "batches: batch 0")[1]:
-            raise ValueError(f"logits returns {network}; its first axis is to be the examples of the batch")
-        curvature = GaussNewton.of(self.logits, self.loss, params, batches, leaves)
-        sampled = sampled_fisher_diagonal(self.cooled, params, batches, leaves, key=key).values
+    def __call__(self, network: Network, key: jax.Array) -> Quadratic:
+        """The model at the network's params; its fn is not read."""
+        batch = next(iter(network.batches))
+        out: Any = calls.outputs(self.logits, network.params, batch)
+        if getattr(out, "ndim", 0) < 2 or not jnp.issubdtype(out.dtype, jnp.floating):
+            raise ValueError(f"logits returns {out}; pass the network, (params, batch) -> (n, ..., classes)")
+        if out.shape[0] != each(batch, "batches: batch 0")[1]:
+            raise ValueError(f"logits returns {out}; its first axis is to be the examples of the batch")
+        curvature = GaussNewton.of(self.logits, self.loss, *network.given[1:])
+        sampled = sampled_fisher_diagonal(self.cooled, *network.given[1:], key=key).values
         diagonal = jax.tree.map(lambda h: h * jnp.asarray(self.temperature**2, h.dtype), sampled)
         _not_zero(diagonal, "the Fisher of the network's outputs", "magnitude")
-        return Quadratic(
-            partition(params, leaves)[0], Shrunk.checked(curvature, diagonal, self.share), damping=self.damping
-        )
+        return Quadratic(network.chosen, Shrunk.checked(curvature, diagonal, self.share), damping=self.damping)
 
     def cooled(self, params: Tree, batch: Any) -> jax.Array:
         """logits / T."""

@@ -7,23 +7,25 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
+from pruneopt.delivery.apply import apply
 from pruneopt.network.batches import Batches, Source
-from pruneopt.network.leaves import Choice, as_key, check_finite, check_like, combine, partition
+from pruneopt.network.leaves import Choice, as_key, check_finite, check_like
+from pruneopt.network.network import Network
 from pruneopt.objectives.loss import Loss
-from pruneopt.plans.judged import DAMPINGS, FACTS, damped, judged
+from pruneopt.plans.judged import FACTS, damped, judged, standing
 from pruneopt.plans.layerwise import layerwise
-from pruneopt.plans.methods import LayerMethod, Method, any_method
+from pruneopt.plans.methods import LayerMethod, Method, Row, name_of, row_of
 from pruneopt.plans.schedules import OneShot, Schedule, stages_of
 from pruneopt.problem import Problem
-from pruneopt.solution import Pruned, Solution, Status
+from pruneopt.solution import Pruned, Solution
 from pruneopt.solve import solve
+from pruneopt.solvers.base import Solver
 
 Tree = Any
 FineTune = Callable[[Tree, Tree], Tree]
@@ -36,7 +38,7 @@ def prune(
     batches: Source | None,
     constraint: Constraint,
     *,
-    method: str | Method | LayerMethod = "magnitude",
+    method: str | Row | Solver = "magnitude",
     schedule: Schedule | None = None,
     fine_tune: FineTune | None = None,
     evaluate: Callable[[Tree], Any] | None = None,
@@ -52,145 +54,94 @@ def prune(
     params: any pytree. batches: re-iterable, or a function that returns an iterator; None where no data is read.
     constraint: on the chosen leaves: per="tree" lets importance decide where to prune, per="leaf" prunes the same
         fraction everywhere. Layer by layer (see `plans.layerwise`) it holds for each layer's matrix by itself.
-    method: a name of `plans.METHODS` or `plans.LAYER_METHODS`, or a row of your own.
+    method: a name of `plans.METHODS` or `plans.LAYER_METHODS`, a row of your own, or a solver alone, which goes layer
+        by layer, `LayerMethod(solver)`. A name is one problem in every plan: objective, target and damping.
     schedule: OneShot() (default), Iterative, Cubic, CoarseThenFine. Supports are nested: what is cut stays cut.
     fine_tune: (params, support) -> params after each stage (`plans.retrain` makes one); pruned weights are set back to
         zero. evaluate: params -> anything, kept in `history` after pruning ("pruned") and fine-tuning ("tuned").
     held_out: examples that the method does not read. On them the damping of a method that has one is chosen, out of
-        `plans.judged.DAMPINGS`, at one solve each.
+        the `dampings` of its row, at one solve each.
     leaves: which leaves are pruned: a predicate (path, leaf), glob patterns over paths, or None for floating arrays of
         two or more axes whose path does not say bias, norm, scale or embed. key: defaults to seed 0.
     progress: show a bar with the time left.
 
     Returns a Pruned; every other leaf is the very object that was given. `params` is never changed. `history` has for
-    each stage cut, sparsity, kept, objective, status, seconds; for a method that models the loss `predicted`, the
-    change of it that the model foresaw, and `measured`, that on `held_out` or else on the first batch.
+    each stage cut, method, sparsity, kept, objective, status, seconds; layer by layer "layers" (see `layerwise`); for a
+    method that models the loss `predicted`, the change of it that the model foresaw, and `measured`, that on `held_out`
+    or else on the first batch.
     Raises ValueError or TypeError, naming the argument, before any work where arguments do not fit.
     """
-    row = any_method(method)
+    row = row_of(method)
     if not isinstance(constraint, Constraint):
         raise TypeError(f"constraint is {constraint!r}; pass a constraint such as Cardinality(sparsity=0.9)")
-    chosen, rest = partition(params, leaves)
-    check_finite(chosen, "params")
-    stages = stages_of(schedule or OneShot(), constraint, chosen)
     for name, call in (("fine_tune", fine_tune), ("evaluate", evaluate)):
         if call is not None and not callable(call):
             raise TypeError(f"{name} is {call!r}; pass a function")
-    rows = [row if stage.method is None else any_method(stage.method) for stage in stages]
-    held_out = None if held_out is None else Batches(held_out, "held_out")
+    network = Network.of(fn, params, batches, leaves)
+    stages = stages_of(schedule or OneShot(), constraint, network.chosen)
+    methods = [method if stage.method is None else stage.method for stage in stages]
+    rows = [row_of(m) for m in methods]
     if any(isinstance(r, Method) for r in rows):
-        constraint.check(chosen)
+        constraint.check(network.chosen)
     if fn is None and any(isinstance(r, LayerMethod) or r.reads_data for r in rows):
         raise TypeError(f"fn is None, but method={method!r} reads a loss; pass fn(params, batch) -> scalar")
+    aside = None if held_out is None else Batches(held_out, "held_out")
     key = as_key(key)
 
-    size = _tree.size(chosen)
     support: Tree = None
     solutions: dict[str, Solution] = {}
     history: list[dict[str, Any]] = []
     for i, stage in enumerate(tqdm(stages, desc="prune", unit="stage", disable=not progress)):
-        clock = time.perf_counter()
-        keys = jax.random.split(jax.random.fold_in(key, i))
-        allowed, row = constraint if stage.cut == 1 else constraint.relaxed(stage.cut), rows[i]
-        record: dict[str, Any] = {"stage": i, "cut": stage.cut}
+        clock, row = time.perf_counter(), rows[i]
+        allowed = constraint if stage.cut == 1 else constraint.relaxed(stage.cut)
+        if support is not None:
+            allowed = Intersection((Support(support), allowed))
+        record: dict[str, Any] = {"stage": i, "cut": stage.cut, "method": name_of(methods[i])}
+        drawn = key if i == 0 else jax.random.fold_in(key, i)  # so that one stage is `layerwise` to the bit
         if isinstance(row, LayerMethod):
-            assert fn is not None
-            done = _by_layer(row, fn, params, batches, held_out, allowed, support, leaves, keys[1], progress)
-            params, solutions, record["layers"] = done.params, done.solutions, done.history
-            chosen, rest = partition(params, leaves)
-            support = _everywhere(done.support, chosen, support)
+            words: dict[str, Any] = {"held_out": aside, "leaves": leaves, "key": drawn, "progress": progress}
+            done = layerwise(*network.given[:3], allowed, row, **words)
+            values, solutions, record["layers"] = done.params, done.solutions, done.history[0]["layers"]
+            support = _together(params, done.support, support)
         else:
-            if support is not None:
-                allowed = Intersection((Support(support), allowed))
-            solution = _as_a_whole(row, fn, params, batches, held_out, allowed, leaves, keys)
+            solution = _as_a_whole(row, network, aside, allowed, drawn)
             solutions, support = {"*": solution}, solution.support
-            params = combine(solution.value, rest)
+            values = network.put(solution.value)
             record |= {name: solution.stats[name] for name in FACTS if name in solution.stats}
-        kept = _tree.kept(support)
-        record |= {
-            "sparsity": 1 - kept / size,
-            "kept": kept,
-            "objective": sum(s.objective for s in solutions.values()),
-            "status": _worst(solutions).name.lower(),
-        }
+        record |= standing(support, solutions)
         if evaluate is not None:
-            record["pruned"] = evaluate(params)
+            record["pruned"] = evaluate(values)
         if fine_tune is not None:
-            params, rest = _tuned(fine_tune, params, support, leaves)
+            values = _tuned(fine_tune, values, support)
             if evaluate is not None:
-                record["tuned"] = evaluate(params)
+                record["tuned"] = evaluate(values)
+        network = network.at(values)
         record["seconds"] = time.perf_counter() - clock
         history.append(record)
-    return Pruned(params, support, solutions, history)
+    return Pruned(network.params, support, solutions, history)
 
 
-def _by_layer(
-    row: LayerMethod,
-    fn: Any,
-    params: Tree,
-    batches: Any,
-    held_out: Any,
-    allowed: Constraint,
-    support: Tree,
-    leaves: Choice,
-    key: jax.Array,
-    progress: bool,
-) -> Pruned:
-    """One pass of a method that goes layer by layer; held-out batches choose the damping of those that have one."""
-    return layerwise(
-        fn,
-        params,
-        batches,
-        allowed,
-        row.solver,
-        target=row.target,
-        damping=None if row.damping and held_out is not None else row.damping,
-        held_out=held_out,
-        within=support,
-        leaves=leaves,
-        key=key,
-        progress=progress,
-    )
-
-
-def _as_a_whole(
-    row: Method,
-    fn: Any,
-    params: Tree,
-    batches: Any,
-    held_out: Any,
-    allowed: Constraint,
-    leaves: Choice,
-    keys: jax.Array,
-) -> Solution:
+def _as_a_whole(row: Method, network: Network, held_out: Any, allowed: Constraint, key: jax.Array) -> Solution:
     """One solve over all chosen leaves; what the model foresaw beside what the loss did, where the model is of it."""
-    objective = row.model(fn, params, batches, leaves, keys[0])
+    modelled, solved = jax.random.split(key)
+    objective = row.model(network, modelled)
     if not row.predicts:
-        return solve(Problem(objective, subject_to=allowed), row.solver, key=keys[1])
-    others = [next(iter(Batches(batches)))] if held_out is None else held_out
-    judge = Loss(fn, params, others, leaves)
+        return solve(Problem(objective, subject_to=allowed), row.solver, key=solved)
+    others = [next(iter(network.batches))] if held_out is None else held_out
+    judge = Loss(network.fn, network.params, others, network.leaves)  # pyright: ignore[reportArgumentType]
     before = judge.finite_value(judge.center)
-    dampings = () if held_out is None else DAMPINGS
-    return judged(damped(objective, dampings), allowed, row.solver, judge, before, keys[1])[0]
+    dampings = () if held_out is None else row.dampings
+    return judged(damped(objective, dampings), allowed, row.solver, judge, before, solved)[0]
 
 
-def _everywhere(support: Tree, chosen: Tree, before: Tree) -> Tree:
-    """A mask for every chosen leaf: where no operator reads a leaf, what lived before lives on."""
-    found, old = (dict(_tree.named_leaves(tree)) for tree in (support, before))
-
-    def one(path: str, leaf: Any) -> Any:
-        return found[path] if path in found else old.get(path, np.ones(leaf.shape, bool))
-
-    return _tree.map_named(one, chosen)
+def _together(params: Tree, support: Tree, before: Tree) -> Tree:
+    """The masks of a stage, and those of leaves that only the stages before it cut."""
+    masks = dict(_tree.named_leaves(before)) | dict(_tree.named_leaves(support))
+    return _tree.map_named(lambda path, _: masks.get(path), params)
 
 
-def _worst(solutions: dict[str, Solution]) -> Status:
-    """The least that is known of all solutions."""
-    return max((s.status for s in solutions.values()), key=list(Status).index)
-
-
-def _tuned(fine_tune: FineTune, params: Tree, support: Tree, leaves: Choice) -> tuple[Tree, Any]:
-    """The user's fine-tuned parameters with pruned weights at zero, and the leaves that are not pruned."""
+def _tuned(fine_tune: FineTune, params: Tree, support: Tree) -> Tree:
+    """The user's fine-tuned parameters with pruned weights at zero."""
     tuned = fine_tune(params, support)
     check_like(tuned, params, "fine_tune's result")
     check_finite(tuned, "fine_tune's result")
@@ -199,6 +150,4 @@ def _tuned(fine_tune: FineTune, params: Tree, support: Tree, leaves: Choice) -> 
             raise ValueError(
                 f"fine_tune's result: leaf '{path}' is {new.dtype}, params has {old.dtype}; keep the dtype"
             )
-    chosen, rest = partition(tuned, leaves)
-    chosen = _tree.masked(chosen, support)
-    return combine(chosen, rest), rest
+    return apply(tuned, support)

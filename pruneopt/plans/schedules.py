@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pruneopt.constraints.base import Constraint
-from pruneopt.plans.methods import LayerMethod, Method, any_method
+from pruneopt.plans.methods import Row, row_of
+from pruneopt.solvers.base import Solver
 
 Tree = Any
 
@@ -17,7 +18,7 @@ class Stage:
     """Prune until the fraction `cut` of the plan's removals is made, by `method` (None: the plan's own)."""
 
     cut: float
-    method: str | Method | LayerMethod | None = None
+    method: str | Row | Solver | None = None
 
 
 class Schedule(Protocol):
@@ -80,11 +81,11 @@ class CoarseThenFine:
 
     share: float = 0.7
     steps: int = 4
-    coarse: str | Method | LayerMethod = "magnitude"
+    coarse: str | Row | Solver = "magnitude"
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        any_method(self.coarse)
+        row_of(self.coarse)
         if not 0 < self.share < 1:
             raise ValueError(
                 f"share={self.share!r} is outside (0, 1); pass the fraction of the removals to make coarsely"

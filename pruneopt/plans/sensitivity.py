@@ -12,12 +12,14 @@ from tqdm import tqdm
 from pruneopt import _tree
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.network.batches import Source
-from pruneopt.network.leaves import Choice, as_key, check_finite, partition
+from pruneopt.network.leaves import Choice, as_key
+from pruneopt.network.network import Network
 from pruneopt.objectives.loss import Loss
-from pruneopt.plans.methods import Method
-from pruneopt.plans.methods import method as row_of
+from pruneopt.plans.layerwise import layerwise
+from pruneopt.plans.methods import LayerMethod, Method, Row, row_of
 from pruneopt.problem import Problem
 from pruneopt.solve import solve
+from pruneopt.solvers.base import Solver
 from pruneopt.solvers.score import Score
 
 Tree = Any
@@ -61,7 +63,7 @@ def sensitivity(
     batches: Source,
     levels: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 0.95),
     *,
-    method: str | Method = "magnitude",
+    method: str | Row | Solver = "magnitude",
     leaves: Choice = None,
     key: jax.Array | None = None,
     progress: bool = True,
@@ -69,28 +71,30 @@ def sensitivity(
     """The mean loss with one leaf pruned to each of `levels` by `method`, all others dense.
 
     fn: loss(params, batch) -> scalar, a mean over examples. levels: sparsities in [0, 1). The method's model is built
-    at the dense weights: once where the method ranks weights, for each leaf where it moves them to make up for what
-    goes, since that depends on what else goes. Raises what `prune` raises.
+    at the dense weights: once where the method ranks weights of the whole network, for each leaf where it moves them to
+    make up for what goes, since that depends on what else goes. Raises what `prune` raises.
     Source: Han et al. 2015, section 3.4.
     """
     levels = tuple(float(level) for level in levels)
     if not levels:
         raise ValueError("levels is empty; pass sparsities such as (0.5, 0.9)")
     constraints = [Cardinality(sparsity=level, per="leaf", floor=0) for level in levels]
-    chosen, _ = partition(params, leaves)
-    check_finite(chosen, "params")
-    loss = Loss(fn, params, batches, leaves)
+    network, row, key = Network.of(fn, params, batches, leaves), row_of(method), as_key(key)
+    chosen, loss = network.chosen, Loss(*network.given)
     dense = loss.finite_value(chosen)
-    row = row_of(method)
-    key = as_key(key)
 
     def pruned(which: Choice) -> list[dict[str, Any]]:
-        model = row.model(fn, params, loss.stream, which, key)
-        found = [solve(Problem(model, subject_to=c), row.solver, key=key).value for c in constraints]
+        if isinstance(row, LayerMethod):
+            words: dict[str, Any] = {"leaves": which, "key": key, "progress": False}
+            found = [layerwise(*network.given[:3], c, row, **words).params for c in constraints]
+        else:
+            model = row.model(Network.of(fn, params, network.batches, which), key)
+            found = [solve(Problem(model, subject_to=c), row.solver, key=key).value for c in constraints]
         return [dict(_tree.named_leaves(value)) for value in found]
 
     paths = [path for path, _ in _tree.named_leaves(chosen)]
-    together = pruned(leaves) if isinstance(row.solver, Score) else None
+    ranks = isinstance(row, Method) and isinstance(row.solver, Score)
+    together = pruned(leaves) if ranks else None
     losses: dict[str, tuple[float, ...]] = {}
     for path in tqdm(paths, desc="sensitivity", unit="leaf", disable=not progress):
         cut = pruned(lambda name, _, p=path: name == p) if together is None else together

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from numbers import Real
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from pruneopt import _tree
@@ -19,13 +18,13 @@ from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.support import Support
 from pruneopt.network.batches import Batches, Source
-from pruneopt.network.leaves import Choice, check_finite, combine, partition
+from pruneopt.network.leaves import Choice, combine
+from pruneopt.network.network import Network
 from pruneopt.objectives.base import Objective
 from pruneopt.objectives.loss import Loss
 from pruneopt.objectives.quadratic import Quadratic
-from pruneopt.plans.judged import FACTS, as_dampings, damped, judged
-from pruneopt.plans.methods import Method
-from pruneopt.plans.methods import method as row_of
+from pruneopt.plans.judged import FACTS, damped, judged
+from pruneopt.plans.methods import Method, loss_row
 from pruneopt.plans.schedules import Iterative, Schedule, stages_of
 from pruneopt.solution import Pruned, Solution
 
@@ -42,10 +41,9 @@ def staged(
     constraint: Constraint,
     held_out: Source,
     *,
-    method: str | Method = "chita_steps",
+    method: str | Method = "pursuit_steps",
     schedule: Schedule | None = None,
     rise: float = 2.0,
-    dampings: Sequence[float] = (),
     leaves: Choice = None,
     progress: bool = True,
 ) -> Pruned:
@@ -68,10 +66,9 @@ def staged(
 
     fn: loss(params, batch) -> scalar, a mean over examples. batches: stage -> the examples that its model reads.
     held_out: examples that no stage reads; the trained network's loss on them is the first to compare with.
-    method: a row whose model has the gradient ("chita_steps", "global_steps": away from a minimum it is not zero).
+    method: a row whose model has the gradient ("pursuit_steps", "global_steps": away from a minimum it is not zero).
+        Of the row's `dampings` each, if it has some, at one solve and one more without the gradient.
     schedule: Iterative(15) by default; its stages' own methods are not used.
-    dampings: relative ridges (lambda / mean diag H) to try for each stage, at one solve each and one more without the
-        gradient; empty for the row's own.
 
     Returns a Pruned. history: for each step sparsity, kept, predicted and measured (the change of the loss that the
     model taken foresaw, and on `held_out`), damping, gradient (whether that model has one), step (t), loss, shortened
@@ -90,22 +87,20 @@ def staged(
         )
     if not isinstance(constraint, Constraint):
         raise TypeError(f"constraint is {constraint!r}; pass a constraint such as Cardinality(sparsity=0.9)")
-    row = row_of(method)
-    chosen, rest = partition(params, leaves)
-    check_finite(chosen, "params")
+    row, network = loss_row(method), Network.of(fn, params, None, leaves)
+    chosen, rest = network.chosen, network.rest
     constraint.check(chosen)
     judge = Loss(fn, params, Batches(held_out, "held_out"), leaves)
     before = judge.finite_value(chosen)
     waiting = [stage.cut for stage in stages_of(schedule or Iterative(15), constraint, chosen)]
-    tried = as_dampings("dampings", dampings) if np.size(dampings) else ()
 
     cut, index, live, support, solution = 0.0, 0, _tree.size(chosen), None, None
     history: list[dict[str, Any]] = []
     bar = tqdm(total=1.0, desc="staged", unit="cut", disable=not progress)
     while waiting:
         clock, key = time.perf_counter(), jax.random.fold_in(jax.random.key(0), index)
-        objective = row.model(fn, combine(chosen, rest), batches(index), leaves, key)
-        models = [model for part in _with_and_without_gradient(objective) for model in damped(part, tried)]
+        objective = row.model(Network.of(fn, combine(chosen, rest), batches(index), leaves), key)
+        models = [model for part in _with_and_without_gradient(objective) for model in damped(part, row.dampings)]
         solved = partial(judged, models, solver=row.solver, judge=judge, before=before, key=key, steps=_STEPS)
         limit = before + (rise - 1) * abs(before)
         goal, solution, loss, halved = _shortened(solved, constraint, support, (cut, waiting[0]), live, limit)

@@ -77,7 +77,7 @@ class Score(Solver):
         path = _tree.first_nonfinite(scores)
         if path is not None:
             raise ValueError(
-                f"the score of leaf '{path}' is not finite: the curvature or gradient overflows; rescale it"
+                f"the score of {_tree.called(path)} is not finite: the curvature or gradient overflows; rescale it"
             )
         support = constraint.select(scores)
         del scores

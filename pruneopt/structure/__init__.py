@@ -2,6 +2,7 @@
 
 from pruneopt.capture.statistics import Statistics, capture
 from pruneopt.network.leaves import combine, is_prunable, is_trainable, partition
+from pruneopt.network.network import Network
 from pruneopt.structure.cost import Cost, cost, differences
 from pruneopt.structure.graph import Graph, trace
 from pruneopt.structure.operators import Operator
@@ -11,6 +12,7 @@ __all__ = [
     "Cost",
     "Graph",
     "Group",
+    "Network",
     "Operator",
     "Statistics",
     "Units",

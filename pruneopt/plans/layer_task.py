@@ -1,0 +1,195 @@
+"""One layer's problems: what is asked of each, the damping that other data choose, what is said of the answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pruneopt import _tree
+from pruneopt.capture import calibration
+from pruneopt.constraints.base import Constraint
+from pruneopt.curvature.gram import Gram
+from pruneopt.network.leaves import check_like
+from pruneopt.objectives.reconstruction import Reconstruction
+from pruneopt.plans.methods import LayerMethod
+from pruneopt.plans.run_folder import RunFolder
+from pruneopt.problem import Problem
+from pruneopt.solution import Solution, Status
+from pruneopt.solve import solve
+from pruneopt.structure.operators import Operator
+
+# Positions an input below which the history warns: at n / N = 1/4 the eigenvalues of a sample's Gram already spread
+# from 1/4 to 9/4 of the truth (Marchenko and Pastur 1967), and small ones are where a refit gains most.
+_POSITIONS = 4
+
+
+def problem_name(op: Operator, e: int) -> str:
+    """What problem e of an operator is called."""
+    return op.name if op.problems == 1 else f"{op.name}{{{e}}}"
+
+
+def _check_inputs(gram: Any, argument: str, name: str) -> None:
+    """Raise ValueError for inputs that are all zero."""
+    if not np.any(np.asarray(jnp.diagonal(gram)) > 0):
+        raise ValueError(
+            f"{argument}: the inputs of '{name}' are zero in all batches, so that every pruning of it looks perfect; "
+            "check the calibration data, or leave it out of leaves="
+        )
+
+
+class LayerTask:
+    """What is asked of every layer."""
+
+    def __init__(
+        self,
+        operators: list[Operator],
+        before: Mapping[str, Any],
+        constraint: Constraint,
+        row: LayerMethod,
+        dampings: tuple[float, ...],
+    ):
+        self._operators, self._before, self._constraint = operators, before, constraint
+        self._row, self._dampings = row, dampings
+
+    def check(self) -> None:
+        """Raise where a constraint does not fit a layer, before any work."""
+        for op in self._operators:
+            with _about(op.name):
+                self._constraints(op)[0].check(jax.ShapeDtypeStruct((op.n_in, op.n_out), np.dtype(np.float32)))
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this task from another."""
+        return {
+            "operators": [(op.name, op.problems, op.n_in, op.n_out) for op in self._operators],
+            "constraint": self._constraint,
+            "solver": self._row.solver,
+            "target": self._row.target,
+            "damping": self._dampings,
+        }
+
+    def solve(self, i: int, sums: Any, others: Any, key: jax.Array) -> tuple[list[Solution], dict[str, Any]]:
+        """The solutions of an operator's problems, and what the history says of them."""
+        op = self._operators[i]
+        center = op.to_matrix(self._before)
+        center = center.astype(_tree.wide(center.dtype))
+        constraints, found, dampings, notes, lost, whole = self._constraints(op), [], [], [], 0.0, 0.0
+        for e in range(op.problems):
+            name, inputs = problem_name(op, e), calibration.problem(sums, e)
+            if not inputs.count:
+                notes.append(f"{name} saw no input: pruned by magnitude")
+                inputs = calibration.Inputs(0.0, jnp.eye(op.n_in, dtype=center.dtype), None)
+            else:
+                _check_inputs(inputs.gram, "batches", name)
+            aside = _gram(others, e, name)
+            with _about(name):
+                objective, solution = self._best(center[e], inputs, aside, constraints[e], jax.random.fold_in(key, e))
+            found.append(solution)
+            dampings.append(objective.damping)
+            lost += inputs.count * objective.error(solution.value, solution.objective)
+            whole += inputs.count * objective.energy
+        facts: dict[str, Any] = {
+            "relative_error": lost / whole if whole else math.nan,
+            "damping": dampings[0] if len(set(dampings)) == 1 else dampings,
+            "kept": sum(s.kept for s in found),
+            "size": op.size,
+        }
+        notes += self._few(op, sums)
+        return found, facts | ({"notes": notes} if notes else {})
+
+    def remembered(self, folder: RunFolder, i: int) -> tuple[list[Solution], dict[str, Any]] | None:
+        """What `solve` returned for an operator in an earlier call, or None. Raises ValueError where it cannot have."""
+        op = self._operators[i]
+        shape = (op.problems, op.n_in, op.n_out)
+        stored = folder.load(i, {"value": (shape, _tree.wide(op.dtype)), "support": (shape, bool)})
+        if stored is None:
+            return None
+        try:
+            found, facts = _unpacked(*stored)
+        except (KeyError, TypeError, ValueError) as error:
+            raise folder.damaged(i, f"its facts: {error!r}") from error
+        for solution, constraint in zip(found, self._constraints(op), strict=True):
+            if _tree.first_nonfinite(solution.value) is not None:
+                raise folder.damaged(i, "it holds a NaN or an infinity")
+            if constraint.violation(solution.support) or _tree.outside(solution.value, solution.support):
+                raise folder.damaged(i, f"its support is not in {constraint!r}")
+        return found, facts
+
+    def _few(self, op: Operator, sums: Any) -> list[str]:
+        """What is said of an operator whose Gram rests on few positions."""
+        counts = [count for e in range(op.problems) if (count := calibration.problem(sums, e).count)]
+        if self._row.target != "network" or not counts or min(counts) >= _POSITIONS * op.n_in:
+            return []
+        return [
+            f"{min(counts):g} positions for {op.n_in} inputs: with fewer than {_POSITIONS} an input the weights "
+            "may fit the calibration data alone"
+        ]
+
+    def _best(
+        self, center: Any, inputs: calibration.Inputs, aside: Gram | None, constraint: Constraint, key: jax.Array
+    ) -> tuple[Reconstruction, Solution]:
+        """The problem's objective, and its solution, with the damping of least error on the Gram of other data."""
+        tried = []
+        for damping in self._dampings if aside is not None else self._dampings[:1]:
+            objective = Reconstruction(inputs.target(center, damping), Gram(inputs.gram), damping)
+            solution = solve(Problem(objective, subject_to=constraint), self._row.solver, key=key)
+            error = 0.0 if aside is None else aside.form(solution.value, center, 0.0)
+            tried.append((error, objective, solution))
+        _, objective, solution = min(tried, key=lambda row: row[0])
+        return objective, solution
+
+    def _constraints(self, op: Operator) -> list[Constraint]:
+        """The constraint of each of an operator's problems."""
+
+        def laid(masks: dict[str, Any], e: int) -> Any:
+            for path, mask in masks.items():
+                check_like(mask, self._before[path], f"mask '{path}'")
+                if np.asarray(mask).dtype != bool:
+                    raise TypeError(f"mask '{path}' has dtype {np.asarray(mask).dtype}; pass booleans, True = may live")
+            everything = {p: np.ones(np.shape(self._before[p]), bool) for p in op.paths}
+            return op.support(everything | masks)[e]
+
+        return [self._constraint.restricted(op.paths, lambda masks, e=e: laid(masks, e)) for e in range(op.problems)]
+
+
+def _gram(sums: Any, e: int, name: str) -> Gram | None:
+    """The Gram of what reached a problem from held-out data, None where nothing did."""
+    if sums is None or not (inputs := calibration.problem(sums, e)).count:
+        return None
+    _check_inputs(inputs.gram, "held_out", name)
+    return Gram(inputs.gram)
+
+
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Errors inside say which layer they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer '{name}': {error}") from error
+
+
+def packed(found: list[Solution], facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays and facts of an operator's solutions, for a folder."""
+    arrays = {part: np.stack([np.asarray(getattr(s, part)) for s in found]) for part in ("value", "support")}
+    numbers = ("objective", "bound", "gap")
+    said = [{"status": s.status.name, "relative_error": s.stats["relative_error"]} for s in found]
+    said = [row | {"seconds": s.stats["seconds"]} for row, s in zip(said, found, strict=True)]
+    said = [row | {n: getattr(s, n) for n in numbers} for row, s in zip(said, found, strict=True)]
+    return arrays, {"layer": facts, "problems": said}
+
+
+def _unpacked(arrays: dict[str, Any], said: dict[str, Any]) -> tuple[list[Solution], dict[str, Any]]:
+    """What a folder remembers; its evidence is not kept."""
+    found = []
+    for value, support, row in zip(arrays["value"], arrays["support"], said["problems"], strict=True):
+        numbers = (float(row["objective"]), float(row["bound"]), float(row["gap"]))
+        stats = {name: float(row[name]) for name in ("relative_error", "seconds")} | {"resumed": True}
+        status = Status[row["status"]]
+        found.append(Solution(jnp.asarray(value), jnp.asarray(support), status, *numbers, None, stats))
+    return found, {**said["layer"]}
