@@ -149,7 +149,7 @@ def test_chita_falls_and_is_stationary_on_its_support_after_the_refit():
 
 @pytest.mark.default_flags
 @pytest.mark.parametrize(
-    "method", ["fisher", "obd", "m_fac", "woodfisher", "kfac_obs", "obs", "cbs", "chita", "global"]
+    "method", ["fisher", "obd", "m_fac", "woodfisher", "kfac_obs", "obs", "cbs", "chita", "pursuit", "global"]
 )
 @pytest.mark.slow
 def test_half_precision_weights_have_curvature_below_their_smallest_number(method):

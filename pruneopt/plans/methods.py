@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -66,7 +66,7 @@ class Method:
 
     model: Model
     solver: Solver
-    source: str = ""
+    source: str = field(default="", compare=False)
     reads_data: bool = True
     predicts: bool = True
     dampings: tuple[float, ...] = DAMPINGS
@@ -123,7 +123,7 @@ class LayerMethod:
     """
 
     solver: Solver
-    source: str = ""
+    source: str = field(default="", compare=False)
     damping: float = 0.01
     target: Literal["layer", "network"] = "network"
     dampings: tuple[float, ...] = DAMPINGS
@@ -217,6 +217,6 @@ def name_of(method: str | Row | Solver) -> str:
     """What a method is called in a history: its name in the tables, or what its solver is."""
     if isinstance(method, str):
         return method
-    row = row_of(method)
-    known = [name for name, other in (METHODS | LAYER_METHODS).items() if other is row or other == row]
+    row, rows = row_of(method), METHODS | LAYER_METHODS
+    known = [n for n, other in rows.items() if other is row] or [n for n, other in rows.items() if other == row]
     return known[0] if known else repr(row.solver)
