@@ -140,7 +140,8 @@ def test_no_stage_is_worse_on_other_examples_than_the_plain_cut_where_the_model_
 
     got = po.plans.staged(
         loss, params, lambda stage: [stages[stage]], Cardinality(sparsity=0.75, floor=1), [others],
-        method=Method(model, Watched(8, 1e-3), "test"), schedule=Iterative(4), rise=1e9, leaves="w", progress=False,
+        method=Method(model, Watched(8, 1e-3), "test", dampings=()), schedule=Iterative(4), rise=1e9, leaves="w",
+        progress=False,
     )  # fmt: skip
     ends, overfitted = [*starts[1:], got.params["w"]], 0
     for stage, (start, end, record) in enumerate(zip(starts, ends, got.history, strict=True), 1):
