@@ -1024,7 +1024,9 @@ def test_a_function_that_differs_between_batch_sizes():
     def fn(p, x):
         return x @ p["a"] @ p["b"] if len(x) == 3 else x @ p["b"]
 
-    words = r"fn multiplies \['b'\] for a batch of shapes \[\(2, 4\)\] and \['a', 'b'\] for the first batch; it must be one network"
+    words = (
+        r"fn multiplies \['b'\] for a batch of shapes \[\(2, 4\)\] and \['a', 'b'\] for the first batch; it must be one network"
+    )
     with pytest.raises(ValueError, match=words):
         capture(fn, {"a": W, "b": W}, [X, X[:2]])
 
