@@ -108,6 +108,6 @@ def admm(
         return jax.tree.map(pulled, goal, updates, params, is_leaf=is_hole), ADMMState(step + 1, goal, masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        return held_from(end, params, own_state(state, ADMMState), constraint, "admm")
+        return held_from(end, params, own_state(state, ADMMState, params), constraint, "admm")
 
     return SparseOptimizer(init, update, finish)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pruneopt import _tree
@@ -22,10 +23,11 @@ class SparseOptimizer(optax.GradientTransformationExtraArgs):
     """An optax optimiser, `init(params)` and `update(gradient, state, params)`, that also knows how to end.
 
     `finish(params, state)` returns the Pruned network: what the method promises holds in it exactly. It may be called
-    at any step, of `gradual` after its `end`, and changes nothing. `state` is this optimiser's, or that of an
-    `optax.chain` around it. Raises ValueError where training diverged (weights that are not finite have no largest ones
-    to keep), where what is chained after this one moved weights that it had set (it must be the last of a chain), and
-    where a leaf lost all its weights although the constraint does not allow it.
+    at any step, of `gradual` after its `end`, and changes nothing. `state` is this optimiser's, or what holds it: that
+    of `optax.chain`, `multi_transform`, `masked` or `MultiSteps` around it, a train state, a restored checkpoint.
+    Raises ValueError where training diverged (weights that are not finite have no largest ones to keep), where what is
+    chained after this one moved weights that it had set (it must be the last of a chain), and where a leaf lost all its
+    weights although the constraint does not allow it.
     """
 
     finish: Callable[[Tree, Any], Pruned]
@@ -79,6 +81,11 @@ def filled(tree: Tree, params: Tree) -> Tree:
 
 def chosen(params: Tree, leaves: Choice, constraint: Constraint | None = None) -> Tree:
     """The leaves to prune, None at the others, checked against the constraint."""
+    if _tree.is_array(params) and params.ndim == 1:
+        raise ValueError(
+            "params is one vector, in which no leaf is told from another; optax.flatten goes inside this "
+            "transformation, gradual(optax.flatten(optax.adam(1e-3)), ...), not around it"
+        )
     picked, _ = partition(params, leaves)
     if constraint is not None:
         constraint.check(picked)
@@ -172,6 +179,8 @@ def magnitudes(masks: Tree, params: Tree) -> Tree:
 
 def as_optimizer(optimizer: Any, name: str) -> optax.GradientTransformationExtraArgs:
     """`optimizer`, checked. Raises TypeError for anything that is not an optax transformation."""
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(f"optimizer is {optimizer!r}; pass an optax optimiser: {name}(optax.adam(1e-3), ...)")
     return optax.with_extra_args_support(optimizer)
@@ -201,15 +210,52 @@ def checked(params: Tree | None, gradient: Tree, held: Tree) -> Tree:
     return params
 
 
-def own_state(state: Any, kind: type) -> Any:
-    """The only state of that kind in `state`. Raises ValueError where there is none or more than one."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, kind))
-    found = [s for s in leaves if isinstance(s, kind)]
-    if len(found) != 1:
+def own_state(state: Any, kind: type, params: Tree) -> Any:
+    """The only state of that kind in `state`, its trees laid out like `params` by the paths of their leaves.
+
+    So it is found in what wraps it: chains, `optax.multi_transform` and `masked`, a train state, the variables of NNX,
+    and a checkpoint restored as plain dictionaries. Raises ValueError where there is none or more than one, or where
+    its leaves are not those of `params`.
+    """
+    names = set(kind._fields)  # type: ignore[attr-defined]
+
+    def is_one(s: Any) -> bool:
+        return isinstance(s, kind) or (isinstance(s, Mapping) and set(s) == names)
+
+    found = [s for s in jax.tree.leaves(state, is_leaf=is_one) if is_one(s)]
+    if not found:
         raise ValueError(
-            f"state holds {len(found)} states of this transformation; pass the state that its own update returned"
+            "state holds 0 states of this transformation; pass the state that its own update returned, and restore a "
+            "checkpoint into the structure of init(params)"
         )
-    return found[0]
+    if len(found) > 1:
+        raise ValueError(
+            f"state holds {len(found)} states of this transformation; pass the one of its own group, such as "
+            "state.inner_states['group'] of optax.multi_transform"
+        )
+    fields = dict(found[0]) if isinstance(found[0], Mapping) else found[0]._asdict()
+    return kind(**{name: x if name.endswith("inner") else _laid(name, x, params) for name, x in fields.items()})
+
+
+def _laid(name: str, tree: Any, params: Tree) -> Any:
+    """A field of a state like `params`, None where it has no leaf there; a number as an array."""
+    leaves = {_plain(path): jnp.asarray(leaf) for path, leaf in _tree.named_leaves(tree)}
+    shapes = {_plain(path): np.shape(leaf) for path, leaf in _tree.named_leaves(params)}
+    if leaves.keys() == {""} and "" not in shapes:
+        return leaves[""]
+    for path, leaf in leaves.items():
+        if path not in shapes or (name == "masks" and leaf.shape != shapes[path]):
+            there = f"'{path}' of shape {shapes[path]}" if path in shapes else f"no leaf '{path}'"
+            raise ValueError(
+                f"state has {name} for '{path}' of shape {leaf.shape}, params has {there}; pass the params that this "
+                "state was trained with"
+            )
+    return _tree.map_named(lambda path, _: leaves.get(_plain(path)), params)
+
+
+def _plain(path: str) -> str:
+    """A path without the name of a variable's only leaf, as NNX has it."""
+    return "" if path == "value" else path.removesuffix("/value")
 
 
 def on_support(params: Tree, masks: Tree, step: Any, name: str) -> Pruned:
@@ -247,7 +293,7 @@ def moved_by(name: str) -> str:
     """Why the params are not what a transformation made of them, and what to do."""
     return (
         f"a transformation after this one moved them; put it inside, {name}(optax.chain(...), ...), so that the "
-        "support has the last word"
+        "support has the last word; averaged (EMA) weights take the support by po.apply(ema, pruned)"
     )
 
 

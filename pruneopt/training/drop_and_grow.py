@@ -145,7 +145,7 @@ def _drop_and_grow(
         return updates, MaskedState(state.step + 1, masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        own = own_state(state, MaskedState)
+        own = own_state(state, MaskedState, params)
         return check_alive(on_support(params, own.masks, own.step, name), constraint)
 
     return SparseOptimizer(init, update, finish)

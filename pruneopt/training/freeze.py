@@ -66,7 +66,7 @@ def freeze(
         return updates, MaskedState(state.step + 1, state.masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        own = own_state(state, MaskedState)
+        own = own_state(state, MaskedState, params)
         return on_support(params, own.masks, own.step, "freeze")
 
     return SparseOptimizer(init, update, finish)

@@ -186,7 +186,7 @@ class Gating(NamedTuple):
             return towards(sparse, params, updates), state
 
         def finish(params: Tree, state: Any) -> Pruned:
-            own = own_state(state, GatedState)
+            own = own_state(state, GatedState, params)
             sparse = jax.tree.map(gated, own.weights, own.gates, own.masks)
             check_trained(params, sparse, own.weights, own.step, name)
             if self.end is not None and int(own.step) > self.end:

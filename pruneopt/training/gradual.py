@@ -68,7 +68,7 @@ def gradual(
         return updates, MaskedState(state.step + 1, masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        own = own_state(state, MaskedState)
+        own = own_state(state, MaskedState, params)
         if int(own.step) <= end:
             raise ValueError(f"state is at step {int(own.step)}, but pruning ends with step end={end}; train on")
         return check_alive(on_support(params, own.masks, own.step, "gradual"), constraint)

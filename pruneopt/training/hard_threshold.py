@@ -71,6 +71,6 @@ def hard_threshold(
         return updates, MaskedState(step + 1, masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        return held_from(end, params, own_state(state, MaskedState), constraint, "hard_threshold")
+        return held_from(end, params, own_state(state, MaskedState, params), constraint, "hard_threshold")
 
     return SparseOptimizer(init, update, finish)

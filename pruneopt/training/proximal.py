@@ -116,8 +116,8 @@ def proximal(
         return updates, ProximalState(state.step + 1, left, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        picked = chosen(params, leaves)
-        own = own_state(state, ProximalState)
+        own = own_state(state, ProximalState, params)
+        picked = jax.tree.map(lambda seen, w: None if seen is None else w, own.seen, params, is_leaf=is_hole)
         for (path, w), left in zip(_tree.named_leaves(picked), jax.tree.leaves(own.seen), strict=True):
             if int(own.step) > 0 and bool(jnp.any(jnp.abs(_sums(w) - left) > _rounding(w))):
                 raise ValueError(

@@ -90,7 +90,7 @@ def straight_through(
         return towards(sparse, params, updates), DenseState(state.step + 1, dense, masks, new)
 
     def finish(params: Tree, state: Any) -> Pruned:
-        own = own_state(state, DenseState)
+        own = own_state(state, DenseState, params)
         sparse = jax.tree.map(lambda m, w: jnp.where(m, w, jnp.zeros((), w.dtype)), own.masks, own.dense)
         check_trained(params, sparse, own.dense, own.step, "straight_through")
         return check_alive(Pruned(filled(sparse, params), own.masks), constraint)
