@@ -78,13 +78,14 @@ class Pruned(_Supported):
 
     params: same structure as given, pruned weights exactly zero. support: a tree of masks, None where untouched.
     solutions: {path: Solution} of the last stage; "*" is a problem over all chosen leaves. history: one dictionary
-        for each stage.
+        for each stage. scope: what shared one budget, in words.
     """
 
     params: Tree
     support: Tree
     solutions: dict[str, Solution] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    scope: str = ""
 
     @property
     def layers(self) -> list[dict[str, Any]]:

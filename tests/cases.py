@@ -10,6 +10,7 @@ from pruneopt import curvature as h
 from pruneopt import objectives as o
 from pruneopt import penalties as p
 from pruneopt import solvers as s
+from pruneopt.structure import layout
 
 # Shapes small enough to enumerate every support of the whole tree: 12 weights.
 SHAPES = {"a": (2, 4), "b": (4, 1)}
@@ -43,6 +44,12 @@ def _all(x):
 def _total(a, b):
     return a.sum((1, 2)) + b.sum((1, 2))
 
+
+_TURNED = layout(
+    lambda p, x: (x @ p["a"].T, x @ p["b"]),
+    {k: np.zeros(shape, np.float32) for k, shape in SHAPES.items()},
+    np.zeros((3, 4), np.float32),
+)
 
 # name: (constraint on SHAPES, the same set written again in NumPy on all supports at once: (a, b) -> feasible).
 CONSTRAINTS = {
@@ -117,6 +124,14 @@ CONSTRAINTS = {
             & (a.sum((1, 2)) >= 2)
             & (b.sum((1, 2)) >= 2)
         ),
+    ),
+    "cardinality in each output, a is (out, in)": (
+        c.Laid(c.Cardinality(count=1, per="out"), _TURNED),
+        lambda a, b: _all(a.sum(2) <= 1) & _all(b.sum(1) <= 1),
+    ),
+    "1:2 along the inputs, a is (out, in)": (
+        c.Laid(c.NM(1, 2), _TURNED),
+        lambda a, b: _all(a.reshape(len(a), 2, 2, 2).sum(3) <= 1) & _all(b.reshape(len(b), 2, 2).sum(2) <= 1),
     ),
     "an L1 ball, on values alone": (c.L1Ball(2.0), lambda a, b: _total(a, b) >= 0),
     "a group ball, on values alone": (c.GroupBall(2.0), lambda a, b: _total(a, b) >= 0),

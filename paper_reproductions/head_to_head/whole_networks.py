@@ -61,20 +61,22 @@ def magnitude(params, leaves, level):
     return po.prune(None, params, None, budget(level, per), leaves=leaves, progress=False)
 
 
+def named(tree):
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def all_at_once(fn, params, batches, leaves, level, name, weights=None):
     """Every layer on the dense network's inputs."""
     solver, per, damping = SOLVERS[name]
     graph = po.structure.trace(fn, params, batches[0])
     grams = po.structure.capture(fn, params, batches, leaves=leaves, weights=weights)
-    flat = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(params)
-    }
+    flat = named(params)
     masks = magnitude(params, leaves, level).support if solver == Polish() else None
     for layer, seen in grams.items():
         op = graph.operator(layer)
-        constraint = (
-            Support(masks).restricted(op.paths, lambda m, op=op: op.support(m)[0]) if masks else budget(level, per)
-        )
+        constraint = budget(level, per) if masks is None else Support(op.support(named(masks))[0])
         objective = Reconstruction(op.to_matrix(flat)[0], po.curvature.Gram(seen.gram[0]), damping)
         flat |= op.to_leaves(po.solve(po.Problem(objective, subject_to=constraint), solver).value[None], flat)
     return jax.tree.unflatten(jax.tree.structure(params), list(flat.values()))

@@ -6,6 +6,7 @@ from pruneopt.constraints.block import Blocks, Slices, Units
 from pruneopt.constraints.by_path import ByPath
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.intersection import Intersection
+from pruneopt.constraints.laid import Laid, laid
 from pruneopt.constraints.nm import NM
 from pruneopt.constraints.shares import by_size, erdos_renyi
 from pruneopt.constraints.support import Support
@@ -20,10 +21,12 @@ __all__ = [
     "GroupBall",
     "Intersection",
     "L1Ball",
+    "Laid",
     "Slices",
     "Support",
     "TransposableNM",
     "Units",
     "by_size",
     "erdos_renyi",
+    "laid",
 ]

@@ -42,6 +42,10 @@ class Ball(Constraint):
         """True: a small ball may ask for it."""
         return True
 
+    def scope(self, by_layer: bool = False) -> str:
+        """One radius."""
+        return "one radius for each layer" if by_layer else "one radius for all weights"
+
     def select(self, scores: Tree) -> Tree:
         """Everything that is not cut."""
         return jax.tree.map(lambda x: x > -jnp.inf, scores)

@@ -9,6 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from pruneopt import _tree
+from pruneopt.structure.layout import Slot
+
 Tree = Any
 
 
@@ -73,9 +76,56 @@ class Constraint(abc.ABC):
         which = jnp.asarray([distinct.index(c) for c in looser], jnp.int32)[stage]
         return lax.switch(which, [c.select for c in distinct], scores)
 
-    def restricted(self, paths: tuple[str, ...], laid: Callable[[dict[str, Any]], Any]) -> Constraint:
-        """This constraint on one matrix that is made of the leaves `paths`; `laid` brings their masks to its form."""
+    @property
+    def is_oriented(self) -> bool:
+        """Whether it speaks of inputs and outputs, so that it needs to know the matrix of a leaf."""
+        return False
+
+    @property
+    def shares(self) -> bool:
+        """Whether several matrices have one budget, so that how much each keeps is a choice."""
+        return False
+
+    @abc.abstractmethod
+    def scope(self, by_layer: bool = False) -> str:
+        """What shares one budget, in words; layer by layer, or solved as a whole."""
+
+    def mapped(self, fn: Callable[[Constraint], Constraint]) -> Constraint:
+        """`fn` of this set, or of each of the sets that it is made of."""
+        return fn(self)
+
+    def restricted(self, slots: Sequence[Slot]) -> Sequence[Constraint]:
+        """This constraint on each of these stacks of matrices by itself; what they share is shared out.
+
+        A budget over several is spent in proportion to their weights, to the unit: largest remainders first.
+        """
+        return [self for _ in slots]
+
+    def portion(self, support: Any, problem: int) -> Constraint:
+        """This constraint on one problem of a stack, whose shared budgets are spent as in `support`, a mask of it."""
         return self
+
+
+def check_orientation(what: str, variable: Tree) -> None:
+    """Raise ValueError for a leaf whose shape does not tell inputs from outputs; a matrix and an HWIO kernel do."""
+    for path, leaf in _tree.named_leaves(variable):
+        if not isinstance(leaf, Slot) and len(leaf.shape) not in (2, 4):
+            raise ValueError(
+                f"{what} speaks of inputs and outputs, but leaf '{path}' of shape {tuple(leaf.shape)} does not tell "
+                "which of its axes they are; pass fn and a batch to prune, layout=po.structure.layout(fn, params, "
+                "batch) in training, an axis number or per='leaf', or leave it out with leaves="
+            )
+
+
+def matrix_axis(slot: Slot, axis: Any, argument: str) -> str:
+    """Which of "in" and "out" a numbered axis of a leaf is. Raises ValueError where it is neither."""
+    kind = slot.kind_of(int(axis))
+    if kind not in ("in", "out"):
+        raise ValueError(
+            f"{argument}={axis!r}: that axis of leaf '{slot.name}' is neither the inputs nor the outputs of its "
+            f"matrices {slot.shape}; pass {argument}='in' or {argument}='out'"
+        )
+    return kind
 
 
 def check_constraints(name: str, parts: Any) -> None:

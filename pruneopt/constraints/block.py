@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
 from pruneopt import _tree
-from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.base import Constraint, check_orientation, matrix_axis
 from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.structure.layout import Slot
 
 Tree = Any
 
@@ -27,6 +28,10 @@ class Units(Constraint):
     """
 
     budget: Cardinality
+
+    @abc.abstractmethod
+    def budgeted(self, budget: Cardinality) -> Units:
+        """The same units under another budget."""
 
     @abc.abstractmethod
     def box(self, shape: tuple[int, ...], path: str = "") -> tuple[int, ...]:
@@ -65,9 +70,25 @@ class Units(Constraint):
         """Living over all units."""
         return self.budget.density(_tree.map_named(self._grid, variable))
 
-    def _grid(self, path: str, leaf: Shaped[Array, "..."]) -> jax.ShapeDtypeStruct:
+    def relaxed(self, cut: float) -> Units:
+        """The same units with a relaxed budget."""
+        return self.budgeted(self.budget.relaxed(cut))
+
+    @property
+    def shares(self) -> bool:
+        """As the budget."""
+        return self.budget.shares
+
+    def portion(self, support: Any, problem: int) -> Constraint:
+        """As many units as live in that problem of the stack."""
+        if not self.shares:
+            return self
+        return self.budgeted(self.budget.portion(self._alive(jnp.asarray(support)), problem))
+
+    def _grid(self, path: str, leaf: Any) -> Any:
         box = self.box(leaf.shape, path)
-        return jax.ShapeDtypeStruct(tuple(s // b for s, b in zip(leaf.shape, box, strict=True)), jnp.float32)
+        shape = tuple(s // b for s, b in zip(leaf.shape, box, strict=True))
+        return leaf.resized(shape) if isinstance(leaf, Slot) else jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def _boxed(self, leaf: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], tuple[int, ...]]:
         """The leaf with each axis split into (grid, box), and the positions of the box axes."""
@@ -133,9 +154,37 @@ class Blocks(Units):
             )
         return box
 
-    def relaxed(self, cut: float) -> Blocks:
-        """The same blocks with a relaxed budget."""
-        return replace(self, budget=self.budget.relaxed(cut))
+    @property
+    def is_oriented(self) -> bool:
+        """Whether its blocks are of a matrix, and not of the leaf's own axes."""
+        return len(self.shape) <= 2 or self.budget.is_oriented
+
+    def check(self, variable: Tree) -> None:
+        """Raise ValueError for leaves whose matrices are not known, that blocks do not tile, or the budget refuses."""
+        if self.is_oriented:
+            check_orientation(f"blocks of {self.shape}", variable)
+        for path, leaf in _tree.named_leaves(variable):
+            if self.is_oriented and -1 in self.shape[:-1] and len(leaf.shape) > 2 and not isinstance(leaf, Slot):
+                raise ValueError(
+                    f"shape={self.shape} spans all inputs, but leaf '{path}' of shape {tuple(leaf.shape)} is no "
+                    "matrix; pass fn and a batch to prune, or Slices(-1, ...) for whole filters"
+                )
+        super().check(variable)
+
+    def scope(self, by_layer: bool = False) -> str:
+        """The budget's, in blocks."""
+        return f"blocks of {self.shape}: {self.budget.scope(by_layer)}"
+
+    def restricted(self, slots: Sequence[Slot]) -> list[Constraint]:
+        """Blocks of the matrices."""
+        if len(self.shape) > 2:
+            raise ValueError(f"shape={self.shape} has more axes than a layer's matrix (n_in, n_out); pass two lengths")
+        grids = [self._grid(slot.name, slot) for slot in slots]
+        return [self.budgeted(budget) for budget in self.budget.restricted(grids)]
+
+    def budgeted(self, budget: Cardinality) -> Blocks:
+        """The same blocks under another budget."""
+        return replace(self, budget=budget)
 
 
 @dataclass(frozen=True)
@@ -161,6 +210,34 @@ class Slices(Units):
             )
         return tuple(1 if i == self.axis % len(shape) else s for i, s in enumerate(shape))
 
-    def relaxed(self, cut: float) -> Slices:
-        """The same slices with a relaxed budget."""
-        return replace(self, budget=self.budget.relaxed(cut))
+    def scope(self, by_layer: bool = False) -> str:
+        """The budget's, in slices."""
+        return f"slices along axis {self.axis}: {self.budget.scope(by_layer)}"
+
+    def restricted(self, slots: Sequence[Slot]) -> list[Constraint]:
+        """Slices of the matrices: whole inputs, whole outputs, or whole problems of a stack."""
+        parts: list[Units] = []
+        grids: list[Slot] = []
+        for slot in slots:
+            kind = slot.kind_of(self.axis)
+            if kind == "problem" and slot.ndim == 3:
+                parts.append(replace(self, axis=0))
+            elif slot.ndim == 3:
+                parts.append(Blocks((1, -1) if matrix_axis(slot, self.axis, "axis") == "in" else (-1, 1), self.budget))
+            else:
+                parts.append(replace(self, axis={"in": -2, "out": -1}[matrix_axis(slot, self.axis, "axis")]))
+            grids.append(parts[-1]._grid(slot.name, slot))
+        return [part.budgeted(b) for part, b in zip(parts, self.budget.restricted(grids), strict=True)]
+
+    @property
+    def shares(self) -> bool:
+        """True: which slices live is chosen once for all problems."""
+        return True
+
+    def portion(self, support: Any, problem: int) -> Constraint:
+        """Of slices that are whole problems, this one or nothing."""
+        return Cardinality(count=int(jnp.sum(jnp.asarray(support[problem]))), floor=0)
+
+    def budgeted(self, budget: Cardinality) -> Slices:
+        """The same slices under another budget."""
+        return replace(self, budget=budget)

@@ -11,8 +11,10 @@ import jax
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint, check_constraints
+from pruneopt.structure.layout import Slot
 
 Tree = Any
+_FEW = 4  # patterns that a line of text holds
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,30 @@ class ByPath(Constraint):
         """Every constraint relaxed."""
         return ByPath({p: c.relaxed(cut) for p, c in self.of.items()})
 
-    def restricted(self, paths: tuple[str, ...], laid: Callable[[dict[str, Any]], Any]) -> Constraint:
-        """The constraint of the leaves' pattern, on the matrix by itself."""
-        patterns = {self._pattern(path) for path in paths}
-        if len(patterns) > 1:
-            raise ValueError(f"of: {list(paths)} are one matrix but match {sorted(patterns)}; give them one pattern")
-        return self.of[patterns.pop()].restricted(paths, laid)
+    def scope(self, by_layer: bool = False) -> str:
+        """By path; of every pattern where there are few."""
+        if len(self.of) > _FEW:
+            return f"by path: {len(self.of)} patterns"
+        return "by path: " + ", ".join(f"'{pattern}' {part.scope(by_layer)}" for pattern, part in self.of.items())
+
+    def mapped(self, fn: Callable[[Constraint], Constraint]) -> ByPath:
+        """Pattern by pattern."""
+        return ByPath({pattern: part.mapped(fn) for pattern, part in self.of.items()})
+
+    def restricted(self, slots: Sequence[Slot]) -> list[Constraint]:
+        """The constraints of the leaves' patterns, on their matrices."""
+        groups: dict[str, list[int]] = {}
+        for i, slot in enumerate(slots):
+            patterns = {self._pattern(path) for path in slot.paths}
+            if len(patterns) > 1:
+                raise ValueError(
+                    f"of: {list(slot.paths)} are one matrix but match {sorted(patterns)}; give them one pattern"
+                )
+            groups.setdefault(patterns.pop(), []).append(i)
+        found: dict[int, Constraint] = {}
+        for pattern, group in groups.items():
+            found |= zip(group, self.of[pattern].restricted([slots[i] for i in group]), strict=True)
+        return [found[i] for i in range(len(slots))]
 
     def _split(self, tree: Tree) -> dict[str, Tree]:
         owner = {path: self._pattern(path) for path, _ in _tree.named_leaves(tree)}

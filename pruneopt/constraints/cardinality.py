@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from pruneopt import _selection, _tree
-from pruneopt.constraints.base import Constraint, check_cut
+from pruneopt.constraints.base import Constraint, check_cut, check_orientation
+from pruneopt.structure.layout import Slot
 
 Tree = Any
 Scope = Literal["tree", "leaf", "out", "in"] | int | tuple[int, ...]
@@ -29,8 +30,9 @@ class Cardinality(Constraint):
     sparsity: fraction of the weights of a scope to remove, in [0, 1). Give this or `count`, not both.
     count: weights to keep in a scope.
     per: the scope that shares one budget: "tree" (all leaves together: importance decides where), "leaf" (each
-        leaf the same), "out" / "in" (each output / input of the leaf's matrix `leaf.reshape(-1, n_out)`; JAX's
-        layout (..., n_in, n_out)), or an axis or a tuple of axes (each index along them).
+        leaf the same), "out" / "in" (each output / input of the matrices that the network multiplies, `laid`; where
+        nothing tells them a leaf of two axes is (n_in, n_out), one of four an HWIO kernel, others are refused), or an
+        axis or a tuple of axes of the leaf (each index along them).
     span: for per="in" or "out", so many consecutive inputs / outputs share one budget (SparseGPT's blocks of inputs
         are per="in", span=128). The last run may be smaller: it has the budget of its own size, or all of it where
         that is below `count`.
@@ -108,8 +110,90 @@ class Cardinality(Constraint):
                     f"{self.kept_of(total)}; lower the floor or the sparsity"
                 )
             return
+        if self.is_oriented:
+            check_orientation(f"per={self.per!r}", variable)
         for path, leaf in _tree.named_leaves(variable):
             self._budgets(leaf, path)
+
+    @property
+    def is_oriented(self) -> bool:
+        """Whether its scopes are outputs or inputs."""
+        return self.per in ("out", "in")
+
+    @property
+    def shares(self) -> bool:
+        """Whether the matrices of a leaf have one budget."""
+        return self.per in ("tree", "leaf", ())
+
+    def scope(self, by_layer: bool = False) -> str:
+        """What has one budget."""
+        if self.per == "tree":
+            return "one budget for the tree" + (", shared out uniformly by layer" if by_layer else "")
+        if isinstance(self.per, str):
+            name = {"leaf": "leaf", "out": "output", "in": "input"}[self.per]
+            return f"one budget for each {name}" if self.span == 1 else f"one budget for every {self.span} {name}s"
+        return f"one budget for each index of axis {self.per}"
+
+    def restricted(self, slots: Sequence[Slot]) -> list[Cardinality]:
+        """One budget for each slot: what the tree, or a leaf of several slots, keeps is shared out in proportion.
+
+        Weights that an earlier slot holds too are counted there, and kept at its density.
+        """
+        if not self.shares:
+            return [self if isinstance(self.per, str) else self._along(slot) for slot in slots]
+        groups: dict[Any, list[int]] = {}
+        for i, slot in enumerate(slots):
+            groups.setdefault(slot.paths if self.per != "tree" else None, []).append(i)
+        counts, floors = {}, {}
+        for group in groups.values():
+            own = [i for i in group if not slots[i].again] or group
+            sizes = [slots[i].size for i in own]
+            floors |= zip(own, self._floors([slots[i] for i in own]), strict=True)
+            if self.kept_of(sum(sizes)) < sum(floors[i] for i in own):
+                raise ValueError(
+                    f"floor={self.floor} keeps {sum(floors[i] for i in own)} weights, above the budget of "
+                    f"{self.kept_of(sum(sizes))}; lower the floor or the sparsity"
+                )
+            counts |= zip(own, in_proportion(self.kept_of(sum(sizes)), sizes, [floors[i] for i in own]), strict=True)
+            for i in set(group) - set(own):
+                first = next(j for j in own if slots[j].paths == slots[i].paths)
+                counts[i], floors[i] = counts[first] * slots[i].size // slots[first].size, floors[first]
+        floor = lambda i: None if self.floor is None else floors[i]  # noqa: E731
+        return [Cardinality(count=counts[i], floor=floor(i)) for i in range(len(slots))]
+
+    def portion(self, support: Any, problem: int) -> Cardinality:
+        """What `support` keeps of the problem, where the problems have one budget."""
+        if self.shares:
+            return Cardinality(count=int(np.sum(np.asarray(support[problem]))), floor=0)
+        if isinstance(self.per, str):
+            return self
+        return replace(self, per="leaf" if self.per == (0,) else (0, 1))
+
+    def _along(self, slot: Slot) -> Cardinality:
+        """Numbered axes of a leaf as those of its matrices."""
+        axes = self.per if isinstance(self.per, tuple) else (self.per,)
+        kinds = {slot.kind_of(operator.index(axis)) for axis in axes}  # type: ignore[arg-type]
+        if "" in kinds:
+            raise ValueError(
+                f"per={self.per!r}: an axis of leaf '{slot.name}' is neither the inputs nor the outputs of its "
+                f"matrices {slot.shape}; pass per='in' or per='out'"
+            )
+        kinds -= {"problem"}
+        if len(kinds) == 1:
+            return replace(self, per=kinds.pop())
+        every = tuple(range(slot.ndim))
+        return replace(self, per=every) if kinds else replace(self, per=(0,) if slot.ndim == 3 else "leaf")
+
+    def _floors(self, slots: Sequence[Slot]) -> list[int]:
+        """The least that each slot keeps: a leaf's floor is shared out over the slots that read it."""
+        least = [0] * len(slots)
+        for paths in {slot.paths for slot in slots}:
+            own = [i for i, slot in enumerate(slots) if slot.paths == paths]
+            sizes = [slots[i].size for i in own]
+            shared = in_proportion(min(self.floor or 0, sum(sizes)), sizes, [0] * len(own))
+            for i, count in zip(own, shared, strict=True):
+                least[i] = count
+        return least
 
     def select(self, scores: Tree) -> Tree:
         """The largest scores of each scope; traceable by JAX."""
@@ -173,7 +257,7 @@ class Cardinality(Constraint):
         if self.per in ("tree", "leaf"):
             return ()
         if self.per == "out":
-            axes: tuple[int, ...] = (ndim - 1,)
+            axes: tuple[int, ...] = (0, 2) if ndim == 3 else (ndim - 1,)
         elif self.per == "in":
             axes = tuple(range(ndim - 1))
         else:
@@ -194,30 +278,36 @@ class Cardinality(Constraint):
         axes = self._axes(leaf.ndim)
         if self.span == 1:
             return to_rows(leaf, axes), lambda rows: from_rows(rows, leaf.shape, axes)
-        axis = ("in", "out").index(self.per)  # type: ignore[arg-type]
-        i, o = math.prod(leaf.shape[:-1]), math.prod(leaf.shape[-1:])
-        pads = [(0, 0), (0, 0)]
-        pads[axis] = (0, -(i, o)[axis] % self.span)
-        padded = jnp.pad(leaf.reshape(i, o), pads, constant_values=fill)
-        runs = (-1, self.span, o) if axis == 0 else (i, -1, self.span)
+        axis = ("in", "out").index(self.per) + 1  # type: ignore[arg-type]
+        p, o = self._problems(leaf), math.prod(leaf.shape[-1:])
+        i = math.prod(leaf.shape) // (p * o)
+        pads = [(0, 0), (0, 0), (0, 0)]
+        pads[axis] = (0, -(p, i, o)[axis] % self.span)
+        padded = jnp.pad(leaf.reshape(p, i, o), pads, constant_values=fill)
+        runs = (p, -1, self.span, o) if axis == 1 else (p, i, -1, self.span)
         split = padded.reshape(runs)
 
         def restored(rows):
-            return from_rows(rows, split.shape, (axis,)).reshape(padded.shape)[:i, :o].reshape(leaf.shape)
+            return from_rows(rows, split.shape, (0, axis)).reshape(padded.shape)[:, :i, :o].reshape(leaf.shape)
 
-        return to_rows(split, (axis,)), restored
+        return to_rows(split, (0, axis)), restored
+
+    def _problems(self, leaf: Any) -> int:
+        """Of a stack of matrices (problems, n_in, n_out), how many: their outputs and inputs are apart."""
+        return leaf.shape[0] if self.per in ("in", "out") and len(leaf.shape) == 3 else 1
 
     def _budgets(self, leaf: Shaped[Array, "..."] | jax.ShapeDtypeStruct, path: str = "") -> np.ndarray:
         """How many weights each scope keeps."""
-        groups = math.prod(leaf.shape[a] for a in self._axes(leaf.ndim, path))
-        size = math.prod(leaf.shape) // groups
+        problems = self._problems(leaf)
+        groups = math.prod(leaf.shape[a] for a in self._axes(leaf.ndim, path)) // problems
+        size = math.prod(leaf.shape) // (groups * problems)
         whole, rest = divmod(groups, self.span)
         first = size * min(self.span, groups)
         kept = [max(self.kept_of(first), min(self.floor or 0, first))] * max(whole, 1)
         if whole and rest:
             last = size * rest
             kept.append(last if self.count is not None and self.count > last else self.kept_of(last))
-        return np.asarray(kept, np.int64)
+        return np.asarray(kept * problems, np.int64)
 
 
 def check_amount(sparsity: float | None, count: int | None) -> None:
@@ -232,6 +322,23 @@ def check_amount(sparsity: float | None, count: int | None) -> None:
         )
     if count is not None and (isinstance(count, bool) or not hasattr(count, "__index__") or count < 0):
         raise ValueError(f"count={count!r} is not a whole number >= 0; pass the number of weights to keep")
+
+
+def in_proportion(total: int, sizes: Sequence[int], least: Sequence[int]) -> list[int]:
+    """`total` in proportion to `sizes`, to the unit: the largest remainders get one more, the first of equal ones.
+
+    Nobody gets less than `least`, at the cost of who has most above it.
+    """
+    whole = sum(sizes)
+    counts = [total * size // whole for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    for i, wanted in enumerate(least):
+        while counts[i] < wanted:
+            counts[max(range(len(counts)), key=lambda j: counts[j] - least[j])] -= 1
+            counts[i] += 1
+    return counts
 
 
 def _raised_to_floor(scores: Shaped[Array, "..."], floor: int) -> Shaped[Array, "..."]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.nm import NM
 from pruneopt.constraints.support import Support
 from pruneopt.constraints.transposable import TransposableNM
+from pruneopt.structure.layout import Slot
 
 Tree = Any
 
@@ -74,9 +75,27 @@ class Intersection(Constraint):
         """Every part relaxed."""
         return Intersection(tuple(part.relaxed(cut) for part in self.parts))
 
-    def restricted(self, paths: tuple[str, ...], laid: Callable[[dict[str, Any]], Any]) -> Intersection:
-        """Every part on the matrix."""
-        return Intersection(tuple(part.restricted(paths, laid) for part in self.parts))
+    def scope(self, by_layer: bool = False) -> str:
+        """Of every part."""
+        return "; ".join(part.scope(by_layer) for part in self.parts)
+
+    @property
+    def shares(self) -> bool:
+        """Whether a part does."""
+        return any(part.shares for part in self.parts)
+
+    def mapped(self, fn: Callable[[Constraint], Constraint]) -> Intersection:
+        """Part by part."""
+        return Intersection(tuple(part.mapped(fn) for part in self.parts))
+
+    def restricted(self, slots: Sequence[Slot]) -> list[Constraint]:
+        """Every part on the matrices."""
+        each = [part.restricted(slots) for part in self.parts]
+        return [Intersection(tuple(parts)) for parts in zip(*each, strict=True)]
+
+    def portion(self, support: Any, problem: int) -> Intersection:
+        """Every part's."""
+        return Intersection(tuple(part.portion(support, problem) for part in self.parts))
 
     def _in_turn(self) -> list[Constraint]:
         return sorted(self.parts, key=lambda part: 0 if isinstance(part, Support) else 2 if _floor(part) else 1)

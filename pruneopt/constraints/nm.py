@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ from jax import lax
 from jaxtyping import Array, Shaped
 
 from pruneopt import _tree
-from pruneopt.constraints.base import Constraint, check_cut
+from pruneopt.constraints.base import Constraint, check_cut, check_orientation, matrix_axis
+from pruneopt.structure.layout import Slot
 
 Tree = Any
 
@@ -47,7 +49,9 @@ class NM(Constraint):
         return True
 
     def check(self, variable: Tree) -> None:
-        """Raise ValueError for an axis that a leaf lacks or whose length `m` does not divide."""
+        """Raise ValueError for an axis that a leaf lacks, is not known to have or whose length `m` does not divide."""
+        if self.is_oriented:
+            check_orientation(repr(self), variable)
         for path, leaf in _tree.named_leaves(variable):
             length = leaf.shape[self.positive_axis(leaf.ndim, path)]
             if length % self.m:
@@ -68,6 +72,22 @@ class NM(Constraint):
             kept = np.asarray(jnp.sum(groups, axis=axis, dtype=jnp.int32))
             over += int(np.maximum(kept.astype(np.int64) - self.n, 0).sum())
         return over
+
+    @property
+    def is_oriented(self) -> bool:
+        """Whether `axis` is "in" or "out"."""
+        return isinstance(self.axis, str)
+
+    def scope(self, by_layer: bool = False) -> str:
+        """n of every m along the axis."""
+        along = {"in": "the inputs", "out": "the outputs"}.get(str(self.axis), f"axis {self.axis}")
+        return f"{self.n} of every {self.m} along {along}"
+
+    def restricted(self, slots: Sequence[Slot]) -> list[Constraint]:
+        """Along the matrices' inputs or outputs; a numbered axis of a leaf must be one of them."""
+        if self.is_oriented:
+            return [self for _ in slots]
+        return [replace(self, axis=matrix_axis(slot, self.axis, "axis")) for slot in slots]
 
     def density(self, variable: Tree) -> float:
         """n / m."""

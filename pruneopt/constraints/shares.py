@@ -18,9 +18,9 @@ def by_size(params: Tree, sparsity: float, power: float = 0.5, *, leaves: Choice
     """Of a leaf of n weights min(n, c n^(1 - power)) are kept: small layers, which carry more a weight, keep more.
 
     power: 0 is the same density everywhere, 1 the same count. leaves: default the prunable ones.
-    Together exactly floor((1 - sparsity) n + 1e-9) weights, at least one a leaf. For `plans.layerwise`, whose
-    constraint holds for each layer by itself. Raises ValueError for a sparsity outside [0, 1) or one that keeps fewer
-    weights than there are leaves, a power outside [0, 1].
+    Together exactly floor((1 - sparsity) n + 1e-9) weights, at least one a leaf. For `plans.layerwise`, which
+    shares a budget over the tree out uniformly (power 0). Raises ValueError for a sparsity outside [0, 1) or one that
+    keeps fewer weights than there are leaves, a power outside [0, 1].
     """
     if not 0 <= power <= 1:
         raise ValueError(f"power={power!r} is outside [0, 1]; pass 0 for equal densities, 1 for equal counts")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint, check_cut
+from pruneopt.structure.layout import Slot
 
 Tree = Any
 
@@ -79,10 +82,25 @@ class Support(Constraint):
         check_cut(cut)
         return self
 
-    def restricted(self, paths: tuple[str, ...], laid: Callable[[dict[str, Any]], Any]) -> Support:
-        """The masks of these leaves in the matrix's form; where there is none, all of it may live."""
-        masks = {path: mask for path, mask in self._named().items() if path in paths}
-        return Support(laid(masks) if masks else None)
+    def scope(self, by_layer: bool = False) -> str:
+        """A mask has no budget."""
+        return "a given support"
+
+    def restricted(self, slots: Sequence[Slot]) -> list[Constraint]:
+        """The masks of these leaves in the matrices' form; where there is none, all of it may live."""
+        return [self._on(slot) for slot in slots]
+
+    def portion(self, support: Any, problem: int) -> Support:
+        """The mask of one problem."""
+        return self if self.mask is None else Support(self.mask[problem])
+
+    def _on(self, slot: Slot) -> Support:
+        masks = {path: mask for path, mask in self._named().items() if path in slot.paths}
+        if not masks:
+            return Support(None)
+        shapes = dict(zip(slot.paths, slot.leaf_shapes, strict=True))
+        Support(masks).check({path: jax.ShapeDtypeStruct(shapes[path], np.float32) for path in masks})
+        return Support(slot.stack({path: np.ones(shape, bool) for path, shape in shapes.items()} | masks))
 
     def _named(self) -> dict[str, Any]:
         return dict(_tree.named_leaves(self.mask))

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
 from pruneopt import _tree
-from pruneopt.constraints.base import Constraint, check_cut
+from pruneopt.constraints.base import Constraint, check_cut, check_orientation
 
 Tree = Any
 
@@ -54,13 +54,9 @@ class TransposableNM(Constraint):
         return True
 
     def check(self, variable: Tree) -> None:
-        """Raise ValueError for a leaf without two axes, or whose inputs or outputs `m` does not divide."""
+        """Raise ValueError for a leaf whose inputs and outputs are not known, or `m` does not divide."""
+        check_orientation(repr(self), variable)
         for path, leaf in _tree.named_leaves(variable):
-            if len(leaf.shape) < 2:
-                raise ValueError(
-                    f"{_tree.called(path)} of shape {tuple(leaf.shape)} has no inputs and outputs; leave it out with "
-                    "leaves="
-                )
             if leaf.shape[-2] % self.m or leaf.shape[-1] % self.m:
                 raise ValueError(
                     f"m={self.m} does not divide the {leaf.shape[-2]} inputs and {leaf.shape[-1]} outputs of leaf "
@@ -80,6 +76,15 @@ class TransposableNM(Constraint):
                 kept = np.asarray(jnp.sum(tiles, axis=axis, dtype=jnp.int32))
                 over += int(np.maximum(kept.astype(np.int64) - self.n, 0).sum())
         return over
+
+    @property
+    def is_oriented(self) -> bool:
+        """True."""
+        return True
+
+    def scope(self, by_layer: bool = False) -> str:
+        """n of every m both ways."""
+        return f"{self.n} of every {self.m} along the inputs and along the outputs"
 
     def density(self, variable: Tree) -> float:
         """n / m."""

@@ -14,14 +14,15 @@ import numpy as np
 from pruneopt import _tree
 from pruneopt.capture import calibration
 from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.curvature.gram import Gram
-from pruneopt.network.leaves import check_like
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.plans.methods import LayerMethod
 from pruneopt.plans.run_folder import RunFolder
 from pruneopt.problem import Problem
 from pruneopt.solution import Solution, Status
 from pruneopt.solve import solve
+from pruneopt.structure.layout import Slot, slots_of
 from pruneopt.structure.operators import Operator
 
 # Positions an input below which the history warns: at n / N = 1/4 the eigenvalues of a sample's Gram already spread
@@ -56,12 +57,14 @@ class LayerTask:
     ):
         self._operators, self._before, self._constraint = operators, before, constraint
         self._row, self._dampings = row, dampings
+        self._slots = slots_of(operators, before)
+        self._allowed = constraint.restricted(self._slots)
 
     def check(self) -> None:
         """Raise where a constraint does not fit a layer, before any work."""
-        for op in self._operators:
-            with _about(op.name):
-                self._constraints(op)[0].check(jax.ShapeDtypeStruct((op.n_in, op.n_out), np.dtype(np.float32)))
+        for slot, allowed in zip(self._slots, self._allowed, strict=True):
+            with _about(slot.name):
+                allowed.check(slot)
 
     def identity(self) -> dict[str, Any]:
         """What tells this task from another."""
@@ -78,17 +81,22 @@ class LayerTask:
         op = self._operators[i]
         center = op.to_matrix(self._before)
         center = center.astype(_tree.wide(center.dtype))
-        constraints, found, dampings, notes, lost, whole = self._constraints(op), [], [], [], 0.0, 0.0
+        reaching, found, dampings, notes, lost, whole = [], [], [], [], 0.0, 0.0
         for e in range(op.problems):
-            name, inputs = problem_name(op, e), calibration.problem(sums, e)
-            if not inputs.count:
-                notes.append(f"{name} saw no input: pruned by magnitude")
-                inputs = calibration.Inputs(0.0, jnp.eye(op.n_in, dtype=center.dtype), None)
+            reaching.append(calibration.problem(sums, e))
+            if not reaching[e].count:
+                notes.append(f"{problem_name(op, e)} saw no input: pruned by magnitude")
+                reaching[e] = calibration.Inputs(0.0, jnp.eye(op.n_in, dtype=center.dtype), None)
             else:
-                _check_inputs(inputs.gram, "batches", name)
-            aside = _gram(others, e, name)
-            with _about(name):
-                objective, solution = self._best(center[e], inputs, aside, constraints[e], jax.random.fold_in(key, e))
+                _check_inputs(reaching[e].gram, "batches", problem_name(op, e))
+        targets = [reaching[e].target(center[e], self._dampings[0]) for e in range(op.problems)]
+        with _about(op.name):
+            constraints = self._by_problem(i, targets, reaching)
+        for e, inputs in enumerate(reaching):
+            aside = _gram(others, e, problem_name(op, e))
+            with _about(problem_name(op, e)):
+                given = (center[e], targets[e], inputs, aside, constraints[e])
+                objective, solution = self._best(*given, jax.random.fold_in(key, e))
             found.append(solution)
             dampings.append(objective.damping)
             lost += inputs.count * objective.error(solution.value, solution.objective)
@@ -98,6 +106,7 @@ class LayerTask:
             "damping": dampings[0] if len(set(dampings)) == 1 else dampings,
             "kept": sum(s.kept for s in found),
             "size": op.size,
+            "scope": self._scope(i),
         }
         notes += self._few(op, sums)
         return found, facts | ({"notes": notes} if notes else {})
@@ -113,11 +122,12 @@ class LayerTask:
             found, facts = _unpacked(*stored)
         except (KeyError, TypeError, ValueError) as error:
             raise folder.damaged(i, f"its facts: {error!r}") from error
-        for solution, constraint in zip(found, self._constraints(op), strict=True):
-            if _tree.first_nonfinite(solution.value) is not None:
-                raise folder.damaged(i, "it holds a NaN or an infinity")
-            if constraint.violation(solution.support) or _tree.outside(solution.value, solution.support):
-                raise folder.damaged(i, f"its support is not in {constraint!r}")
+        value, support = (jnp.stack([getattr(s, part) for s in found]) for part in ("value", "support"))
+        allowed = self._allowed[i]
+        if _tree.first_nonfinite(value) is not None:
+            raise folder.damaged(i, "it holds a NaN or an infinity")
+        if allowed.violation(support.reshape(self._slots[i].shape)) or _tree.outside(value, support):
+            raise folder.damaged(i, f"its support is not in {allowed!r}")
         return found, facts
 
     def _few(self, op: Operator, sums: Any) -> list[str]:
@@ -131,30 +141,69 @@ class LayerTask:
         ]
 
     def _best(
-        self, center: Any, inputs: calibration.Inputs, aside: Gram | None, constraint: Constraint, key: jax.Array
+        self,
+        center: Any,
+        first: Any,
+        inputs: calibration.Inputs,
+        aside: Gram | None,
+        constraint: Constraint,
+        key: jax.Array,
     ) -> tuple[Reconstruction, Solution]:
-        """The problem's objective, and its solution, with the damping of least error on the Gram of other data."""
+        """The problem's objective, and its solution, with the damping of least error on the Gram of other data.
+
+        first: the target with the first damping.
+        """
         tried = []
-        for damping in self._dampings if aside is not None else self._dampings[:1]:
-            objective = Reconstruction(inputs.target(center, damping), Gram(inputs.gram), damping)
+        for n, damping in enumerate(self._dampings if aside is not None else self._dampings[:1]):
+            objective = Reconstruction(inputs.target(center, damping) if n else first, Gram(inputs.gram), damping)
             solution = solve(Problem(objective, subject_to=constraint), self._row.solver, key=key)
             error = 0.0 if aside is None else aside.form(solution.value, center, 0.0)
             tried.append((error, objective, solution))
         _, objective, solution = min(tried, key=lambda row: row[0])
         return objective, solution
 
-    def _constraints(self, op: Operator) -> list[Constraint]:
-        """The constraint of each of an operator's problems."""
+    def _by_problem(self, i: int, targets: list[Any], reaching: list[calibration.Inputs]) -> list[Constraint]:
+        """The constraint on each problem; what they share is spent where it lowers the layer's error most, by score."""
+        allowed, slot = self._allowed[i], self._slots[i]
+        if slot.problems == 1:
+            return [allowed]
+        if not allowed.shares:
+            return [allowed.portion(None, e) for e in range(slot.problems)]
+        support = np.asarray(allowed.select(_scores(targets, reaching, self._dampings[0], allowed, slot)))
+        if not support.any() and not allowed.allows_empty:
+            raise ValueError(
+                f"constraint={allowed!r} keeps no weight: the layer would collapse; lower the sparsity, pass floor=1 "
+                "(or more) to keep some, or floor=0 to allow it"
+            )
+        nothing = Cardinality(count=0, floor=0)
+        return [allowed.portion(support, e) if support[e].any() else nothing for e in range(slot.problems)]
 
-        def laid(masks: dict[str, Any], e: int) -> Any:
-            for path, mask in masks.items():
-                check_like(mask, self._before[path], f"mask '{path}'")
-                if np.asarray(mask).dtype != bool:
-                    raise TypeError(f"mask '{path}' has dtype {np.asarray(mask).dtype}; pass booleans, True = may live")
-            everything = {p: np.ones(np.shape(self._before[p]), bool) for p in op.paths}
-            return op.support(everything | masks)[e]
+    def _scope(self, i: int) -> str:
+        """What shares one budget, for the history."""
+        joint = self._allowed[i].shares and self._slots[i].problems > 1
+        rest = f"; here shared by its {self._slots[i].problems} problems" if joint else ""
+        return self._constraint.scope(by_layer=True) + rest
 
-        return [self._constraint.restricted(op.paths, lambda masks, e=e: laid(masks, e)) for e in range(op.problems)]
+
+def _scores(
+    targets: list[Any], reaching: list[calibration.Inputs], damping: float, allowed: Constraint, slot: Slot
+) -> Any:
+    """What removing each weight alone adds to the layer's error: (H_jj + lambda) w^2, problems weighted by positions.
+
+    A problem that saw no input has no say: the fraction that everything keeps is kept of it, by magnitude.
+    """
+    scores = np.zeros(slot.shape)
+    for e, (w, inputs) in enumerate(zip(targets, reaching, strict=True)):
+        h = np.diagonal(np.asarray(inputs.gram, np.float64))
+        scores[e] = inputs.count * (h + damping * h.mean())[:, None] * np.asarray(w, np.float64) ** 2
+    scores /= max(scores.max(), np.finfo(np.float64).tiny)
+    density = allowed.density(slot)
+    for e, (w, inputs) in enumerate(zip(targets, reaching, strict=True)):
+        if not inputs.count:
+            sizes = np.abs(np.asarray(w, np.float64)).reshape(-1)
+            first = np.argsort(-sizes, kind="stable")[: math.floor(density * sizes.size + 1e-9)]
+            scores[e].reshape(-1)[first] = np.inf
+    return jnp.asarray(scores, targets[0].dtype)
 
 
 def _gram(sums: Any, e: int, name: str) -> Gram | None:

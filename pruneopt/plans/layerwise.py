@@ -50,9 +50,10 @@ def layerwise(
     that several products share see all their inputs, the later ones with the weights as they are before.
 
     fn: outputs or a loss, of params and a batch. batches: read once.
-    constraint: on each operator's matrix (n_in, n_out) by itself; `ByPath` gives layers different ones; what a
-        `Support` cuts stays cut, Intersection((Support(masks), constraint)). Experts, heads and feature groups are
-        problems of their own.
+    constraint: on the matrices (n_in, n_out) of the operators. A budget over the tree is one total, shared out in
+        proportion to their weights, to the unit; `ByPath` and `by_size` give layers different ones. Experts, heads and
+        feature groups are problems of their own with one budget, spent where (H_jj + lambda) w^2, weighted by
+        positions, is largest. What a `Support` cuts stays cut, Intersection((Support(masks), constraint)).
     method: a name of `plans.LAYER_METHODS`, a `LayerMethod` (which says target and damping), or a solver alone, which
         is `LayerMethod(solver)`.
     held_out: examples on which the damping of a method that has `dampings` is chosen, by the least undamped error.
@@ -78,10 +79,11 @@ def layerwise(
         run.folder = RunFolder(run_dir, run.identity())
     run.go(progress)
     support = _tree.map_named(lambda path, _: run.supports.get(path), params)
-    record = {"stage": 0, "cut": 1.0, "method": name_of(method)} | standing(support, run.solutions)
+    scope = constraint.scope(by_layer=True)
+    record = {"stage": 0, "cut": 1.0, "method": name_of(method), "scope": scope} | standing(support, run.solutions)
     record |= {"seconds": time.perf_counter() - clock, "layers": run.account()}
     values = _tree.map_named(lambda p, x: _tree.like(run.now[p], x), params)
-    return Pruned(values, support, run.solutions, [record])
+    return Pruned(values, support, run.solutions, [record], scope)
 
 
 class _Pass:

@@ -53,7 +53,7 @@ def prune(
         layer by layer (`plans.LAYER_METHODS`) outputs will do.
     params: any pytree. batches: re-iterable, or a function that returns an iterator; None where no data is read.
     constraint: on the chosen leaves: per="tree" lets importance decide where to prune, per="leaf" prunes the same
-        fraction everywhere. Layer by layer (see `plans.layerwise`) it holds for each layer's matrix by itself.
+        fraction everywhere. Layer by layer (see `plans.layerwise`) a tree's budget is shared out uniformly.
     method: a name of `plans.METHODS` or `plans.LAYER_METHODS`, a row of your own, or a solver alone, which goes layer
         by layer, `LayerMethod(solver)`. A name is one problem in every plan: objective, target and damping.
     schedule: OneShot() (default), Iterative, Cubic, CoarseThenFine. Supports are nested: what is cut stays cut.
@@ -66,9 +66,9 @@ def prune(
     progress: show a bar with the time left.
 
     Returns a Pruned; every other leaf is the very object that was given. `params` is never changed. `history` has for
-    each stage cut, method, sparsity, kept, objective, status, seconds; layer by layer "layers" (see `layerwise`); for a
-    method that models the loss `predicted`, the change of it that the model foresaw, and `measured`, that on `held_out`
-    or else on the first batch.
+    each stage cut, method, scope (what shared one budget), sparsity, kept, objective, status, seconds; layer by layer
+    "layers" (see `layerwise`); for a method that models the loss `predicted`, the change of it that the model foresaw,
+    and `measured`, that on `held_out` or else on the first batch.
     Raises ValueError or TypeError, naming the argument, before any work where arguments do not fit.
     """
     row = row_of(method)
@@ -96,7 +96,8 @@ def prune(
         allowed = constraint if stage.cut == 1 else constraint.relaxed(stage.cut)
         if support is not None:
             allowed = Intersection((Support(support), allowed))
-        record: dict[str, Any] = {"stage": i, "cut": stage.cut, "method": name_of(methods[i])}
+        scope = constraint.scope(by_layer=isinstance(row, LayerMethod))
+        record: dict[str, Any] = {"stage": i, "cut": stage.cut, "method": name_of(methods[i]), "scope": scope}
         drawn = key if i == 0 else jax.random.fold_in(key, i)  # so that one stage is `layerwise` to the bit
         if isinstance(row, LayerMethod):
             words: dict[str, Any] = {"held_out": aside, "leaves": leaves, "key": drawn, "progress": progress}
@@ -118,7 +119,7 @@ def prune(
         network = network.at(values)
         record["seconds"] = time.perf_counter() - clock
         history.append(record)
-    return Pruned(network.params, support, solutions, history)
+    return Pruned(network.params, support, solutions, history, history[-1]["scope"])
 
 
 def _as_a_whole(row: Method, network: Network, held_out: Any, allowed: Constraint, key: jax.Array) -> Solution:

@@ -11,6 +11,8 @@ import jax
 from pruneopt.program.keys import Literal
 from pruneopt.program.program import Atom, Equation, Program
 
+_ROUNDS = frozenset({"convert_element_type", "reduce_precision"})  # they change an entry's type, never its place
+
 
 class Segment:
     """outputs = equations(inputs). Equal to every segment that does the same to inputs of the same shapes.
@@ -51,6 +53,15 @@ class Segment:
         env: dict[Atom, Any] = dict(enumerate(inputs))
         for equation, reads, made in self._steps:
             values = equation.run([a.value if isinstance(a, Literal) else env[a] for a in reads])
+            env.update(zip(made, values, strict=True))
+        return [a.value if isinstance(a, Literal) else env[a] for a in self._results]
+
+    def moved(self, inputs: Sequence[Any]) -> list[Any]:
+        """As `trace`, for equations that move entries: numbers of any dtype, kept as they are."""
+        env: dict[Atom, Any] = dict(enumerate(inputs))
+        for equation, reads, made in self._steps:
+            values = [a.value if isinstance(a, Literal) else env[a] for a in reads]
+            values = values[:1] if equation.primitive.name in _ROUNDS else equation.run(values)
             env.update(zip(made, values, strict=True))
         return [a.value if isinstance(a, Literal) else env[a] for a in self._results]
 

@@ -5,6 +5,7 @@ from pruneopt.network.leaves import combine, is_prunable, is_trainable, partitio
 from pruneopt.network.network import Network
 from pruneopt.structure.cost import Cost, cost, differences
 from pruneopt.structure.graph import Graph, trace
+from pruneopt.structure.layout import Layout, layout
 from pruneopt.structure.operators import Operator
 from pruneopt.structure.units import Group, Units
 
@@ -12,6 +13,7 @@ __all__ = [
     "Cost",
     "Graph",
     "Group",
+    "Layout",
     "Network",
     "Operator",
     "Statistics",
@@ -22,6 +24,7 @@ __all__ = [
     "differences",
     "is_prunable",
     "is_trainable",
+    "layout",
     "partition",
     "trace",
 ]

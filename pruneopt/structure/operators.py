@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 from pruneopt.program.forms import Form
@@ -122,6 +124,15 @@ class Operator:
         """Which entries of a leaf the operator reads."""
         ones = jnp.ones((self.problems, self.n_in, self.n_out), self.dtype)
         return self._back(ones, False)[self.paths.index(path)]
+
+    def places(self) -> np.ndarray:
+        """(problems, n_in, n_out): where each entry stands among its leaves, laid flat one after the other."""
+        layout, shapes = self._reading.layout, [self._program.shapes[v].shape for v in self._reading.leaves.values()]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        values: list[Any] = [self._program.constants.get(v) for v in layout.inputs]
+        for place, shape, end in zip(self._places(layout), shapes, ends, strict=True):
+            values[place] = jnp.arange(end - math.prod(shape), end, dtype=jnp.int32).reshape(shape)
+        return np.asarray(self.uses[0].form.to_matrix(layout.moved(values)[0]))
 
     @property
     def is_one_to_one(self) -> bool:
