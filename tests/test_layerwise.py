@@ -440,7 +440,7 @@ def test_bad_input():
         run(weights=lambda batch: np.ones(5))
     with pytest.raises(ValueError, match="batch 1 has structure"):
         run(batches=[BATCHES[0], (BATCHES[1],)])
-    with pytest.raises(ValueError, match=r"mask 'a': the matrix has shape \(2, 2\), params has \(6, 8\)"):
+    with pytest.raises(ValueError, match=r"mask 'a' has shape \(2, 2\), its leaf has \(6, 8\)"):
         run(constraint=Support({"a": np.ones((2, 2), bool), "b": None, "c": None}))
 
 
