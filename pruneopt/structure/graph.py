@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +16,17 @@ from pruneopt.program.forms import PRODUCTS, Form
 from pruneopt.program.primitives import TABLE, form_of, row_of
 from pruneopt.program.program import Equation, Program, flatten
 from pruneopt.program.versions import carried, holds
-from pruneopt.structure.operators import Lookup, Operator, Refusal, Use
+from pruneopt.structure.operators import Lookup, Operator, Refusal, Use, named
 from pruneopt.structure.reading import Unreadable, leaves_of, meets_data, read_operand, sources
 from pruneopt.structure.units import Units, described
 
 Tree = Any
 
+_LISTED, _WIDTH = 40, 120  # entries of a list and letters of a line that a graph prints
+_WRAPPED: Any = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, repr=False)
 class Graph:
     """What a function multiplies by what. `print(graph)` shows the table.
 
@@ -36,35 +40,32 @@ class Graph:
     refusals: list[Refusal] = field(default_factory=list)
     activations: int = 0
 
+    def __repr__(self) -> str:
+        counts = [(self.operators, "operator"), (self.lookups, "look-up"), (self.refusals, "refusal")]
+        held = [f"{len(part)} {word}{'s' * (len(part) != 1)}" for part, word in counts if part or word == "operator"]
+        return f"Graph({', '.join(held)}, {sum(op.flops for op in self.operators) / 1e6:.3f} MFLOPs)"
+
     def __str__(self) -> str:
-        rows = [("operator", "kind", "in x out", "problems", "uses", "MFLOPs", "weights", "KiB", "read through")]
-        for op in self.operators:
-            rows.append(
-                (
-                    op.name,
-                    op.kind,
-                    f"{op.n_in} x {op.n_out}",
-                    str(op.problems),
-                    str(len(op.uses)),
-                    f"{op.flops / 1e6:.3f}",
-                    f"{op.size:,}",
-                    f"{op.size * op.dtype.itemsize / 1024:.1f}",
-                    ", ".join(filter(None, (op.uses[0].form.arrangement, *op.through))),
-                )
-            )
+        rows = [("operator", "kind", "in x out", "problems", "uses", "MFLOPs", "weights", "read through")]
+        rows += [op.columns for op in self.operators[:_LISTED]]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         text = [
             "  ".join(
-                c.ljust(w) if i in (0, 1, 8) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))
-            )
+                c.ljust(w) if i in (0, 1, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))
+            ).rstrip()
             for r in rows
         ]
-        text += [f"look-up of {', '.join(look.paths)}: {look.picked} of {look.rows} rows" for look in self.lookups]
-        text += [f"not read: {refusal}" for refusal in self.refusals]
-        text += [f"not an operator: {path}: {self.why_not(path)}" for path in self.others]
+        text = [line if len(line) <= _WIDTH else line[: _WIDTH - 3] + "..." for line in text]
+        text += [f"and {len(self.operators) - _LISTED} more operators"] * (len(self.operators) > _LISTED)
+        looks = [f"look-up of {named(look.paths)}: {look.picked} of {look.rows} rows" for look in self.lookups]
+        why = [f"not an operator: {path}: {self.why_not(path)}" for path in self.others[: _LISTED + 1]]
+        for part, n in ((looks, len(looks)), (self.refusals, len(self.refusals)), (why, len(self.others))):
+            head = "not read: " if part is self.refusals else ""
+            text += [textwrap.fill(f"{head}{line}", _WIDTH, **_WRAPPED) for line in part[:_LISTED]]
+            text += [f"and {n - _LISTED} more of these"] * (n > _LISTED)
         total = sum(op.flops for op in self.operators)
         text.append(f"{total / 1e6:.3f} MFLOPs in operators, {self.activations / 1e6:.3f} between activations")
-        return "\n".join(line.rstrip() for line in text)
+        return "\n".join(text)
 
     @property
     def others(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,14 @@ from pruneopt.program.forms import Form
 from pruneopt.program.program import Program
 from pruneopt.program.segment import Segment
 from pruneopt.structure.reading import Reading
+
+_NAMED, _LETTERS = 4, 40  # paths of a list and letters of a name that are printed
+
+
+def named(paths: Sequence[str]) -> str:
+    """Paths as words: the first few, and how many more."""
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    return ", ".join(paths[:_NAMED]) + more
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Refusal:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.primitive} of {', '.join(self.paths) or 'constants'}: {self.reason}"
+        return f"{self.primitive} of {named(self.paths) or 'constants'}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,20 @@ class Operator:
         self.name = " + ".join(self.paths) + reading.part
         form = uses[0].form
         self.problems, self.n_in, self.n_out = form.problems, form.n_in, form.n_out
+
+    def __repr__(self) -> str:
+        name, kind, matrix, problems, uses, work, *_ = self.columns
+        several = f"{problems} problems of " if self.problems > 1 else ""
+        return f"Operator({name}: {kind}, {several}{matrix}, {uses} use{'s' * (uses != '1')}, {work} MFLOPs)"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """As words: name, kind, matrix, problems, uses, MFLOPs, weights, what it is read through."""
+        half, name = (_LETTERS - 3) // 2, self.name
+        short = name if len(name) <= _LETTERS else f"{name[:half]}...{name[-half:]}"
+        through = ", ".join(filter(None, (self.uses[0].form.arrangement, *self.through)))
+        numbers = (str(self.problems), str(len(self.uses)), f"{self.flops / 1e6:.3f}", f"{self.size:,}")
+        return (short, self.kind, f"{self.n_in} x {self.n_out}", *numbers, through)
 
     @property
     def slab(self) -> str | None:
