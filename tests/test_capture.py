@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pruneopt.capture.statistics import _sums, capture
+from pruneopt.capture.statistics import capture
+from pruneopt.capture.sums import _sums
 from pruneopt.program import forms
 from pruneopt.structure.graph import trace
 
@@ -546,15 +547,14 @@ def test_an_attention_mask_reaches_every_operator():
 @pytest.mark.parametrize("kind", ["tokens", "rows"])
 def test_weights_on_experts(kind):
     case = {"tokens": experts, "rows": ragged}[kind]()
-    length = 7 if kind == "rows" else None
-    weights = lambda b: np.arange(1.0, 1.0 + (length or b.shape[1]))  # noqa: E731
+    weights = lambda b: np.arange(1.0, 8.0) if kind == "rows" else 1.0 + np.arange(b[..., 0].size).reshape(b.shape[:2])  # noqa: E731
     found = capture(case.fn, case.params, case.batches, weights=weights)["w"]
     each: list[Any] = [[], [], []]
     for b in case.batches:
         w = weights(b)
         ends = np.cumsum(b["sizes"]) if kind == "rows" else None
         for e in range(3):
-            each[e] += list(w if ends is None else w[ends[e] - b["sizes"][e] : ends[e]])
+            each[e] += list(w[e] if ends is None else w[ends[e] - b["sizes"][e] : ends[e]])
     count, gram = grams(joined(case, case.rows, case.batches)["w"], [np.asarray(e) for e in each])
     np.testing.assert_allclose(found.count, count, **EXACT)
     np.testing.assert_allclose(found.gram, gram, **EXACT)
@@ -580,7 +580,7 @@ def test_inputs_of_zeros_are_normal():
 def test_weights_that_fit_no_position(shape):
     case = dense()
     with pytest.raises(
-        ValueError, match=r"weights have shape \(.*\), but an operator's positions have shape \(4,\); leave"
+        ValueError, match=r"weights have shape \(.*\), with which no array of the batch begins \(\[\(4, 4\)\]\); pass"
     ):
         capture(case.fn, case.params, case.batches, weights=lambda b: np.ones(shape))
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from pruneopt import _linalg
 from pruneopt.capture import walk
-from pruneopt.capture.statistics import add, checked_weights, cross, is_finite, not_finite
-from pruneopt.capture.statistics import sums as sums_of
+from pruneopt.capture.positions import Positions, checked_weights
+from pruneopt.capture.sums import add, cross, is_finite, not_finite
+from pruneopt.capture.sums import sums as sums_of
 from pruneopt.capture.walk import Cut, Env, Walk
 from pruneopt.network.batches import Batches, Source, explained
 from pruneopt.program.program import Program
@@ -72,6 +73,7 @@ class Calibration:
         self._weights: list[Any] = []
         self._operators: list[Operator] = []
         self._told: list[str] = []
+        self._places: dict[Any, Positions] = {}
         stream = Batches(batches)
         self._name = stream.name
         for batch in stream:
@@ -122,12 +124,13 @@ class Calibration:
         ahead = {program: self._ahead(program, cut) for program in self._walks}
         for i, program in enumerate(self._programs):
             env, other = self._envs[i], None if self._dense is None else self._dense[i]
-            add(shared, self._reaching(i, self._cuts[program][cut].use, env, other))
+            first = self._cuts[program][cut]
+            add(shared, self._reaching(i, first.operators[0], first.use, env, other))
             for op, use, step in ahead[program]:
                 env = step(env, leaves)
                 if other is not None and self._dense_leaves is not None:
                     other = step(other, self._dense_leaves)
-                add(own.setdefault(op, {}), self._reaching(i, use, env, other))
+                add(own.setdefault(op, {}), self._reaching(i, op, use, env, other))
         shared["problems"] = {}
         total = {op: dict(shared) for op in self.cuts[cut].operators}
         for op, more in own.items():
@@ -143,7 +146,8 @@ class Calibration:
             return
         name = self._operators[bad].name
         for i, program in enumerate(self._programs):
-            if not is_finite(self._reaching(i, self._cuts[program][cut].use, self._envs[i], None)["gram"]):
+            first = self._cuts[program][cut]
+            if not is_finite(self._reaching(i, first.operators[0], first.use, self._envs[i], None)["gram"]):
                 raise ValueError(not_finite(f"{self._name}: batch {i}", name, self._told[i]))
         raise ValueError(not_finite(self._name, name, ""))
 
@@ -157,9 +161,14 @@ class Calibration:
             position.release(use.inputs)
         return found
 
-    def _reaching(self, i: int, use: Use, env: Env, other: Env | None) -> dict[str, Any]:
-        """The sums of one product in one batch."""
+    def _reaching(self, i: int, op: int, use: Use, env: Env, other: Env | None) -> dict[str, Any]:
+        """The sums of one product of an operator in one batch."""
         program, weights = self._programs[i], self._weights[i]
+        if weights is not None:
+            key = program, np.shape(weights)
+            if key not in self._places:
+                self._places[key] = Positions(*key)
+            weights = self._places[key].spread(self._operators[op].name, use, weights)
         arrays = walk.values(program, env, use.inputs)
         sums = sums_of(use.form, arrays, weights)
         if other is not None:

@@ -58,9 +58,9 @@ def layerwise(
         is `LayerMethod(solver)`.
     held_out: examples on which the damping of a method that has `dampings` is chosen, by the least undamped error.
     weights: batch -> one weight >= 0 a position (B, T) or example (B,), such as an attention mask; in Grams and errors.
-        They are laid on an operator's positions by their shapes, in the batch's order: an fn that moves or reverses
-        the time axis gets the wrong ones. Where an operator has positions (B,) alone, such as a pooled output or one
-        step of a loop over time, an example counts if any of its positions does.
+        Its axes, the first ones of the batch's arrays, are followed through fn, steps of loops over time included; what
+        cannot be followed is refused (`capture.positions`). Where an operator has positions (B,) alone, such as a
+        pooled output or the last state of a loop, an example counts if any of its positions does.
     leaves: which leaves are pruned; leaves that are not chosen are skipped. run_dir: a folder; after a kill the same
         call continues there, to the same bits.
 

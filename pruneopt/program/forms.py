@@ -33,18 +33,25 @@ class Form(abc.ABC):
     def rows(self, x: Shaped[Array, "..."]) -> Shaped[Array, "problems positions n_in"]:
         """The inputs that meet the weights, one row a position. One problem's rows may stand for all (axis 1)."""
 
+    @property
     @abc.abstractmethod
+    def output_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of the output that are problems, and those that are positions, in the order of `rows`."""
+
     def output_rows(self, y: Shaped[Array, "..."]) -> Shaped[Array, "problems positions n_out"]:
         """The outputs, in the order of `rows`."""
+        first = (*self.output_axes[0], *self.output_axes[1])
+        y = jnp.transpose(y, (*first, *(k for k in range(y.ndim) if k not in first)))
+        return y.reshape(self.problems, math.prod(self.positions), self.n_out)
 
     @property
     @abc.abstractmethod
     def positions(self) -> tuple[int, ...]:
         """Shape of the positions (examples, tokens, pixels) of one problem."""
 
-    @abc.abstractmethod
     def units(self, x: Shaped[Array, "..."]) -> Shaped[Array, "problems positions units"]:
         """The incoming activations, one column a unit: a neuron, or a channel of a convolution, without padding."""
+        return self.rows(x)
 
     def blocks(self, x: Shaped[Array, "..."]) -> Shaped[Array, "blocks ..."]:
         """`x` cut along its first positions, so that `rows` of one block stays small; one block where rows are x."""
@@ -139,18 +146,12 @@ class Dot(Form):
         x = jnp.transpose(x, (*order, *(a for a, _ in self.contract)))
         return x.reshape(self.problems, math.prod(self.positions), self.n_in)
 
-    def units(self, x: Shaped[Array, "..."]) -> Shaped[Array, "problems positions units"]:
-        """The rows themselves."""
-        return self.rows(x)
-
-    def output_rows(self, y: Shaped[Array, "..."]) -> Shaped[Array, "problems positions n_out"]:
+    @property
+    def output_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """dot_general puts batch axes first, then the left operand's others, then the right one's."""
-        n, x_free, w_free = len(self.all_batch), len(self._x_free), len(self._w_free)
-        x_start, w_start = (n, n + x_free) if self.x_first else (n + w_free, n)
-        batch = [self.all_batch.index(p) for p in self.batch]
-        repeated = [self.all_batch.index(p) for p in self.repeated]
-        order = (*batch, *repeated, *range(x_start, x_start + x_free), *range(w_start, w_start + w_free))
-        return jnp.transpose(y, order).reshape(self.problems, math.prod(self.positions), self.n_out)
+        start, place = len(self.all_batch) + (0 if self.x_first else len(self._w_free)), self.all_batch.index
+        free = range(start, start + len(self._x_free))
+        return tuple(map(place, self.batch)), (*map(place, self.repeated), *free)
 
     @property
     def arrangement(self) -> str:
@@ -260,6 +261,11 @@ class Conv(Form):
         x = self._images(x)
         return jnp.moveaxis(x, -2, 0).reshape(self.groups, -1, x.shape[-1])
 
+    @property
+    def output_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Examples and pixels; groups share an axis with channels."""
+        return (), (self.y_spec[0], *self.y_spec[2:])
+
     def output_rows(self, y: Shaped[Array, "..."]) -> Shaped[Array, "problems positions n_out"]:
         """Pixels by channels, group by group."""
         y = jnp.transpose(y, (self.y_spec[0], *self.y_spec[2:], self.y_spec[1]))
@@ -332,9 +338,10 @@ class Ragged(Form):
         """All rows, once; `belongs` says to which group each goes."""
         return jnp.transpose(x, self.x_axes)[None]
 
-    def units(self, x: Shaped[Array, "..."]) -> Shaped[Array, "problems positions units"]:
-        """The rows."""
-        return self.rows(x)
+    @property
+    def output_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rows, each of one group."""
+        return (), (0,)
 
     def output_rows(self, y: Shaped[Array, "..."]) -> Shaped[Array, "problems positions n_out"]:
         """The output has the rows' order."""

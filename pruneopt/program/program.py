@@ -60,6 +60,16 @@ class Equation(NamedTuple):
         return list(out) if self.primitive.multiple_results else [out]
 
 
+class Loop(NamedTuple):
+    """A scan that was unrolled. steps: each step's equations, first and past the last one; stop: past those that stack
+    its outputs; carried: what its last step hands on.
+    """
+
+    steps: tuple[tuple[int, int], ...]
+    stop: int
+    carried: tuple[Atom, ...]
+
+
 @dataclass(eq=False)
 class Program:
     """Equations in order, over variables that are numbers.
@@ -67,8 +77,8 @@ class Program:
     shapes: {variable: its type}. leaves: {path: variable} of the arrays of params; names: the inverse. constants:
     {variable: array}, closed over by the function or loop counters. data, parametric: variables that depend on the
     batch, on params. maker: {variable: index of the equation that makes it}. outputs: the arrays that the function
-    returns. masks: whether the leaf of a path holds zeros and ones alone. lost: whether a product's own derivative was
-    lost, since its call was inlined.
+    returns. loops: the scans that were unrolled, inner ones first. masks: whether the leaf of a path holds zeros and
+    ones alone. lost: whether a product's own derivative was lost, since its call was inlined.
     """
 
     equations: list[Equation] = field(default_factory=list)
@@ -84,6 +94,7 @@ class Program:
     masks: Callable[[str], bool] = lambda path: False
     keep_derivatives: bool = False
     lost: bool = False
+    loops: list[Loop] = field(default_factory=list)
     _known: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)
 
     def new(self, aval: Any) -> int:
@@ -275,16 +286,20 @@ def _unrolled(program: Program, eqn: Any, inputs: tuple[Atom, ...], keep: bool) 
     # A counter that starts as a literal becomes a variable, so that the first step looks like the others.
     carry = tuple(program.constant(jnp.asarray(a.value)) if isinstance(a, Literal) else a for a in carry)
     steps: list[tuple[Atom, ...]] = []
+    bounds: list[tuple[int, int]] = []
     order = range(loop.length)[::-1] if loop.reverse else range(loop.length)
     for i in order:
-        at = program.constant(np.int32(i))
+        start, at = len(program.equations), program.constant(np.int32(i))
         slices = tuple(_call(program, _at, a, at)[0] for a in stacked)
         out = _inline(program, body, body_constants, (*shared, *carry, *slices), keep)
         carry = out[:k]
         steps.append(out[k:])
+        bounds.append((start, len(program.equations)))
     if loop.reverse:
         steps.reverse()
-    return *carry, *(_call(program, _stack, *column)[0] for column in zip(*steps, strict=True))
+    stacks = [_call(program, _stack, *column)[0] for column in zip(*steps, strict=True)]
+    program.loops.append(Loop(tuple(bounds), len(program.equations), carry))
+    return *carry, *stacks
 
 
 def _at(stacked: jax.Array, i: jax.Array) -> jax.Array:
