@@ -31,8 +31,8 @@ def is_array(leaf: Any) -> bool:
 
 
 def like(new: Any, old: Any) -> Any:
-    """`new` as a NumPy array where `old` is one."""
-    return np.asarray(new) if isinstance(old, np.ndarray) else new
+    """`new` as a NumPy array where `old` is one, else where `old` lies."""
+    return np.asarray(new) if isinstance(old, np.ndarray) else placed(new, old)
 
 
 def on_host(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
@@ -86,7 +86,8 @@ def check_here(tree: Tree, what: str, *, may_be_traced: bool = False) -> None:
 
 def placed(new: Any, old: Any) -> Any:
     """`new` on the sharding of `old`, an array or a shape, where one was chosen for it; NumPy arrays as they are."""
-    sharding = getattr(old, "sharding", None)
+    traced = isinstance(new, jax.core.Tracer) or isinstance(old, jax.core.Tracer)
+    sharding = None if traced else getattr(old, "sharding", None)
     if sharding is None or not isinstance(new, jax.Array) or (isinstance(old, jax.Array) and not old.committed):
         return new
     return new if new.sharding == sharding and new.committed else jax.device_put(new, sharding)

@@ -65,22 +65,23 @@ def _solved(problem: Problem, solver: Solver, start: Start | None, key: jax.Arra
     outcome = solver.run(problem, start, key)
     jax.block_until_ready((outcome.value, outcome.support))
     value = jax.tree.map(_tree.like, outcome.value, problem.objective.center)
+    support = jax.tree.map(_tree.placed, outcome.support, problem.objective.center)
     seconds = time.perf_counter() - clock
-    path = problem.emptied(outcome.support)
+    path = problem.emptied(support)
     if path is not None:
         raise ValueError(
             f"subject_to={problem.subject_to!r} keeps no weight of {_tree.called(path)}: the layer would collapse; "
             "lower the sparsity, pass floor=1 (or more) to keep some, or floor=0 to allow it"
         )
-    check = verify(problem, value, outcome.support, outcome.evidence)
+    check = verify(problem, value, support, outcome.evidence)
     status = Status.LIMIT if outcome.hit_limit and check.status is Status.FEASIBLE else check.status
     if throw and not status.is_usable:
         raise SolveError(f"{status.value} ({solver!r}, {check.violation} units over, {check.outside} outside)")
     stats = {"solver": solver, "seconds": seconds, **outcome.stats}
     if isinstance(problem.objective, Reconstruction) and status.is_usable:
         stats["relative_error"] = problem.objective.relative_error(value, check.objective)
-        stats = {**sampled_gain(problem, outcome.support), **stats}
-    return Solution(value, outcome.support, status, check.objective, check.bound, check.gap, outcome.evidence, stats)
+        stats = {**sampled_gain(problem, support), **stats}
+    return Solution(value, support, status, check.objective, check.bound, check.gap, outcome.evidence, stats)
 
 
 def _start(problem: Problem, init: Any) -> Start:

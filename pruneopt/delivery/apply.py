@@ -26,7 +26,11 @@ def apply(params: Tree, pruned: Pruned | Solution | Tree) -> Tree:
     masks = dict(_tree.named_leaves(support))
     arrays = {path: leaf for path, leaf in _tree.named_leaves(params) if path in masks or _tree.is_array(leaf)}
     Support(masks).check(arrays)
-    return _tree.map_named(lambda path, leaf: _tree.masked(leaf, masks[path]) if path in masks else leaf, params)
+
+    def one(path: str, leaf: Any) -> Any:
+        return _tree.placed(_tree.masked(leaf, masks[path]), leaf) if path in masks else leaf
+
+    return _tree.map_named(one, params)
 
 
 @_tree.on_host
@@ -47,5 +51,6 @@ def from_masks(params: Tree, masks: Tree) -> Pruned:
     named = {path: mask != 0 if mask.dtype != bool else mask for path, mask in _tree.named_leaves(masks)}
     if not named:
         raise ValueError("masks holds no mask; pass {path: boolean array}")
-    support = _tree.map_named(lambda path, leaf: named.get(path), params)
-    return Pruned(apply(params, named), jax.tree.map(jax.numpy.asarray, support))
+    arrays = {path: jax.numpy.asarray(mask) for path, mask in named.items()}
+    support = _tree.map_named(lambda path, leaf: _tree.placed(arrays.get(path), leaf), params)
+    return Pruned(apply(params, named), support)

@@ -184,6 +184,10 @@ def check_leaf(path: str, leaf: Any, argument: str = "leaves") -> None:
     if not _tree.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         kind = leaf.dtype if hasattr(leaf, "dtype") else type(leaf).__name__
         raise TypeError(f"{name} is {kind}, not a floating-point array; {instead}")
+    if jnp.finfo(leaf.dtype).bits < 16:
+        raise TypeError(
+            f"{name} is {leaf.dtype}, too short to compute in; prune it in bfloat16 or wider and cast the result back"
+        )
     if leaf.size == 0:
         raise ValueError(f"{name} has shape {leaf.shape} and no entries; {instead}")
     if leaf.dtype == np.float64 and not jnp.zeros(0, float).dtype == np.float64:

@@ -78,7 +78,7 @@ def layerwise(
     if run_dir is not None:
         run.folder = RunFolder(run_dir, run.identity())
     run.go(progress)
-    support = _tree.map_named(lambda path, _: run.supports.get(path), params)
+    support = _tree.map_named(lambda path, x: _tree.placed(run.supports.get(path), x), params)
     scope = constraint.scope(by_layer=True)
     record = {"stage": 0, "cut": 1.0, "method": name_of(method), "scope": scope} | standing(support, run.solutions)
     record |= {"seconds": time.perf_counter() - clock, "layers": run.account()}
