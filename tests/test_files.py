@@ -54,6 +54,7 @@ def test_a_round_trip_is_bit_for_bit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before.support, after.support)
     assert jax.tree.structure(after.support) == jax.tree.structure(before.support)
     assert after.history == json.loads(json.dumps(before.history))
+    assert after.scope == before.scope != ""
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
 
 

@@ -27,7 +27,7 @@ _HAS_SHAPE = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 @_tree.on_host
 def save(pruned: Pruned, file: str | os.PathLike[str]) -> None:
-    """Write values, masks and history of `pruned` to `file` (safetensors), all or nothing.
+    """Write values, masks, history and scope of `pruned` to `file` (safetensors), all or nothing.
 
     Raises TypeError for a Pruned of another type or an array that the format cannot hold, ValueError for what `load`
     could not give back (two leaves of one path, weights off the support), OSError where the file cannot be written.
@@ -36,7 +36,7 @@ def save(pruned: Pruned, file: str | os.PathLike[str]) -> None:
         raise TypeError(f"pruned is a {type(pruned).__name__}; pass what prune returned")
     tensors, leaves = _tensors(pruned)
     history = json.dumps(pruned.history, default=_plain)
-    _store.write_tensors(file, tensors, {"leaves": json.dumps(leaves), "history": history})
+    _store.write_tensors(file, tensors, {"leaves": json.dumps(leaves), "history": history, "scope": pruned.scope})
 
 
 def load(file: str | os.PathLike[str], like: Tree) -> Pruned:
@@ -64,7 +64,7 @@ def load(file: str | os.PathLike[str], like: Tree) -> Pruned:
     params = _filled(like, arrays, kinds, file)
     masks = {path: jnp.asarray(mask) for path, mask in masks.items()}
     support = _tree.map_named(lambda path, leaf: _tree.placed(masks[path], leaf) if path in masks else None, like)
-    return Pruned(params, support, history=history)
+    return Pruned(params, support, history=history, scope=texts.get("scope", ""))
 
 
 def load_masks(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
