@@ -331,7 +331,7 @@ class TestSolver:
         solver = SOLVERS[solver_name]
         for c_name in MATRIX_CONSTRAINTS if "reconstruction" in f_name else CONSTRAINTS:
             problem = problem_of(f_name, c_name)
-            fixed = c_name == "a fixed support"
+            fixed = c_name in ("a fixed support", "all kept")
             takes = solver_name in TAKES[f_name] or (fixed and f"{solver_name} s" in TAKES[f_name])
             takes |= f"{solver_name} *" in TAKES[f_name] and c_name not in REFUSED[solver_name]
             if problem.subject_to.bounds_values:
@@ -348,6 +348,30 @@ class TestSolver:
             assert solution.bound <= solution.objective * (1 + 1e-6) + 1e-12
             if fixed or c_name == "cardinality in each leaf":  # the same again, to the bit
                 np.testing.assert_array_equal(flat(po.solve(problem, solver).value), flat(solution.value))
+
+    def test_a_set_and_everything_are_one_set(self, f_name, solver_name, tolerance):
+        solver = SOLVERS[solver_name]
+        for c_name in MATRIX_CONSTRAINTS if "reconstruction" in f_name else CONSTRAINTS:
+            problem = problem_of(f_name, c_name)
+            same = problem.subject_to
+            if same.bounds_values:
+                continue
+            everything = constraints.Support(problem.full_support())
+            for sets in ((everything, same), (same, constraints.Cardinality(sparsity=0.0))):
+                same = constraints.Intersection(sets)
+            other = po.Problem(problem.objective, subject_to=same)
+            try:
+                solution = po.solve(problem, solver)
+            except ValueError:
+                with pytest.raises(ValueError, match=r"\w"):
+                    po.solve(other, solver)
+                continue
+            again = po.solve(other, solver)
+            np.testing.assert_array_equal(flat(again.support), flat(solution.support), err_msg=c_name)
+            scale = np.abs(flat(solution.value)).max(initial=1.0)
+            np.testing.assert_allclose(flat(again.value), flat(solution.value), atol=1e2 * tolerance * scale)
+            assert again.status is solution.status
+            assert again.bound == pytest.approx(solution.bound, rel=1e2 * tolerance), c_name
 
 
 @pytest.mark.parametrize(

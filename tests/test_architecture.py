@@ -1,6 +1,8 @@
 """The house keeps its order: imports go down the ladder, rooms on one rung never see each other, names are terms."""
 
 import ast
+import importlib
+import inspect
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -101,6 +103,45 @@ class TestFile:
         assert not {name.split(".")[0] for name in imported(file)} & {"pickle", "dill", "cloudpickle", "shelve"}
 
 
+def classes_of_sets():
+    """Names of every class of the constraints' room but `Constraint` itself, which checks of arguments may ask for."""
+    from pruneopt import constraints
+
+    rooms = [importlib.import_module(f"pruneopt.constraints.{f.stem}") for f in (PACKAGE / "constraints").glob("*.py")]
+    kinds = {name for room in rooms for name, x in vars(room).items() if is_a(x, constraints.Constraint)}
+    return kinds - {"Constraint"}
+
+
+def is_a(thing, kind):
+    return inspect.isclass(thing) and issubclass(thing, kind)
+
+
+def class_tests(tree):
+    """The expressions that an isinstance, an issubclass, a `match` or a comparison of types asks for."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            yield node.args[1]
+        elif isinstance(node, ast.MatchClass):
+            yield node.cls
+        elif isinstance(node, ast.Compare) and "type(" in ast.unparse(node):
+            yield node
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.parent.name != "constraints"], ids=lambda f: f.stem)
+def test_no_set_is_asked_for_its_class_outside_its_room(file):
+    tree, kinds = ast.parse(file.read_text()), classes_of_sets() - {"Ball"}
+    known = {name.rsplit(".", 1)[1] for name in imported(file) if name.startswith("pruneopt.constraints.")} & kinds
+    for asked in class_tests(tree):
+        for node in ast.walk(asked):
+            name = getattr(node, "id", "") if isinstance(node, ast.Name) else getattr(node, "attr", "")
+            here = name in known if isinstance(node, ast.Name) else ast.unparse(node).startswith("constraints.")
+            assert not (here and name in kinds), f"{file} asks for {name}; let `constraints.parts.of` say what it needs"
+
+
+def test_the_parts_know_no_set():
+    assert set(inside(PACKAGE / "constraints" / "parts.py")) == {"_tree"}
+
+
 def test_every_room_stands_on_the_ladder():
     rooms = {place(file)[0] for file in FILES}
     assert rooms <= set().union(*LADDER)
@@ -116,8 +157,6 @@ def test_no_circle_inside_a_room(room):
 
 
 def test_public_names_have_docstrings():
-    import inspect
-
     import pruneopt as po
 
     for room in (

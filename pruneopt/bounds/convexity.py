@@ -12,7 +12,7 @@ import numpy as np
 
 from pruneopt import _linalg, _tree
 from pruneopt.bounds.base import Evidence
-from pruneopt.constraints.support import Support
+from pruneopt.constraints import parts
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.gram import Gram
 from pruneopt.objectives.base import QuadraticObjective
@@ -27,7 +27,7 @@ class StrongConvexity(Evidence):
 
     With r the gradient at w on the support, f(w) - ||r||^2 / (2 c) is a lower bound for every w that is zero
     elsewhere: that of `value`, cut to the support. Premises: no penalty, no gradient at w0, a constraint that is a
-    `Support`, and a c that is found and checked.
+    fixed support, and a c that is found and checked.
     """
 
     def bound(self, problem: Problem, value: Tree, support: Tree) -> float:
@@ -35,13 +35,14 @@ class StrongConvexity(Evidence):
         f, constraint = problem.objective, problem.subject_to
         if not isinstance(f, QuadraticObjective) or f.gradient is not None or problem.penalty is not None:
             return -math.inf
-        if not isinstance(constraint, Support):
+        fixed = parts.of(constraint)
+        if constraint is None or not fixed.fixed:
             return -math.inf
         modulus = _modulus(f, float(f.ridge()))
         if modulus <= 0:
             return -math.inf
         with jax.enable_x64(True):
-            allowed = constraint.select(jax.tree.map(lambda x: np.zeros(np.shape(x)), value))
+            allowed = fixed.allowed(f.center)
             value = _tree.masked(value, allowed)
             residual = _tree.masked(f.slope(value), allowed)
             square = sum(float(np.sum(np.square(r))) for r in jax.tree.leaves(residual))

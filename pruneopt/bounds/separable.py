@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pruneopt import _linalg, _tree
 from pruneopt.bounds.base import Evidence
-from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.constraints import parts
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
 
@@ -34,8 +34,10 @@ class Separable(Evidence):
             return f.constant
         if not constraint.exact:
             return -math.inf
-        if isinstance(constraint, Cardinality) and constraint.per == "tree" and not constraint.floor:
-            return f.constant + _priced(f, constraint.kept_of(_tree.size(f.center)), support)
+        found = parts.of(constraint)
+        one = found.one
+        if one is not None and one.across and one.kept_of is not None and not (one.floor or found.masks):
+            return f.constant + _priced(f, one.kept_of(_tree.size(f.center)), support)
         costs = f.saliency()
         return f.constant + _tree.dropped(costs, constraint.select(costs))
 

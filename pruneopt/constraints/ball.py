@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint, check_cut
+from pruneopt.constraints.parts import Parts
 
 Tree = Any
 _ROUNDING = 1e-6  # by which a norm may exceed its radius, relative, or by what the weights' dtype rounds
@@ -45,6 +46,10 @@ class Ball(Constraint):
     def scope(self, by_layer: bool = False) -> str:
         """One radius."""
         return "one radius for each layer" if by_layer else "one radius for all weights"
+
+    def described(self, ndim: int | None = None) -> Parts:
+        """A set of values."""
+        return Parts(values=(self,))
 
     def select(self, scores: Tree) -> Tree:
         """Everything that is not cut."""

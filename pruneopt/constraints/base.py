@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pruneopt import _tree
+from pruneopt.constraints.parts import Parts
 from pruneopt.structure.layout import Slot
 
 Tree = Any
@@ -44,6 +45,10 @@ class Constraint(abc.ABC):
     def value_violation(self, values: Tree) -> float:
         """By how much the values break it; 0 where they do not, to rounding."""
         return 0.0
+
+    @abc.abstractmethod
+    def described(self, ndim: int | None = None) -> Parts:
+        """What it is made of, as data; `ndim` is the number of axes of every leaf, where it is known."""
 
     @abc.abstractmethod
     def check(self, variable: Tree) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Shaped
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint, check_orientation, matrix_axis
 from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.constraints.parts import Choice, Parts
 from pruneopt.structure.layout import Slot
 
 Tree = Any
@@ -36,6 +37,15 @@ class Units(Constraint):
     @abc.abstractmethod
     def box(self, shape: tuple[int, ...], path: str = "") -> tuple[int, ...]:
         """The shape of a unit in a leaf of `shape`. Raises ValueError where it does not tile the leaf."""
+
+    @abc.abstractmethod
+    def _unit(self, ndim: int | None) -> tuple[int, int] | None:
+        """A unit's consecutive inputs and outputs, -1 for all; None where the leaf decides."""
+
+    def described(self, ndim: int | None = None) -> Parts:
+        """Units; nothing where all are kept."""
+        found = self.budget.described().choices
+        return Parts(choices=tuple(Choice(self, self._unit(ndim), units=True, floor=c.floor) for c in found))
 
     @property
     def exact(self) -> bool:
@@ -186,6 +196,9 @@ class Blocks(Units):
         """The same blocks under another budget."""
         return replace(self, budget=budget)
 
+    def _unit(self, ndim: int | None) -> tuple[int, int] | None:
+        return (1, *self.shape)[-2], self.shape[-1]
+
 
 @dataclass(frozen=True)
 class Slices(Units):
@@ -241,3 +254,7 @@ class Slices(Units):
     def budgeted(self, budget: Cardinality) -> Slices:
         """The same slices under another budget."""
         return replace(self, budget=budget)
+
+    def _unit(self, ndim: int | None) -> tuple[int, int] | None:
+        axis = self.axis if ndim is None or self.axis < 0 else self.axis - ndim
+        return {-2: (1, -1), -1: (-1, 1)}.get(axis)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from pruneopt import _tree
+from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint, check_constraints
 from pruneopt.structure.layout import Slot
 
@@ -41,6 +42,22 @@ class ByPath(Constraint):
     def allows_empty(self) -> bool:
         """Whether every constraint allows it."""
         return all(c.allows_empty for c in self.of.values())
+
+    def described(self, ndim: int | None = None) -> parts.Parts:
+        """The masks of all patterns; and itself where any of them chooses, or bounds values."""
+        found = [parts.of(constraint, ndim) for constraint in self.of.values()]
+        inside = [choice for one in found for choice in one.choices]
+        choice = parts.Choice(
+            self,
+            units=any(c.units for c in inside),
+            floor=max((c.floor for c in inside), default=0),
+        )
+        return parts.Parts(
+            tuple(mask for one in found for mask in one.masks),
+            (choice,) if inside else (),
+            (self,) if any(one.values for one in found) else (),
+            by_path=True,
+        )
 
     def check(self, variable: Tree) -> None:
         """Raise ValueError for a leaf without a pattern or a pattern without a leaf, then check each group."""

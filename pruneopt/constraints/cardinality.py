@@ -17,6 +17,7 @@ from jaxtyping import Array, Shaped
 
 from pruneopt import _selection, _tree
 from pruneopt.constraints.base import Constraint, check_cut, check_orientation
+from pruneopt.constraints.parts import Choice, Parts
 from pruneopt.structure.layout import Slot
 
 Tree = Any
@@ -96,6 +97,21 @@ class Cardinality(Constraint):
             assert self.sparsity is not None
             final = math.floor((1 - self.sparsity) * size + 1e-9)
         return size - math.floor((size - final) * self.cut + 1e-9)
+
+    def described(self, ndim: int | None = None) -> Parts:
+        """A budget of single weights; nothing where all are kept."""
+        if self.sparsity == 0 and not self.floor:
+            return Parts()
+        choice = Choice(
+            self,
+            self._box(ndim),
+            across=self.per == "tree",
+            free=True,
+            floor=self.floor or 0,
+            kept_of=self.kept_of,
+            counts=lambda shape: self._budgets(jax.ShapeDtypeStruct(shape, np.float32)),
+        )
+        return Parts(choices=(choice,))
 
     def check(self, variable: Tree) -> None:
         """Raise ValueError for a count above a scope's size, an axis that a leaf lacks, floors above the budget."""
@@ -242,15 +258,19 @@ class Cardinality(Constraint):
         """The same scopes with only the fraction `cut` of their removals."""
         return replace(self, cut=self.cut * cut)
 
-    def scopes(self, shape: tuple[int, ...]) -> tuple[int | None, int, np.ndarray] | None:
-        """The scopes of one matrix (n_in, n_out): (axis, span, counts), `span` indices of `axis` a scope.
-
-        axis is None for one scope; the result is None where every weight is a scope of its own.
-        """
-        axes = self._axes(2)
-        if len(axes) == 2:
+    def _box(self, ndim: int | None) -> tuple[int, int] | None:
+        """The consecutive inputs and outputs of a scope; None where the leaf decides."""
+        match self.per:
+            case "tree" | "leaf":
+                return -1, -1
+            case "in":
+                return self.span, -1
+            case "out":
+                return -1, self.span
+        if ndim != 2:
             return None
-        return (axes[0] if axes else None), self.span, self._budgets(jax.ShapeDtypeStruct(shape, np.float32))
+        axes = self._axes(2)
+        return (1 if 0 in axes else -1), (1 if 1 in axes else -1)
 
     def _axes(self, ndim: int, path: str = "") -> tuple[int, ...]:
         """The axes whose every index has a budget of its own."""

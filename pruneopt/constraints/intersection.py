@@ -6,15 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
+from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint, check_constraints
-from pruneopt.constraints.block import Blocks, Slices, Units
-from pruneopt.constraints.cardinality import Cardinality
-from pruneopt.constraints.nm import NM
-from pruneopt.constraints.support import Support
-from pruneopt.constraints.transposable import TransposableNM
 from pruneopt.structure.layout import Slot
 
 Tree = Any
@@ -40,14 +33,19 @@ class Intersection(Constraint):
     @property
     def exact(self) -> bool:
         """Whether every part is, and the scopes of each that chooses surely lie in those of the next."""
-        choosing = [part for part in self._in_turn() if not isinstance(part, Support)]
-        return all(part.exact for part in self.parts) and all(map(_lies_within, choosing, choosing[1:]))
+        choices = self.described().choices
+        return all(part.exact for part in self.parts) and all(map(parts.Choice.lies_within, choices, choices[1:]))
 
     @property
     def allows_empty(self) -> bool:
         """Whether every part that is not a fixed support allows it."""
-        choosing = [part for part in self.parts if not isinstance(part, Support)] or self.parts
-        return all(part.allows_empty for part in choosing)
+        found = self.described()
+        free = [choice.by for choice in found.choices] + list(found.values)
+        return bool(free) and all(part.allows_empty for part in free)
+
+    def described(self, ndim: int | None = None) -> parts.Parts:
+        """The parts of all parts."""
+        return parts.merged(parts.of(part, ndim) for part in self.parts)
 
     def check(self, variable: Tree) -> None:
         """Check every part."""
@@ -56,12 +54,7 @@ class Intersection(Constraint):
 
     def select(self, scores: Tree) -> Tree:
         """Part by part; traceable by JAX."""
-        first, *rest = self._in_turn()
-        chosen = first.select(scores)
-        for part in rest:
-            scores = jax.tree.map(lambda s, kept: jnp.where(kept, s, jnp.asarray(-jnp.inf, s.dtype)), scores, chosen)
-            chosen = part.select(scores)
-        return chosen
+        return self.described().select(scores)
 
     def violation(self, support: Tree) -> int:
         """Sum over the parts."""
@@ -96,51 +89,3 @@ class Intersection(Constraint):
     def portion(self, support: Any, problem: int) -> Intersection:
         """Every part's."""
         return Intersection(tuple(part.portion(support, problem) for part in self.parts))
-
-    def _in_turn(self) -> list[Constraint]:
-        return sorted(self.parts, key=lambda part: 0 if isinstance(part, Support) else 2 if _floor(part) else 1)
-
-
-def _floor(part: Constraint) -> int:
-    budget = part.budget if isinstance(part, Units) else part
-    return (budget.floor or 0) if isinstance(budget, Cardinality) else 0
-
-
-def _lies_within(fine: Constraint, coarse: Constraint) -> bool:
-    """Whether every scope of `fine` surely lies in one scope of `coarse`, so that choosing in turn is optimal.
-
-    Groups and budgets are then a laminar matroid, where the greedy choice is best; a unit adds up the best of its own.
-    """
-    kinds = NM | TransposableNM if isinstance(coarse, Units) else NM | Cardinality
-    if not isinstance(fine, kinds) or _floor(fine):
-        return False
-    if isinstance(fine, Cardinality) and fine.per == "tree":
-        return isinstance(coarse, Cardinality) and coarse.per == "tree"
-    small, large = _scope(fine), _scope(coarse)
-    if small is None or large is None:
-        return False
-    return all(b == -1 or (a != -1 and b % a == 0) for a, b in zip(small, large, strict=True))
-
-
-def _scope(part: Constraint) -> tuple[int, int] | None:
-    """How many consecutive inputs and outputs a scope of `part` has, -1 for all; None where the leaf decides."""
-    match part:
-        case NM(axis="in" | -2):
-            return part.m, 1
-        case NM(axis="out" | -1):
-            return 1, part.m
-        case TransposableNM():
-            return part.m, part.m
-        case Cardinality(per="tree" | "leaf"):
-            return -1, -1
-        case Cardinality(per="in"):
-            return part.span, -1
-        case Cardinality(per="out"):
-            return -1, part.span
-        case Blocks():
-            return (1, *part.shape)[-2], part.shape[-1]
-        case Slices(axis=-2):
-            return 1, -1
-        case Slices(axis=-1):
-            return -1, 1
-    return None

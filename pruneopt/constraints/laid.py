@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from pruneopt import _tree
+from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint
 from pruneopt.structure.layout import Layout, Slot
 
@@ -40,6 +41,15 @@ class Laid(Constraint):
     def scope(self, by_layer: bool = False) -> str:
         """As `constraint`."""
         return self.constraint.scope(by_layer)
+
+    def described(self, ndim: int | None = None) -> parts.Parts:
+        """A choice of its own: what it fixes or counts, it does on its matrices and not on the leaves."""
+        inner = parts.of(self.constraint)
+        units, floor = any(c.units for c in inner.choices), max((c.floor for c in inner.choices), default=0)
+        return parts.Parts(
+            choices=(parts.Choice(self, units=units, floor=floor),) if inner.choices or inner.masks else (),
+            values=(self,) if inner.values else (),
+        )
 
     def check(self, variable: Tree) -> None:
         """Raise ValueError for leaves whose matrices are not known, and what `constraint` refuses of these."""

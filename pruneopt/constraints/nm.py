@@ -15,6 +15,7 @@ from jaxtyping import Array, Shaped
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint, check_cut, check_orientation, matrix_axis
+from pruneopt.constraints.parts import Choice, Parts
 from pruneopt.structure.layout import Slot
 
 Tree = Any
@@ -47,6 +48,16 @@ class NM(Constraint):
     def exact(self) -> bool:
         """True."""
         return True
+
+    def described(self, ndim: int | None = None) -> Parts:
+        """Groups of `m` inputs or outputs; nothing where n = m."""
+        if self.n == self.m:
+            return Parts()
+        axis = {"in": -2, "out": -1}[self.axis] if isinstance(self.axis, str) else self.axis
+        if ndim is not None and axis >= 0:
+            axis -= ndim
+        box = {-2: (self.m, 1), -1: (1, self.m)}.get(axis)
+        return Parts(choices=(Choice(self, box, free=True, group=(self.n, self.m)),))
 
     def check(self, variable: Tree) -> None:
         """Raise ValueError for an axis that a leaf lacks, is not known to have or whose length `m` does not divide."""

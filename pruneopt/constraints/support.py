@@ -12,6 +12,7 @@ import numpy as np
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint, check_cut
+from pruneopt.constraints.parts import Parts
 from pruneopt.structure.layout import Slot
 
 Tree = Any
@@ -33,6 +34,10 @@ class Support(Constraint):
     def exact(self) -> bool:
         """True."""
         return True
+
+    def described(self, ndim: int | None = None) -> Parts:
+        """The mask."""
+        return Parts(masks=(self.mask,))
 
     def check(self, variable: Tree) -> None:
         """Raise ValueError for a mask of another structure or shape, TypeError for one that is not boolean."""

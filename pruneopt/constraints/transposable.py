@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint, check_cut, check_orientation
+from pruneopt.constraints.parts import Choice, Parts
 
 Tree = Any
 
@@ -52,6 +53,12 @@ class TransposableNM(Constraint):
     def exact(self) -> bool:
         """True."""
         return True
+
+    def described(self, ndim: int | None = None) -> Parts:
+        """Tiles of m x m weights; nothing where n = m."""
+        if self.n == self.m:
+            return Parts()
+        return Parts(choices=(Choice(self, (self.m, self.m), group=(self.n, self.m)),))
 
     def check(self, variable: Tree) -> None:
         """Raise ValueError for a leaf whose inputs and outputs are not known, or `m` does not divide."""

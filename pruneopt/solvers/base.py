@@ -13,10 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pruneopt.bounds.base import Evidence
-from pruneopt.constraints.base import Constraint
-from pruneopt.constraints.by_path import ByPath
-from pruneopt.constraints.intersection import Intersection
-from pruneopt.constraints.support import Support
+from pruneopt.constraints import parts
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.prepared import Layer, layer
 from pruneopt.objectives.reconstruction import Reconstruction
@@ -120,7 +117,7 @@ def layer_only(problem: Problem, solver: Solver) -> str | None:
         return f"{name} needs the objective Reconstruction, not {type(problem.objective).__name__}"
     if problem.subject_to is None:
         return f"{name} needs a constraint; pass subject_to="
-    if isinstance(problem.subject_to, ByPath):
+    if parts.of(problem.subject_to).by_path:
         return (
             f"{name} solves one layer, and ByPath is for many; pass the layer's own constraint, or use plans.layerwise"
         )
@@ -163,17 +160,6 @@ def check_bends(solver: Solver, f: QuadraticObjective, damped: Float[np.ndarray,
         least = f.curvature.form(w, f.center, float(f.ridge())) / size if size else 0.0
     if least < -beyond:
         raise indefinite(solver, f, least)
-
-
-def allowed(constraint: Constraint, center: Tree) -> Bool[np.ndarray, " p"]:
-    """Which weights, the leaves laid end to end, every `Support` in a constraint lets live."""
-    parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
-    found = np.ones(sum(x.size for x in jax.tree.leaves(center)), bool)
-    for part in parts:
-        if isinstance(part, Support):
-            mask = part.select(jax.tree.map(lambda x: jnp.zeros(x.shape), center))
-            found &= np.concatenate([np.asarray(m, bool).reshape(-1) for m in jax.tree.leaves(mask)])
-    return found
 
 
 def prepared(problem: Problem) -> Layer:

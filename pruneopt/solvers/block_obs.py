@@ -12,9 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pruneopt._linalg import matmul
-from pruneopt.constraints.base import Constraint
-from pruneopt.constraints.cardinality import Cardinality
-from pruneopt.constraints.nm import NM
+from pruneopt.constraints import parts
 from pruneopt.objectives.prepared import Layer, regular_factor
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
@@ -32,9 +30,9 @@ class BlockOBS(Solver):
     block: inputs that share a choice, and between two products that update all later inputs.
     damping: relative, lambda = damping * mean(diag H); multiplied by ten until the matrix has a Cholesky factor.
 
-    Choices: each group of N:M along the inputs, and each run of `Cardinality(per="in", span=...)`, when the sweep
-    reaches it (the published budgets; the second with span=block); `block` is rounded down to whole groups or runs. Any
-    other constraint once a block, for the whole matrix: what is kept or cut stays so, and the inputs to come are ranked
+    Choices: each group of N:M, and each run of `Cardinality(per="in", span=...)`, when the sweep reaches it (the
+    published budgets; the second with span=block); `block` is rounded down to whole groups or runs. Any other
+    constraint once a block, for the whole matrix: what is kept or cut stays so, and the inputs to come are ranked
     by the same formula with their weights of that moment, so that one budget is shared. Later weights have yet to grow
     by what earlier blocks lose: where inputs differ much and little is kept, runs can be the better budget.
 
@@ -60,63 +58,61 @@ class BlockOBS(Solver):
         assert problem.subject_to is not None
         ready = prepared(problem)
         factor, damping = regular_factor(ready, self.damping)
-        choice = _choice(problem.subject_to, self.block, ready.center.shape[0])
-        value, support = _sweep(problem.subject_to, choice, factor, ready)
+        found = parts.of(problem.subject_to, ndim=2)
+        choice = _choice(found, self.block, ready.center.shape[0])
+        value, support = _sweep(choice, factor, ready, found.allowed(ready.center))
         return outcome(problem, ready, value, support, stats={"damping": float(damping)})
 
 
 class _Choice(NamedTuple):
     """How weights are chosen: `run` inputs at a time, alone or with the whole matrix in view; `block` is whole runs."""
 
+    by: tuple[parts.Choice, ...]
     block: int
     run: int
     alone: bool
 
 
-def _choice(constraint: Constraint, block: int, inputs: int) -> _Choice:
+def _choice(found: parts.Parts, block: int, inputs: int) -> _Choice:
     block = min(block, inputs)
-    together, alone = 0, False
-    if isinstance(constraint, NM):
-        together, alone = (constraint.m if constraint.axis in ("in", 0, -2) else 1), True
-    elif isinstance(constraint, Cardinality) and constraint.per in ("in", 0, -2, (0,), (-2,)):
-        together, alone = constraint.span, True
-    if not alone or together > block:
-        return _Choice(block, block, alone=False)
-    block -= block % together
-    return _Choice(block, together if together > 1 else block, alone=True)
+    if found.run is None or found.run > block:
+        return _Choice(found.choices, block, block, alone=False)
+    block -= block % found.run
+    return _Choice(found.choices, block, found.run if found.run > 1 else block, alone=True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _sweep(
-    constraint: Constraint, choice: _Choice, factor: Float[Array, "n n"], ready: Layer
+    choice: _Choice, factor: Float[Array, "n n"], ready: Layer, allowed: Bool[Array, "n m"]
 ) -> tuple[Float[Array, "n m"], Bool[Array, "n m"]]:
-    block, run, _ = choice
+    by, block, run, alone = choice
+    select = parts.Parts(choices=by).select
     n = ready.center.shape[0]
     extra = -n % block  # neutral inputs that fill the last block: zero weights, cut, uncoupled
     factor = jnp.pad(factor, (0, extra)) + jnp.diag((jnp.arange(n + extra) >= n).astype(factor.dtype))
     weights = jnp.pad(ready.center, ((0, extra), (0, 0)))
-    live = jnp.pad(~ready.gone, (0, extra))[:, None]
+    live = jnp.pad(allowed & ~ready.gone[:, None], ((0, extra), (0, 0)))
     price = (1 / jnp.diagonal(factor) ** 2)[:, None]
     zero, infinity = jnp.zeros((), weights.dtype), jnp.asarray(jnp.inf, weights.dtype)
 
     def chosen(start, now, weights, kept):
         """What lives of the run of inputs from `start`, whose weights are `now`."""
-        if choice.alone:
+        if alone:
             costs = now**2 * lax.dynamic_slice_in_dim(price, start, run)
             costs = jnp.where(lax.dynamic_slice_in_dim(live, start, run), costs, -infinity)
             last = n % run
             if last == 0:
-                return constraint.select(costs)
-            # The last run is shorter and has a budget of its own, which the constraint knows after a full one.
+                return select(costs)
+            # The last run is shorter and has a budget of its own, which the choices know after a full one.
             ended = jnp.concatenate([jnp.full_like(costs, -jnp.inf), costs[:last]])
             return lax.cond(
                 start + run > n,
-                lambda: jnp.pad(constraint.select(ended)[run:], ((0, run - last), (0, 0))),
-                lambda: constraint.select(costs),
+                lambda: jnp.pad(select(ended)[run:], ((0, run - last), (0, 0))),
+                lambda: select(costs),
             )
         swept = jnp.arange(n)[:, None] < start
         costs = jnp.where(swept, jnp.where(kept[:n], infinity, -infinity), weights[:n] ** 2 * price[:n])
-        support = constraint.select(jnp.where(live[:n], costs, -infinity))
+        support = select(jnp.where(live[:n], costs, -infinity))
         return lax.dynamic_slice_in_dim(jnp.pad(support, ((0, extra), (0, 0))), start, run)
 
     def one_block(b, state):

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pruneopt import _linalg
-from pruneopt.constraints.support import Support
+from pruneopt.constraints import parts
 from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, layer_only, outcome, prepared
@@ -40,13 +39,14 @@ class ConjugateGradients(Solver):
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Refit."""
         ready = prepared(problem)
-        if init is None and not isinstance(problem.subject_to, Support):
+        found = parts.of(problem.subject_to)
+        if init is None and not found.fixed:
             raise ValueError(
                 "init is None, but ConjugateGradients works on a given support; pass init= or subject_to=Support(mask)"
             )
         support = problem.full_support() if init is None else init.support
-        if isinstance(problem.subject_to, Support):
-            support = problem.subject_to.select(np.where(support, 0.0, -np.inf))
+        if found.fixed:
+            support = support & found.allowed(support)
         start = ready.center if init is None else ready.started(init.value)
         return outcome(problem, ready, _refitted(ready, start, support, self.steps), support)
 

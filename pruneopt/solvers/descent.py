@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from pruneopt import _tree
-from pruneopt.constraints.support import Support
+from pruneopt.constraints import parts
 from pruneopt.network import calls
 from pruneopt.network.leaves import Rest, updated
 from pruneopt.objectives.loss import Loss
@@ -47,7 +47,7 @@ class Descent(Solver):
             return (
                 f"Descent needs the objective Loss, not {type(problem.objective).__name__}; use Polish for a quadratic"
             )
-        if not isinstance(problem.subject_to, Support | None):
+        if not parts.of(problem.subject_to).fixed:
             return (
                 f"Descent keeps a given support, and {type(problem.subject_to).__name__} is not one; select a support "
                 "first, then pass subject_to=Support(mask)"

@@ -11,11 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from pruneopt import _linalg
+from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint
-from pruneopt.constraints.cardinality import Cardinality
-from pruneopt.constraints.intersection import Intersection
-from pruneopt.constraints.nm import NM
-from pruneopt.constraints.support import Support
 from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
@@ -82,7 +79,7 @@ class GreedyOBS(Solver):
     def refuses(self, problem: Problem) -> str | None:
         """Other objectives than Reconstruction, a penalty, and constraints that couple outputs other than by a sum."""
         reason = layer_only(problem, self)
-        if reason is None and _rule(problem.subject_to) is None:
+        if reason is None and _group(problem.subject_to, len(problem.objective.center)) is None:
             return (
                 f"GreedyOBS cannot prune under {problem.subject_to!r}; pass Cardinality per 'tree', 'leaf' or 'out', "
                 "NM along the inputs, a Support, or an Intersection of Supports with one of them"
@@ -112,19 +109,17 @@ class GreedyOBS(Solver):
         damping, mean, eye = self.damping, float(ready.mean), np.eye(len(gram))
         while (inverse := _linalg.inverse_on_host(gram + damping * mean * eye)) is None:
             damping = max(1e-8, 10 * damping)
-        parts = problem.subject_to.parts if isinstance(problem.subject_to, Intersection) else (problem.subject_to,)
-        free = np.broadcast_to(~np.asarray(ready.dead)[:, None], center.shape).copy()
-        for part in parts:
-            if isinstance(part, Support):
-                free &= np.asarray(part.select(jnp.zeros(center.shape)))
-        rule = _rule(problem.subject_to)
-        group, least = (rule.m, rule.n) if isinstance(rule, NM) else (len(gram), 0)
+        allowed = parts.of(problem.subject_to).allowed(problem.objective.center)
+        free = ~np.asarray(ready.dead)[:, None] & np.asarray(allowed)
+        found = _group(problem.subject_to, len(gram))
+        assert found is not None
+        group, least = found
         chunk = max(1, self.memory // (16 * gram.size))
-        found = [
+        traces = [
             _removals(inverse, center[:, i : i + chunk], free[:, i : i + chunk], group, least)
             for i in range(0, center.shape[1], chunk)
         ]
-        order, losses = (np.concatenate([f[part] for f in found], axis=1) for part in (0, 1))
+        order, losses = (np.concatenate([t[part] for t in traces], axis=1) for part in (0, 1))
         return Trace(order, losses, len(gram)), gram + damping * mean * eye, damping
 
 
@@ -167,15 +162,12 @@ def _removals(
     return order[: int((order >= 0).sum(0).max(initial=0))], losses[: int((order >= 0).sum(0).max(initial=0))]
 
 
-def _rule(constraint: Constraint | None) -> Cardinality | NM | Support | None:
-    """The one part of the constraint that chooses, a Support where none does; None if it cannot be followed."""
-    if isinstance(constraint, Intersection):
-        choosing = [part for part in constraint.parts if not isinstance(part, Support)]
-        return constraint.parts[0] if not choosing else _rule(choosing[0]) if len(choosing) == 1 else None  # type: ignore[return-value]
-    if isinstance(constraint, Support):
-        return constraint
-    if isinstance(constraint, NM) and constraint.axis in ("in", 0, -2):
-        return constraint
-    if isinstance(constraint, Cardinality) and constraint.per in ("tree", "leaf", "out", 1, -1, (1,), (-1,)):
-        return constraint
+def _group(constraint: Constraint | None, inputs: int) -> tuple[int, int] | None:
+    """(inputs of a group, how many of them an output keeps at least); None for what cannot be followed."""
+    found = parts.of(constraint, ndim=2)
+    one = found.one
+    if found.fixed or (one is not None and one.free and one.box is not None and one.box[0] == -1):
+        return inputs, 0
+    if one is not None and one.free and one.group is not None and one.box is not None and one.box[1] == 1:
+        return one.group[1], one.group[0]
     return None

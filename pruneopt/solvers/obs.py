@@ -12,14 +12,12 @@ import scipy.linalg
 from jaxtyping import Bool, Float, Int
 
 from pruneopt import _linalg, _tree
+from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint
-from pruneopt.constraints.cardinality import Cardinality
-from pruneopt.constraints.intersection import Intersection
-from pruneopt.constraints.support import Support
 from pruneopt.curvature.base import Curvature
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Outcome, Solver, Start, allowed, check_whole, without_penalty
+from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, without_penalty
 
 
 @dataclass(frozen=True)
@@ -154,18 +152,17 @@ def _flat(tree: Any) -> Float[np.ndarray, " p"]:
 
 def budget_of(constraint: Constraint, center: Any) -> Budget | None:
     """The constraint as a budget, None where it is none."""
-    parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
+    found = parts.of(constraint)
     sizes = [x.size for x in jax.tree.leaves(center)]
-    leaf, free = np.repeat(np.arange(len(sizes)), sizes), allowed(constraint, center)
-    choosing = [part for part in parts if not isinstance(part, Support)]
+    leaf, free = np.repeat(np.arange(len(sizes)), sizes), found.allowed_flat(center)
     live = np.bincount(leaf[free], minlength=len(sizes))
-    if not choosing:
+    if found.fixed:
         return Budget(free, leaf, live, int(live.sum()))
-    (one,) = choosing if len(choosing) == 1 else (None,)
-    if not (isinstance(one, Cardinality) and one.per in ("tree", "leaf")):
+    one = found.one
+    if one is None or one.kept_of is None or one.box != (-1, -1):
         return None
-    floors = np.asarray([min(one.floor or 0, size) for size in sizes])
-    if one.per == "tree":
+    floors = np.asarray([min(one.floor, size) for size in sizes])
+    if one.across:
         return Budget(free, leaf, np.minimum(floors, live), one.kept_of(sum(sizes)))
     least = np.minimum(np.maximum([one.kept_of(size) for size in sizes], floors), live)
     return Budget(free, leaf, least, int(least.sum()))

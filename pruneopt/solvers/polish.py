@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from pruneopt import _linalg, _tree
 from pruneopt.bounds.convexity import StrongConvexity
-from pruneopt.constraints.support import Support
+from pruneopt.constraints import parts
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.gram import Gram
 from pruneopt.curvature.low_rank import LowRank
@@ -63,7 +63,7 @@ class Polish(Solver):
         f = problem.objective
         assert isinstance(f, QuadraticObjective)
         support = _support(problem, init)
-        proof = StrongConvexity() if isinstance(problem.subject_to, Support) and f.damping > 0 else None
+        proof = StrongConvexity() if _is_fixed(problem) and f.damping > 0 else None
         if isinstance(f.curvature, Gram):
             w, singular = refit(f.curvature.matrix, f.center, support, float(f.ridge()))
             return Outcome(
@@ -78,9 +78,13 @@ class Polish(Solver):
 def _support(problem: Problem, init: Start | None) -> Tree:
     if init is not None:
         return init.support
-    if isinstance(problem.subject_to, Support):
-        return problem.subject_to.select(jax.tree.map(lambda x: jnp.zeros(x.shape), problem.objective.center))
+    if _is_fixed(problem):
+        return parts.of(problem.subject_to).allowed(problem.objective.center)
     raise ValueError("init is None, but Polish works on a given support; pass init= or subject_to=Support(mask)")
+
+
+def _is_fixed(problem: Problem) -> bool:
+    return problem.subject_to is not None and parts.of(problem.subject_to).fixed
 
 
 @jax.jit

@@ -12,10 +12,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from pruneopt import _linalg, _tree
+from pruneopt.constraints import parts
 from pruneopt.curvature.low_rank import LowRank
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Outcome, Solver, Start, allowed, check_not_negative, check_whole, network_only
+from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, network_only
 from pruneopt.solvers.polish import factor
 
 Tree = Any
@@ -77,7 +78,8 @@ class Pursuit(Solver):
         assert isinstance(f.curvature, LowRank)
         assert constraint is not None
         layout, dtype = f.curvature.layout, _tree.widest(f.center)
-        free = allowed(constraint, f.center) | (layout.host(f.center) != 0)  # what may move, or falls to zero
+        moves = parts.of(constraint).allowed_flat(f.center)
+        free = moves | (layout.host(f.center) != 0)  # what may move, or falls to zero
         model = _Model.of(f, f.curvature, free)
 
         def selected(z: Flat) -> Bool[np.ndarray, " p"]:

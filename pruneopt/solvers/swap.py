@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pruneopt import _linalg, _tree
-from pruneopt.constraints.support import Support
+from pruneopt.constraints import parts
 from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
@@ -59,24 +59,25 @@ class Swap(Solver):
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Refit, exchange, refit."""
-        if init is None and not isinstance(problem.subject_to, Support):
+        found = parts.of(problem.subject_to)
+        if init is None and not found.fixed:
             raise ValueError("init is None, but Swap improves a given support; pass init=, or Then(another, Swap())")
         ready = prepared(problem)
         start = problem.full_support() if init is None else init.support
-        if isinstance(problem.subject_to, Support):
-            start = problem.subject_to.select(np.where(start, 0.0, -np.inf))
-        found = _swapped(problem, ready, np.asarray(start), self.steps, self.damping, self.memory)
+        if found.fixed:
+            start = start & found.allowed(start)
+        swapped = _swapped(problem, ready, np.asarray(start), self.steps, self.damping, self.memory)
         gram, center = np.asarray(ready.gram, np.float64), np.asarray(ready.center, np.float64)
         candidates = []
-        for support in (found.support, np.asarray(start) & ~np.asarray(ready.gone)[:, None]):
+        for support in (swapped.support, np.asarray(start) & ~np.asarray(ready.gone)[:, None]):
             value, _ = refit(gram, center, support, 0.0)
             change = value - center
             candidates.append((np.sum(change * (gram @ change), axis=0), value, support))
         errors = candidates[0][0]
         _, value, support = min(candidates, key=lambda row: float(np.sum(row[0])))
-        shares = found.gains / np.where(errors > 0, errors, np.inf)
-        stats = {"swaps": int(found.swaps.sum()), "largest_gain": float(np.max(shares, initial=0.0))}
-        limit = bool(np.any((found.swaps >= self.steps) & (found.gains > 0)))
+        shares = swapped.gains / np.where(errors > 0, errors, np.inf)
+        stats = {"swaps": int(swapped.swaps.sum()), "largest_gain": float(np.max(shares, initial=0.0))}
+        limit = bool(np.any((swapped.swaps >= self.steps) & (swapped.gains > 0)))
         dtype = ready.center.dtype
         return outcome(problem, ready, jnp.asarray(value, dtype), jnp.asarray(support), hit_limit=limit, stats=stats)
 

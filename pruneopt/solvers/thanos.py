@@ -11,8 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pruneopt._linalg import matmul
-from pruneopt.constraints.base import Constraint
-from pruneopt.constraints.nm import NM
+from pruneopt.constraints import parts
 from pruneopt.objectives.prepared import Layer, regular_factor
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
@@ -31,7 +30,7 @@ class Thanos(Solver):
     those move by -C_:q (C_qq)^-1 w_q, the exact optimum with w_q = 0 and the earlier blocks as they are. The kept
     weights of the block then stay. Follow with Polish for the optimum on the support.
 
-    block: inputs a step, rounded down to whole groups for N:M along the inputs, which a block chooses alone.
+    block: inputs a step, rounded down to whole groups for N:M, which a block chooses alone.
     damping: relative, lambda = damping * mean(diag H); multiplied by ten until the matrix has a Cholesky factor.
 
     Cost: n^3 and n^2 m and n m block^2 / 3 multiply-adds, the last in one Cholesky factor an output and block; one
@@ -58,23 +57,29 @@ class Thanos(Solver):
         assert problem.subject_to is not None
         ready = prepared(problem)
         factor, damping = regular_factor(ready, self.damping)
-        rule, block = problem.subject_to, min(self.block, ready.center.shape[0])
-        alone = False
-        if isinstance(rule, NM) and rule.axis in ("in", 0, -2) and rule.m <= block:
-            block, alone = block - block % rule.m, True
-        value, support = _sweep(rule, block, alone, factor, ready)
+        found, block = parts.of(problem.subject_to, ndim=2), min(self.block, ready.center.shape[0])
+        alone = found.run is not None and found.run <= block and all(choice.group for choice in found.choices)
+        if alone:
+            block -= block % (found.run or 1)
+        value, support = _sweep(found.choices, block, alone, factor, ready, found.allowed(ready.center))
         return outcome(problem, ready, value, support, stats={"damping": float(damping)})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sweep(
-    constraint: Constraint, block: int, alone: bool, factor: Float[Array, "n n"], ready: Layer
+    choices: tuple[parts.Choice, ...],
+    block: int,
+    alone: bool,
+    factor: Float[Array, "n n"],
+    ready: Layer,
+    allowed: Bool[Array, "n m"],
 ) -> tuple[Float[Array, "n m"], Bool[Array, "n m"]]:
     n = ready.center.shape[0]
     extra = -n % block  # neutral inputs that fill the last block: zero weights, cut, uncoupled
     factor = jnp.pad(factor, (0, extra)) + jnp.diag((jnp.arange(n + extra) >= n).astype(factor.dtype))
     weights = jnp.pad(ready.center, ((0, extra), (0, 0)))
-    live = jnp.pad(~ready.gone, (0, extra))[:, None]
+    live = jnp.pad(allowed & ~ready.gone[:, None], ((0, extra), (0, 0)))
+    select = parts.Parts(choices=choices).select
     norm = jnp.pad(jnp.sqrt(jnp.diagonal(ready.gram)), (0, extra))[:, None]
     infinity = jnp.asarray(jnp.inf, weights.dtype)
 
@@ -83,9 +88,9 @@ def _sweep(
         here = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
         costs = jnp.where(live, jnp.abs(weights) * norm, -infinity)
         if alone:
-            return constraint.select(here(costs))
+            return select(here(costs))
         swept = jnp.arange(n)[:, None] < start
-        support = constraint.select(jnp.where(swept, jnp.where(kept[:n], infinity, -infinity), costs[:n]))
+        support = select(jnp.where(swept, jnp.where(kept[:n], infinity, -infinity), costs[:n]))
         return here(jnp.pad(support, ((0, extra), (0, 0))))
 
     def one_block(b, state):

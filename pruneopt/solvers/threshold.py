@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint
-from pruneopt.constraints.cardinality import Cardinality
-from pruneopt.constraints.intersection import Intersection
-from pruneopt.constraints.nm import NM
-from pruneopt.constraints.support import Support
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Solver
 
@@ -109,9 +106,9 @@ class Groups:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Selection:
-    """What the constraint itself selects for the scores T^2."""
+    """What the choices select in turn for the scores T^2."""
 
-    constraint: Constraint = field(metadata={"static": True})
+    choices: tuple[parts.Choice, ...] = field(metadata={"static": True})
 
     def start(self, t: Float[Array, "n m"]) -> State:
         """Nothing."""
@@ -123,7 +120,7 @@ class Selection:
 
     def mask(self, t: Float[Array, "n m"], state: State) -> tuple[Bool[Array, "n m"], State]:
         """The selection."""
-        return self.constraint.select(t * t), state
+        return parts.chosen(self.choices, t * t), state
 
 
 @jax.tree_util.register_dataclass
@@ -153,36 +150,32 @@ class Rule:
 
 def projection(constraint: Constraint, shape: tuple[int, ...], dtype: Any) -> Rule:
     """The rule of a constraint for matrices of `shape`."""
-    parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
-    allowed = None
-    for part in parts:
-        if isinstance(part, Support):
-            mask = part.select(jnp.zeros(shape))
-            allowed = mask if allowed is None else allowed & mask
-    rest = tuple(part for part in parts if not isinstance(part, Support))
-    if len(rest) > 1:
-        return Rule(Selection(Intersection(rest)), allowed)
-    if not rest:  # everything that is allowed
+    found = parts.of(constraint, ndim=2)
+    allowed = found.allowed(jnp.zeros(shape)) if found.masks else None
+    if found.fixed:  # everything that is allowed
         return Rule(Budget(jnp.full((1,), shape[0] * shape[1], dtype), None, 1), allowed)
-    if isinstance(rest[0], NM) and rest[0].n * rest[0].m <= 64:
-        return Rule(Groups(rest[0].n, rest[0].m, rest[0].positive_axis(2)), allowed)
-    scopes = rest[0].scopes(shape) if isinstance(rest[0], Cardinality) else None
-    if scopes is None:
-        return Rule(Selection(rest[0]), allowed)
-    axis, span, counts = scopes
-    return Rule(Budget(jnp.asarray(counts, dtype), axis, span), allowed)
+    one = found.one
+    if one is not None and one.free and one.group and one.box and one.group[0] * one.group[1] <= 64:
+        return Rule(Groups(*one.group, axis=0 if one.box[1] == 1 else 1), allowed)
+    if one is None or one.counts is None or one.box is None or -1 not in one.box:
+        return Rule(Selection(found.choices), allowed)
+    axis = None if one.box == (-1, -1) else one.box.index(-1) ^ 1
+    return Rule(Budget(jnp.asarray(one.counts(shape), dtype), axis, 1 if axis is None else one.box[axis]), allowed)
 
 
 def selected(constraint: Constraint, scores: Float[Array, "n m"]) -> Bool[Array, "n m"]:
-    """constraint.select(scores) from outside a program; compiled where that pays and the program can be kept."""
-    if isinstance(constraint, Support | Intersection | Cardinality):
-        return constraint.select(scores)
-    return _selected(constraint, scores)
+    """constraint.select(scores) from outside a program; compiled where that pays: not for budgets of single weights."""
+    found = parts.of(constraint, ndim=2)
+    if found.masks:
+        scores = jnp.where(found.allowed(scores), scores, jnp.asarray(-jnp.inf, scores.dtype))
+    if found.fixed or all(choice.counts for choice in found.choices):
+        return replace(found, masks=()).select(scores)
+    return _selected(found.choices, scores)
 
 
 @partial(jax.jit, static_argnums=0)
-def _selected(constraint: Constraint, scores: Float[Array, "n m"]) -> Bool[Array, "n m"]:
-    return constraint.select(scores)
+def _selected(choices: tuple[parts.Choice, ...], scores: Float[Array, "n m"]) -> Bool[Array, "n m"]:
+    return parts.chosen(choices, scores)
 
 
 def swap_groups(constraint: Constraint | None, shape: tuple[int, ...]) -> tuple[int, Bool[np.ndarray, "n m"]] | None:
@@ -190,23 +183,13 @@ def swap_groups(constraint: Constraint | None, shape: tuple[int, ...]) -> tuple[
 
     (length of a run, what may live at all); None where even such an exchange can break it.
     """
-    parts = constraint.parts if isinstance(constraint, Intersection) else (constraint,)
-    allowed = np.ones(shape, bool)
-    for part in parts:
-        if isinstance(part, Support):
-            allowed &= np.asarray(part.select(jnp.zeros(shape)))
-    rest = [part for part in parts if not isinstance(part, Support)]
-    if not rest:
+    found = parts.of(constraint, ndim=2)
+    allowed, one = np.asarray(found.allowed(jnp.zeros(shape))), found.one
+    if found.fixed:
         return 1, allowed
-    if len(rest) > 1:
+    if one is None or not one.free or one.box is None or (one.box[0] == 1 and one.box[1] != -1):
         return None
-    (one,) = rest
-    if isinstance(one, NM) and one.positive_axis(2) == 0:
-        return one.m, allowed
-    if isinstance(one, Cardinality) and (scopes := one.scopes(shape)) is not None:
-        axis, span, _ = scopes
-        return (min(span, shape[0]) if axis == 0 else shape[0]), allowed
-    return None
+    return (shape[0] if one.box[0] == -1 else min(one.box[0], shape[0])), allowed
 
 
 def no_exchange(problem: Problem, solver: Solver) -> str | None:

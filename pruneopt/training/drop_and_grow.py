@@ -11,10 +11,8 @@ import optax
 from jax import lax
 
 from pruneopt import _selection, _tree
+from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint
-from pruneopt.constraints.block import Units
-from pruneopt.constraints.by_path import ByPath
-from pruneopt.constraints.intersection import Intersection
 from pruneopt.network.leaves import Choice
 from pruneopt.solution import Pruned
 from pruneopt.training.base import (
@@ -105,7 +103,7 @@ def _drop_and_grow(
     inner, when = as_optimizer(optimizer, name), Interval(min(every, end), end, every)
     if not 0 < drop < 1:
         raise ValueError(f"drop={drop!r} is outside (0, 1); pass the share of the connections to drop at first")
-    if _has_units(constraint):
+    if any(choice.units for choice in parts.of(constraint).choices):
         raise ValueError(
             f"constraint={constraint!r} selects whole blocks or slices, but {name} drops single weights; pass a "
             "Cardinality or NM"
@@ -149,11 +147,3 @@ def _drop_and_grow(
         return check_alive(on_support(params, own.masks, own.step, name), constraint)
 
     return SparseOptimizer(init, update, finish)
-
-
-def _has_units(constraint: Constraint) -> bool:
-    if isinstance(constraint, ByPath):
-        return any(map(_has_units, constraint.of.values()))
-    if isinstance(constraint, Intersection):
-        return any(map(_has_units, constraint.parts))
-    return isinstance(constraint, Units)

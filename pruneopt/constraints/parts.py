@@ -1,0 +1,139 @@
+"""A set taken apart: what is fixed, what chooses and what bounds values, as each set describes itself."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool
+
+from pruneopt import _tree
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a set chooses: at most so many of every scope live.
+
+    by: the set, whose `select` chooses. box: the consecutive inputs and outputs of a matrix (n_in, n_out) that are one
+        scope, -1 for all of them; where `units`, that are one unit; None where the leaf decides.
+    across: whether one scope holds all leaves. free: whether any so many single weights of a scope may live.
+    units: whether whole boxes live or die. group: (n, m) of N:M. floor: weights that live in each leaf at least.
+    kept_of: how many of a scope of so many weights live, floors aside; counts: how many in each scope of a leaf of that
+        shape, scope after scope. None for others than budgets of single weights.
+    """
+
+    by: Any
+    box: tuple[int, int] | None = None
+    across: bool = False
+    free: bool = False
+    units: bool = False
+    group: tuple[int, int] | None = None
+    floor: int = 0
+    kept_of: Callable[[int], int] | None = field(default=None, compare=False)
+    counts: Callable[[tuple[int, ...]], np.ndarray] | None = field(default=None, compare=False)
+
+    def lies_within(self, coarse: Choice) -> bool:
+        """Whether every scope surely lies in one scope of `coarse`, so that choosing in turn is optimal.
+
+        Groups and budgets are then a laminar matroid, where the greedy choice is best; a unit adds up the best of its
+        own.
+        """
+        if not (self.group if coarse.units else self.free) or self.floor or not (coarse.free or coarse.units):
+            return False
+        if self.across:
+            return coarse.across
+        if self.box is None or coarse.box is None:
+            return False
+        return all(b == -1 or (a != -1 and b % a == 0) for a, b in zip(self.box, coarse.box, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A set as the intersection of fixed masks, choices and sets of values; everything is the one without any.
+
+    masks: trees of booleans; what one says nothing of, it lets live. choices: in the order in which they choose, each
+    among what the ones before it kept; those with a floor last, since no other may cut below it. values: the sets that
+    bound values, at most one in a set that was checked. by_path: whether leaves differ in their sets.
+    """
+
+    masks: tuple[Tree, ...] = ()
+    choices: tuple[Choice, ...] = ()
+    values: tuple[Any, ...] = ()
+    by_path: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the masks are all there is: one support that holds all others."""
+        return not self.choices and not self.values
+
+    @property
+    def one(self) -> Choice | None:
+        """The only choice; None where there is none or more than one."""
+        return self.choices[0] if len(self.choices) == 1 else None
+
+    @property
+    def run(self) -> int | None:
+        """Runs of so many consecutive inputs of a matrix are chosen each by itself; None where they are not."""
+        lengths = [-1 if choice.units or choice.box is None else choice.box[0] for choice in self.choices]
+        return None if -1 in lengths else math.lcm(*lengths)
+
+    def allowed(self, like: Tree) -> Tree:
+        """What every mask lets live, a boolean array for each leaf of `like`."""
+        named = [dict(_tree.named_leaves(mask)) for mask in self.masks]
+
+        def one(path: str, leaf: Any) -> jax.Array:
+            found = [jnp.asarray(masks[path]) for masks in named if path in masks]
+            return functools.reduce(jnp.logical_and, found) if found else jnp.ones(leaf.shape, bool)
+
+        return _tree.map_named(one, like)
+
+    def allowed_flat(self, like: Tree) -> Bool[np.ndarray, " p"]:
+        """`allowed`, the leaves laid end to end, on the host."""
+        return np.concatenate([np.asarray(mask).reshape(-1) for mask in jax.tree.leaves(self.allowed(like))])
+
+    def select(self, scores: Tree) -> Tree:
+        """The best support for `scores`, as `Constraint.select` says. Traceable by JAX."""
+        if self.masks:
+            scores = _only(scores, self.allowed(scores))
+        if not self.choices:
+            return jax.tree.map(lambda s: s > -jnp.inf, scores)
+        return chosen(self.choices, scores)
+
+
+def of(constraint: Any, ndim: int | None = None) -> Parts:
+    """The parts of a constraint, of None too; `ndim`: of leaves that all have so many axes, 2 for a layer's matrix."""
+    return Parts() if constraint is None else constraint.described(ndim)
+
+
+def merged(described: Iterable[Parts]) -> Parts:
+    """The parts of the intersection."""
+    found = list(described)
+    choices = [choice for parts in found for choice in parts.choices]
+    return Parts(
+        tuple(mask for parts in found for mask in parts.masks),
+        tuple(sorted(choices, key=lambda choice: choice.floor > 0)),
+        tuple(values for parts in found for values in parts.values),
+        any(parts.by_path for parts in found),
+    )
+
+
+def chosen(choices: tuple[Choice, ...], scores: Tree) -> Tree:
+    """What the choices, one at least, keep in turn. Traceable by JAX."""
+    first, *rest = choices
+    kept = first.by.select(scores)
+    for choice in rest:
+        scores = _only(scores, kept)
+        kept = choice.by.select(scores)
+    return kept
+
+
+def _only(scores: Tree, kept: Tree) -> Tree:
+    return jax.tree.map(lambda s, k: jnp.where(k, s, jnp.asarray(-jnp.inf, s.dtype)), scores, kept)
