@@ -110,7 +110,7 @@ def test_a_shorter_step_that_breaks_a_bound_on_values_is_left_out():
     loss = po.objectives.Loss(lambda p, b: jnp.mean((p["w"] - b) ** 2), w, [jnp.full((2, 2), 2.0)], leaves="w")
     model = Quadratic(w, Identity(), g)  # its step is away from where the loss is least
     for ball, step in ((L1Ball(9.0), 0), (L1Ball(7.0), 1)):  # the weights as they are have norm 8
-        got, value = judged([model], ball, ProximalGradient(), loss, 0.0, jax.random.key(0), (1.0, 0.0))
+        got, value = judged([model], ball, ProximalGradient(), loss, 0.0, jax.random.key(0), (0.0, 1.0))
         assert got.stats["step"] == step
         assert got.status.is_usable
         assert value == pytest.approx(step, abs=1e-9)

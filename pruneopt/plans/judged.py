@@ -44,11 +44,12 @@ def judged(
     key: jax.Array,
     steps: Sequence[float] = (1.0,),
 ) -> tuple[Solution, float]:
-    """What has the least `judge` among the solutions of `models` and shorter steps to them, and the loss there.
+    """The solution of one of `models`, or a shorter step to it, by `judge`, and the loss there.
 
     models: their center is where the loss is `before`. steps: 1 is a model's solution v with its support S, 0 is the
     plain cut, the center's weights on S, and t in between is plain + t (v - plain); a shorter step that breaks a bound
-    on values is left out. The first of equals is taken.
+    on values is left out. In the order given, what has less loss than all before it is taken, and no further step of
+    that model is tried but after its plain cut: where the full step suffices a shorter one learns less.
 
     The solution's stats get measured, the change of `judge`, step, and for a quadratic model predicted, the change that
     it foresaw (its damping aside), damping, and gradient (whether it has one). A model that cannot be solved is
@@ -67,6 +68,8 @@ def judged(
             rank = (loss != loss, loss)  # a NaN is the last resort
             if best is None or rank < best[0]:
                 best = rank, problem, solution, step, value
+                if step:
+                    break
     if best is None:
         raise errors[0]
     (_, loss), problem, solution, step, value = best

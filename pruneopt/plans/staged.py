@@ -30,7 +30,7 @@ from pruneopt.solution import Pruned, Solution
 
 Tree = Any
 _HALVINGS = 3  # of one stage, at most: an eighth of it is taken then, whatever it does
-_STEPS = (1.0, 0.5, 0.25, 0.125, 0.0)  # of the way from the plain cut to the model's weights: three halvings, and none
+_STEPS = (0.0, 1.0, 0.5, 0.25, 0.125)  # of the way from the plain cut to the model's weights: itself, then halvings
 
 
 @_tree.on_host
@@ -50,14 +50,15 @@ def staged(
     """For each stage of `schedule`, minimise model(w) subject to `constraint` relaxed to the stage's cut, and trust
     the model as far as the loss on `held_out` says.
 
-    At the weights w of the stage before, from the stage's own examples, with and without the gradient g:
+    At the weights w of the stage before, from the stage's own examples, without and then with the gradient g:
 
         (S, v) = argmin  <g, d> + 1/2 <d, (H + lambda I) d>,  d = v - w,  v = 0 outside S,  S allowed by the stage's cut
-        candidates: w_S + t (v - w_S),  t = 1, 1/2, 1/4, 1/8, 0
+        w' = w_S + t (v - w_S),  t the first of 1, 1/2, 1/4, 1/8 with less loss on `held_out` than all before, w_S too
 
-    and of all candidates the one with the least loss on `held_out` is taken: never one that is worse there than the
-    plain cut w_S of either model. The gradient is the mean over a stage's examples; where these are few beside the
-    weights, v fits them and no others, and only a short step along v - w_S, or none, is an improvement elsewhere.
+    so that no stage is taken that is worse there than the plain cut w_S of either model, or than the whole step of the
+    model without the gradient. The gradient is the mean over a stage's examples; where these are few beside the
+    weights, v fits them and no others, and only a short step, or none, is an improvement elsewhere. The longest step
+    that improves is taken, not the best: the latter costs 0.15 points where the examples are many (16,000 a stage).
 
     A stage after which the loss is more than `rise` times what it was (for one below zero: higher by more than rise - 1
     times its size) is taken back and made half as long, with the same models, up to three times; what is still to be
@@ -100,7 +101,7 @@ def staged(
     while waiting:
         clock, key = time.perf_counter(), jax.random.fold_in(jax.random.key(0), index)
         objective = row.model(Network.of(fn, combine(chosen, rest), batches(index), leaves), key)
-        models = [model for part in _with_and_without_gradient(objective) for model in damped(part, row.dampings)]
+        models = [model for part in _without_and_with_gradient(objective) for model in damped(part, row.dampings)]
         solved = partial(judged, models, solver=row.solver, judge=judge, before=before, key=key, steps=_STEPS)
         limit = before + (rise - 1) * abs(before)
         goal, solution, loss, halved = _shortened(solved, constraint, support, (cut, waiting[0]), live, limit)
@@ -149,8 +150,8 @@ def _shortened(
     return *stage, _HALVINGS
 
 
-def _with_and_without_gradient(objective: Objective) -> list[Objective]:
-    """A quadratic model that has a gradient and a curvature, then its curvature alone; another as it is."""
+def _without_and_with_gradient(objective: Objective) -> list[Objective]:
+    """The curvature of a quadratic model that has a gradient as well, then the whole; another as it is."""
     if isinstance(objective, Quadratic) and objective.gradient is not None and objective.curvature is not None:
-        return [objective, dataclasses.replace(objective, gradient=None)]
+        return [dataclasses.replace(objective, gradient=None), objective]
     return [objective]
