@@ -115,7 +115,7 @@ class Model:
 
 
 def ours(solver, task, groups, sparsity, ridge):
-    """The stages of `plans.staged`, none of them shortened, as published."""
+    """The stages of `plans.staged`, as published none of them shortened; a step may be, on the held-out images."""
     network = task.network
     loss = Grouped(network.forward, task.held_out[0].shape[1:])
     pruned = staged(

@@ -58,7 +58,7 @@ def staged(
     so that no stage is taken that is worse there than the plain cut w_S of either model, or than the whole step of the
     model without the gradient. The gradient is the mean over a stage's examples; where these are few beside the
     weights, v fits them and no others, and only a short step, or none, is an improvement elsewhere. The longest step
-    that improves is taken, not the best: the latter costs 0.15 points where the examples are many (16,000 a stage).
+    that improves is taken, not the best, which learns less: MLPNet, 16,000 images a stage, 95.4 % instead of 95.5.
 
     A stage after which the loss is more than `rise` times what it was (for one below zero: higher by more than rise - 1
     times its size) is taken back and made half as long, with the same models, up to three times; what is still to be
