@@ -15,7 +15,7 @@ from pruneopt.network.leaves import as_key, check_finite, check_like
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solution import Solution, Status
-from pruneopt.solvers.base import Solver, Start, ignored_values
+from pruneopt.solvers.base import Solver, Start, ignored_values, run
 from pruneopt.solvers.swap import sampled_gain
 
 Tree = Any
@@ -37,15 +37,15 @@ def solve(
     """minimise problem.objective(w) + problem.penalty(w) subject to problem.subject_to.
 
     init: where to start: a Solution, a tree of weights (its support is where they are nonzero) or a tree of boolean
-        masks (the trained weights on it). key: for randomised solvers; a key or a seed.
+        masks (the trained weights on it), feasible. key: for randomised solvers; a key or a seed.
     throw: raise SolveError for a result that is not finite or not feasible; otherwise it only says so in `status`.
 
     NumPy weights come back as NumPy. Feasibility, objective and bound are recomputed here, whatever the solver says.
     `stats` has what the solver had to say and, for a Reconstruction, relative_error (undamped) and how far the support
     is from 1-swap optimal: largest_gain over gain_outputs of its outputs (`solvers.largest_gain`), where weights may
     change places.
-    Raises ValueError where the solver refuses the problem, `init` does not fit, or the support empties a leaf that the
-    constraint does not allow to be empty (layer collapse).
+    Raises ValueError where the solver refuses the problem, `init` does not fit or breaks the constraint, or the support
+    empties a leaf that the constraint does not allow to be empty (layer collapse).
     """
     for name, part, kind in (("problem", problem, Problem), ("solver", solver, Solver)):
         if not isinstance(part, kind):
@@ -62,7 +62,7 @@ def solve(
 
 def _solved(problem: Problem, solver: Solver, start: Start | None, key: jax.Array, throw: bool) -> Solution:
     clock = time.perf_counter()
-    outcome = solver.run(problem, start, key)
+    outcome = run(solver, problem, start, key)
     jax.block_until_ready((outcome.value, outcome.support))
     value = jax.tree.map(_tree.like, outcome.value, problem.objective.center)
     support = jax.tree.map(_tree.placed, outcome.support, problem.objective.center)
@@ -85,13 +85,21 @@ def _solved(problem: Problem, solver: Solver, start: Start | None, key: jax.Arra
 
 
 def _start(problem: Problem, init: Any) -> Start:
+    center = problem.objective.center
+    given = init.value if isinstance(init, Solution) else init
+    check_like(given, center, "init")
+    check_finite(given, "init")
     if isinstance(init, Solution):
         start = Start(init.value, init.support)
-        check_like(start.value, problem.objective.center, "init")
-        return start
-    center = problem.objective.center
-    check_like(init, center, "init")
-    check_finite(init, "init")
-    if all(leaf.dtype == bool for leaf in jax.tree.leaves(init)):
-        return Start(_tree.masked(center, init), jax.tree.map(jnp.asarray, init))
-    return Start(init, jax.tree.map(lambda x: jnp.asarray(x) != 0, init))
+    elif all(leaf.dtype == bool for leaf in jax.tree.leaves(init)):
+        start = Start(_tree.masked(center, init), jax.tree.map(jnp.asarray, init))
+    else:
+        start = Start(init, jax.tree.map(lambda x: jnp.asarray(x) != 0, init))
+    units, amount = problem.violation(start.support), problem.value_violation(start.value)
+    if units or amount > 0:
+        how = f"{units} units" if units else f"{amount:.3g}"
+        raise ValueError(
+            f"init breaks subject_to={problem.subject_to!r} by {how}; pass a feasible one, such as a Solution of this "
+            "problem, or the mask subject_to.select(scores)"
+        )
+    return start

@@ -34,12 +34,14 @@ class ActiveSet(Solver):
        entry that becomes zero, drop it, and minimise again; an entry that would leave zero against its sign is dropped.
 
     Every step lowers the objective, so no set of signs returns, and the end is exact: status optimal, proven by the
-    duality gap. A singular system takes a proximal step instead (a ridge about the present w).
+    duality gap. A singular system takes a proximal step instead (a ridge about the present w). A Gram that rounding has
+    made indefinite (float32, fewer samples than inputs) has no minimum: it is solved with twice its least eigenvalue
+    added to its diagonal, and nothing is proven; damping, or a Gram in float64, brings the proof back.
 
     rounds: at most; beyond is the status limit. From `init` its nonzero entries start active.
     Cost: a product n^2 m a round for the outputs not yet done, |S|^3 / 3 a step; float64 on the host, where
     threads of BLAS gain little (the systems are small); memory n^2 + 5 n m
-    numbers. stats: rounds, steps, largest_support.
+    numbers. stats: rounds, steps, largest_support, lift (what was added to an indefinite H).
     Source: Lee, Battle, Raina and Ng 2007, algorithm 1, entering several at once as the working sets of Massias,
     Gramfort and Salmon 2018 (Celer) do.
     """
@@ -51,6 +53,11 @@ class ActiveSet(Solver):
     def __post_init__(self) -> None:
         check_whole(self, 1, "first", "rounds")
         check_not_negative(self, "growth")
+
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """Any init."""
+        return frozenset({"init"})
 
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty other than L1 and ElasticNet, or a constraint."""
@@ -73,6 +80,8 @@ class ActiveSet(Solver):
         m, n = center.shape
         gram = np.array(f.curvature.matrix, np.float64)
         np.einsum("ii->i", gram)[:] += float(f.ridge())
+        lift = 0.0 if f.is_convex else -2 * float(np.linalg.eigvalsh(gram)[0])
+        np.einsum("ii->i", gram)[:] += lift
         target = center @ gram
         linear, square = (np.broadcast_to(x.T, (m, n)) for x in _weights(penalty))
         w = np.zeros((m, n)) if init is None else np.array(np.asarray(init.value).T, np.float64)
@@ -92,6 +101,7 @@ class ActiveSet(Solver):
             live, rounds = np.asarray(unsettled, int), rounds + 1
         value = jnp.asarray(w.T, f.center.dtype)
         stats = {"rounds": rounds, "steps": steps, "largest_support": int(np.max(np.count_nonzero(w, axis=1)))}
+        stats |= {"lift": lift} if lift else {}
         return Outcome(value, value != 0, hit_limit=bool(live.size), evidence=Duality(w.T), stats=stats)
 
 

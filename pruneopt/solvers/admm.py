@@ -78,6 +78,11 @@ class ADMM(Solver):
         if self.products not in (None, "bfloat16", "float32"):
             raise ValueError(f"products={self.products!r}: pass 'bfloat16', 'float32' or None")
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """A feasible init."""
+        return frozenset({"init"})
+
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty, or no constraint."""
         return layer_only(problem, self)
@@ -109,10 +114,12 @@ class ADMM(Solver):
         del scores
         refit_damping, refit = np.asarray(self.refit_damping, dtype), np.int32(self.refit)
         refitted = partial(_refitted, ready, refit_damping, refit, factors.products)
-        value, cost = refitted(weights, support)
+        value = refitted(weights, support)
         del weights
-        if init is not None and problem.violation(init.support) == 0:
-            value, support = _better(ready, value, support, cost, ready.started(init.value), init.support, refitted)
+        if init is not None:
+            start = ready.started(init.value)
+            found = [(value, support), (refitted(start, init.support), init.support), (start, init.support)]
+            value, support = min(found, key=lambda pair: float(_error(ready, *pair)))
         facts |= {"dead_inputs": int(np.count_nonzero(np.asarray(ready.dead))), "products": factors.products.name}
         return outcome(problem, ready, value, support, stats=facts)
 
@@ -176,19 +183,14 @@ def _refitted(
     products: Any,
     start: Float[Array, "n m"],
     support: Bool[Array, "n m"],
-) -> tuple[Float[Array, "n m"], Float[Array, ""]]:
-    """The weights after conjugate gradients on the support, and their error without `damping`."""
+) -> Float[Array, "n m"]:
+    """The weights after conjugate gradients on the support."""
     ridge = damping * ready.mean
-    value, residual = _linalg.masked_cg(ready.gram, ready.center, start, support, steps, products, ridge)
-    change = ready.center - value
-    return value, jnp.sum(change * residual) - ridge * jnp.sum(change * change)
+    return _linalg.masked_cg(ready.gram, ready.center, start, support, steps, products, ridge)[0]
 
 
-def _better(ready, value, support, cost, start, kept, refitted):
-    """The best of what was found, the start's support refitted, and the start."""
-    again, other = refitted(start, kept)
-    own = jnp.where(kept, start, jnp.zeros((), start.dtype))
-    change = ready.center - own
-    plain = jnp.sum(change * _linalg.matmul(ready.gram, change))
-    found = [(float(cost), value, support), (float(other), again, kept), (float(plain), own, kept)]
-    return min(found, key=lambda row: row[0])[1:]
+@jax.jit
+def _error(ready: Layer, value: Float[Array, "n m"], support: Bool[Array, "n m"]) -> Float[Array, ""]:
+    """Twice the objective of `value` on the support."""
+    change = ready.center - jnp.where(support, value, jnp.zeros((), value.dtype))
+    return jnp.sum(change * _linalg.matmul(ready.gram, change))

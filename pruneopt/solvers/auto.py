@@ -36,6 +36,11 @@ class Auto(Solver):
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise ValueError(f"seconds={self.seconds!r} is not a positive number; pass the time for one layer, or None")
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """A feasible init."""
+        return frozenset({"init"})
+
     def refuses(self, problem: Problem) -> str | None:
         """What ADMM refuses."""
         return layer_only(problem, self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from pruneopt import _tree
 from pruneopt.bounds.base import Evidence
 from pruneopt.constraints import parts
 from pruneopt.objectives.base import QuadraticObjective
@@ -24,7 +25,7 @@ Tree = Any
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where a solver starts: a value and a support."""
+    """Where a solver starts: a value and a feasible support."""
 
     value: Tree
     support: Tree
@@ -41,6 +42,15 @@ class Outcome:
     stats: dict[str, Any] = field(default_factory=dict)
 
 
+BASELINES = {
+    "init": "a feasible start",
+    "mask": "the trained weights on the support of a feasible start",
+    "refit": "the best weights on the support of the result, where `Polish` knows them",
+    "zero": "all weights zero, as any support allows",
+}
+"""What a solver may promise never to be worse than."""
+
+
 class Solver(abc.ABC):
     """An algorithm. Subclasses are final frozen dataclasses whose fields define it; `solve` runs it."""
 
@@ -48,6 +58,11 @@ class Solver(abc.ABC):
     def projects(self) -> bool:
         """Whether it obeys constraints on values, by their `project`."""
         return False
+
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """Of which of `BASELINES` its result is never worse, in float64 on the problem as stated."""
+        return frozenset()
 
     @abc.abstractmethod
     def refuses(self, problem: Problem) -> str | None:
@@ -69,12 +84,45 @@ class Then(Solver):
         """What either refuses."""
         return self.first.refuses(problem) or self.second.refuses(problem)
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """How the second ends; and what the first promises of a start, where the second keeps that."""
+        start = frozenset({"init", "mask"})
+        kept = self.first.never_worse_than & start if "init" in self.second.never_worse_than else frozenset()
+        return self.second.never_worse_than - start | kept
+
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
-        """Both in turn; the statistics of both."""
+        """Both in turn, the promises of each kept; the statistics of both."""
         early, late = jax.random.split(key)
-        a = self.first.run(problem, init, early)
-        b = self.second.run(problem, Start(a.value, a.support), late)
+        a = run(self.first, problem, init, early)
+        b = run(self.second, problem, Start(a.value, a.support), late)
         return Outcome(b.value, b.support, a.hit_limit or b.hit_limit, b.evidence, {**a.stats, **b.stats})
+
+
+def run(solver: Solver, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
+    """What the solver finds; the start itself, or W0 on its support, where that is better and the solver promises so.
+
+    A result that is not finite stays what it is: a failure.
+    """
+    found = solver.run(problem, init, key)
+    promised = solver.never_worse_than & {"init", "mask"}
+    if init is None or not promised or problem.violation(init.support) or problem.value_violation(init.value):
+        return found
+    for name in sorted(promised):
+        value = _tree.masked(init.value if name == "init" else problem.objective.center, init.support)
+        value = jax.tree.map(lambda x, like: x.astype(like.dtype), value, problem.objective.center)
+        found = better(problem, found, replace(found, value=value, support=init.support), instead=name)
+    return found
+
+
+def better(problem: Problem, found: Outcome, other: Outcome, instead: str) -> Outcome:
+    """The one of two feasible outcomes with the lower objective, in float64 on the problem as stated.
+
+    `found` where they tie or it is not finite; stats["instead"] says by what it was replaced.
+    """
+    if not problem.value(other.value) < problem.value(found.value):
+        return found
+    return replace(other, stats={**found.stats, "instead": instead})
 
 
 def check_whole(solver: Solver, least: int, *fields: str) -> None:

@@ -54,6 +54,11 @@ class CBS(Solver):
         check_whole(self, 0, "sweeps")
         check_not_negative(self, "tolerance")
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """W0 on the support of a feasible init."""
+        return frozenset({"mask"})
+
     def refuses(self, problem: Problem) -> str | None:
         """An objective without a curvature of the whole network that has blocks, a penalty, other constraints."""
         reason = network_only(problem, self, twin="Swap")
@@ -81,10 +86,9 @@ class CBS(Solver):
         model, budget = _Model.of(f), budget_of(constraint, f.center)
         assert budget is not None
         check_bends(self, f, model.diagonal)
-        if init is not None and problem.violation(init.support) == 0:
+        drawn = self._drawn(model, constraint, key)
+        if init is not None:
             drawn = iter([model.layout.host(init.support) > 0])
-        else:
-            drawn = self._drawn(model, constraint, key)
         point = min((model.at(support) for support in drawn), key=lambda point: point.value)
         swaps, sweeps, settled = 0, 0, False
         while not settled and sweeps < self.sweeps:

@@ -41,6 +41,11 @@ class CHITA(Solver):
         check_whole(self, 1, "iterations")
         check_not_negative(self, "tolerance")
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """A feasible init."""
+        return frozenset({"init"})
+
     def refuses(self, problem: Problem) -> str | None:
         """An objective that is not a quadratic with a curvature of the whole network, no constraint, a penalty."""
         return network_only(problem, self, twin="HardThresholding")
@@ -73,8 +78,7 @@ class CHITA(Solver):
         def stepped(point: _Point, length: float) -> _Point:
             return at(*_projected(constraint, _step(point.w, point.slope, length)))
 
-        feasible = init is not None and problem.violation(init.support) == 0
-        start = (init.value, init.support) if init and feasible else _projected(constraint, f.center)
+        start = _projected(constraint, f.center) if init is None else (init.value, init.support)
         point = at(_tree.widened(start[0]), start[1])
         settled, done = False, 0
         while not settled and done < self.iterations:

@@ -32,6 +32,11 @@ class ConjugateGradients(Solver):
     def __post_init__(self) -> None:
         check_whole(self, 1, "steps")
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """A feasible init."""
+        return frozenset({"init"})
+
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty, or no constraint."""
         return layer_only(problem, self)

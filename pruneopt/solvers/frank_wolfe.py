@@ -40,6 +40,11 @@ class FrankWolfe(Solver):
     def __post_init__(self) -> None:
         check_whole(self, 1, "iterations")
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """W0 on the support of a feasible init."""
+        return frozenset({"mask"})
+
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty, no constraint, or one whose selection is not exact."""
         reason = layer_only(problem, self)
@@ -51,7 +56,7 @@ class FrankWolfe(Solver):
         """Step, round, keep the best."""
         assert problem.subject_to is not None
         ready = prepared(problem)
-        support = None if init is None or problem.violation(init.support) else init.support
+        support = None if init is None else init.support
         found = _searched(problem.subject_to, ready, support, self.iterations)
         error, bound = float(found.error), float(found.bound)
         gap = (error - bound) / error if error > 0 else 0.0

@@ -15,6 +15,7 @@ from pruneopt import _tree
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_bends, check_whole, network_only
+from pruneopt.solvers.polish import Polish
 
 Tree = Any
 Product = Callable[[Tree], Tree]
@@ -30,12 +31,12 @@ class GlobalADMM(Solver):
 
         B = B0 + E,  (A + rho I) E = rho ((2 M - 1) T - B0) - g / sqrt(s),    T <- T + r (B - M T),
 
-    where E is moved by `inner` conjugate gradients from the E before. rho rises geometrically over `levels`. Then
-    `refit` conjugate gradients on the support.
+    where E is moved by `inner` conjugate gradients from the E before. rho rises geometrically over `levels`. Then the
+    refit of the support: exact where `Polish` knows it, else `refit` conjugate gradients; 0: none.
 
     H is asked for its diagonal and for products: levels * iterations * (inner + 1) + refit + 1 of them, which is all
     that costs; memory: 9 vectors of the weights' size. From `init` it starts where its weights would be a fixed point;
-    the result is never worse than a feasible init or than the refit of its support. Raises ValueError where a Hessian
+    the result is never worse than a feasible init, than that refit or than zero. Raises ValueError where a Hessian
     has negative curvature on its diagonal or along the result.
     Source: the layer solver `ADMM` (after ALPS, Meng et al. 2024, algorithm 1) with diag(H) as its metric and inexact
     steps (Eckstein and Bertsekas 1992, theorem 8); the problem is that of Benbaki et al. 2023, equation 5.
@@ -56,6 +57,11 @@ class GlobalADMM(Solver):
         check_whole(self, 0, "refit")
         if not 0 < self.relaxation < 2:
             raise ValueError(f"relaxation={self.relaxation!r} is outside (0, 2), where ADMM converges; pass about 1.2")
+
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """A feasible init, the refit of its own support, and zero."""
+        return frozenset({"init", "zero", *(["refit"] if self.refit else [])})
 
     def refuses(self, problem: Problem) -> str | None:
         """An objective that is not a quadratic with a curvature of the whole network, no constraint, a penalty."""
@@ -81,24 +87,38 @@ class GlobalADMM(Solver):
                 change = _conjugate_gradients(scaled.product(rho), side, change, self.inner)
                 t = _stepped(t, mask, scaled.dense, change, self.relaxation)
                 mask = constraint.select(_squared(t))
-        outcomes = [self._refitted(f, scaled, _minus(t, scaled.dense), mask)]
-        if init is not None and problem.violation(init.support) == 0:
+        outcomes = [self._refitted(problem, scaled, _minus(t, scaled.dense), mask)]
+        if init is not None:
             start = jax.tree.map(lambda b, w, s: (w.astype(b.dtype) * s) - b, scaled.dense, init.value, scaled.scale)
-            outcomes.append(self._refitted(f, scaled, start, init.support))
+            outcomes.append(self._refitted(problem, scaled, start, init.support))
             outcomes.append((f.value(init.value), init.value, init.support))
         _, value, support = min(outcomes, key=lambda found: found[0])
         check_bends(self, f, scaled.diagonal, value)
         return Outcome(value, support)
 
-    def _refitted(self, f: QuadraticObjective, scaled: _Scaled, change: Tree, mask: Tree) -> tuple[float, Tree, Tree]:
-        """The better of the masked weights and their refit: (objective, value, support)."""
+    def _refitted(self, problem: Problem, scaled: _Scaled, change: Tree, mask: Tree) -> tuple[float, Tree, Tree]:
+        """The best of the masked weights, their refit and zero: (objective, value, support)."""
+        f: Any = problem.objective
         found = [_masked_change(scaled.dense, change, mask)]
-        if self.refit:
+        exact = _exactly_refitted(problem, mask) if self.refit else None
+        if self.refit and exact is None:
             side = _masked(_minus(jax.tree.map(jnp.negative, scaled.slope), scaled.product(0.0)(found[0])), mask)
             step = _conjugate_gradients(scaled.product(0.0, mask), side, jax.tree.map(jnp.zeros_like, side), self.refit)
             found.append(jax.tree.map(jnp.add, found[0], step))
         values = [_tree.masked(scaled.weights(change, f.center), mask) for change in found]
+        values += [jax.tree.map(jnp.zeros_like, f.center), *([] if exact is None else [exact])]
         return min(((f.value(w), w, mask) for w in values), key=lambda row: row[0])
+
+
+def _exactly_refitted(problem: Problem, mask: Tree) -> Tree | None:
+    """The best weights on the mask, where `Polish` knows them."""
+    if Polish().refuses(problem):
+        return None
+    start = Start(_tree.masked(problem.objective.center, mask), mask)
+    try:
+        return Polish().run(problem, start, jax.random.key(0)).value
+    except ValueError:  # a ridge below the rounding of the products: no factor
+        return None
 
 
 class _Scaled:

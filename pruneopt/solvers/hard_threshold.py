@@ -37,6 +37,11 @@ class HardThresholding(Solver):
     def __post_init__(self) -> None:
         check_whole(self, 1, "iterations")
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """A feasible init."""
+        return frozenset({"init"})
+
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty, or no constraint."""
         return layer_only(problem, self)
@@ -47,8 +52,7 @@ class HardThresholding(Solver):
         ready = prepared(problem)
         start, support = ready.center, None
         if init is not None:
-            start = ready.started(init.value)
-            support = init.support if problem.violation(init.support) == 0 else None
+            start, support = ready.started(init.value), init.support
         found = _iterated(problem.subject_to, ready, start, support, self.iterations)
         value = found.point / _scale(ready)
         done = int(found.iteration)

@@ -43,6 +43,11 @@ class Polish(Solver):
     stats: singular_outputs. Source: the exact refit of OBS, Hassibi and Stork 1993, equation 5, for a set of weights.
     """
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """A feasible init, its refit, and zero."""
+        return frozenset({"init", "refit", "zero"})
+
     def refuses(self, problem: Problem) -> str | None:
         """A penalty, or an objective that is not a quadratic with a Gram, low-rank, diagonal or identity curvature."""
         f = problem.objective

@@ -56,6 +56,11 @@ class Pursuit(Solver):
         check_whole(self, 1, "iterations")
         check_not_negative(self, "tolerance")
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """A feasible init: the result is the refit of its own support."""
+        return frozenset({"init", "refit", "zero"})
+
     def refuses(self, problem: Problem) -> str | None:
         """An objective without a low-rank curvature, a singular one, no constraint, a penalty."""
         reason = network_only(problem, self, twin="HardThresholding")
@@ -87,8 +92,7 @@ class Pursuit(Solver):
             whole[free] = z * z
             return (layout.host(constraint.select(layout.tree(jnp.asarray(whole, dtype)))) > 0)[free]
 
-        feasible = init is not None and problem.violation(init.support) == 0
-        start = layout.host(init.support)[free] > 0 if init and feasible else selected(model.target)
+        start = selected(model.target) if init is None else layout.host(init.support)[free] > 0
         point, t, trials, done = model.at(start, None), 1.0, 0, 0
         settled = False
         while not settled and done < self.iterations:

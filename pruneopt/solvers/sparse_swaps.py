@@ -42,6 +42,11 @@ class SparseSwaps(Solver):
     def __post_init__(self) -> None:
         check_whole(self, 1, "swaps")
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """W0 on the support of a feasible init."""
+        return frozenset({"mask"})
+
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty, no constraint, or one that exchanges in an output can break."""
         return layer_only(problem, self) or no_exchange(problem, self)
@@ -51,7 +56,7 @@ class SparseSwaps(Solver):
         constraint = problem.subject_to
         assert constraint is not None
         ready = prepared(problem)
-        if init is not None and problem.violation(init.support) == 0:
+        if init is not None:
             support = init.support
         else:
             support = selected(constraint, ready.scores(ready.center**2 * jnp.diagonal(ready.gram)[:, None]))

@@ -53,6 +53,11 @@ class Swap(Solver):
         check_whole(self, 1, "steps", "memory")
         check_not_negative(self, "damping")
 
+    @property
+    def never_worse_than(self) -> frozenset[str]:
+        """A feasible init and its refit: the result is the refit of its own support."""
+        return frozenset({"init", "refit", "zero"})
+
     def refuses(self, problem: Problem) -> str | None:
         """Any objective but Reconstruction, a penalty, no constraint, or one that exchanges in an output can break."""
         return layer_only(problem, self) or no_exchange(problem, self)
