@@ -109,7 +109,7 @@ def test_evidence_that_is_not_finite_or_of_other_shapes_proves_nothing():
         point = np.full((6, 2), bad)
         with np.errstate(all="ignore"):
             assert Duality(point).bound(problem, solution.value, solution.support) == -np.inf
-    with pytest.raises(ValueError, match="evidence: leaf"):
+    with pytest.raises(ValueError, match=r"evidence: .* has shape \(2, 2\)"):
         Duality(np.zeros((2, 2))).bound(problem, solution.value, solution.support)
 
 
