@@ -102,7 +102,7 @@ print(f"{args.data}: {n} images train, {len(x) - n} are held out, {len(x_test)} 
 print("                       accuracy %      sparsity parameters  MFLOPs     KiB    latency ms")
 print("method             before      after          %       kept    kept  stored   dense  pruned")
 for name in before:
-    r = po.report(dense, after[name], fn=net, batch=test[0][0])
+    r = po.report(net, dense, after[name], test[0][0])
     scores = np.array([[accuracy(kind[name].params, test) for kind in pair] for pair in runs])  # (runs, 2)
     error = scores[:, 1].std(ddof=1) / len(runs) ** 0.5
     print(

@@ -134,6 +134,15 @@ def called(path: str) -> str:
     return f"leaf '{path}'" if path else "the matrix"
 
 
+def shapes(tree: Tree, most: int = 3) -> str:
+    """The shapes of a tree in words, those of the first leaves: `a (6, 8), b (8, 3), ... 4 leaves, 96 weights`."""
+    named = named_leaves(tree)
+    if len(named) == 1:
+        return f"{named[0][0]} {tuple(named[0][1].shape)}".strip()
+    listed = [f"{path} {tuple(leaf.shape)}" for path, leaf in named[:most]] + ["..."] * (len(named) > most)
+    return f"{', '.join(listed)}; {len(named)} leaves, {size(tree):,} weights"
+
+
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """[(path, leaf)] in leaf order."""
     return [(name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]

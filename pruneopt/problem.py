@@ -16,7 +16,7 @@ from pruneopt.penalties.base import Penalty
 Tree = Any
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Problem:
     """minimise objective(w) + penalty(w) subject to w's support in `subject_to`.
 
@@ -41,6 +41,12 @@ class Problem:
             self.subject_to.check(self.objective.variable())
         if self.penalty is not None:
             self.penalty.check(self.objective.variable())
+
+    def __repr__(self) -> str:
+        weight = getattr(self.penalty, "weight", None)
+        strength = f"(weight={float(weight):g})" if weight is not None and jnp.ndim(weight) == 0 else ""
+        penalty = "" if self.penalty is None else f" + {type(self.penalty).__name__}{strength}"
+        return f"minimise {self.objective!r}{penalty}\nsubject to {self.subject_to or 'nothing'}"
 
     def value(self, w: Tree) -> float:
         """objective(w) + penalty(w)."""

@@ -142,6 +142,23 @@ def test_the_parts_know_no_set():
     assert set(inside(PACKAGE / "constraints" / "parts.py")) == {"_tree"}
 
 
+MOST = 10  # arguments of a public function
+# What each call of these needs is the network (3), the set, the method, other data, and how the run goes.
+WIDE = {"plans/layerwise.py:layerwise": 11, "plans/prune.py:prune": 12}
+
+
+def test_no_public_function_takes_more_than_ten_arguments():
+    found = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                given = node.args
+                count = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
+                if count > MOST:
+                    found[f"{file.relative_to(PACKAGE)}:{node.name}"] = count
+    assert found == WIDE
+
+
 def test_every_room_stands_on_the_ladder():
     rooms = {place(file)[0] for file in FILES}
     assert rooms <= set().union(*LADDER)

@@ -369,7 +369,7 @@ CASES = {
         ("updates", "no statistic"),
     ),
     "report with half its inputs": (
-        lambda: po.report(params(), prune(), fn=loss),
+        lambda: po.report(loss, params(), prune()),
         ValueError,
         ("fn and batch", "pass both"),
     ),
@@ -440,11 +440,11 @@ CASES = {
     "no levels": (lambda: po.plans.sensitivity(loss, params(), batches(), [], progress=False), ValueError, ("levels",)),
     "masks with NaN": (lambda: po.from_masks(params(), {"w1": np.full((4, 6), np.nan)}), ValueError, ("'w1'", "NaN")),
     "report of other shapes": (
-        lambda: po.report({**params(), "w1": jnp.ones((7, 7))}, prune()),
+        lambda: po.report(None, {**params(), "w1": jnp.ones((7, 7))}, prune()),
         ValueError,
         ("pruned", "'w1'", "(4, 6)", "(7, 7)"),
     ),
-    "report of plain params": (lambda: po.report(params(), params()), TypeError, ("pruned is a dict", "prune")),
+    "report of plain params": (lambda: po.report(None, params(), params()), TypeError, ("pruned is a dict", "prune")),
     "budget that is a number": (lambda: Slices(-1, 0.5), TypeError, ("budget=0.5", "Cardinality")),
     "pattern with a number": (lambda: ByPath({"*": 0.5}), TypeError, ("0.5", "Cardinality")),
     "constraints that are no tuple": (lambda: Intersection(NM(2, 4)), ValueError, ("tuple", "Intersection((a, b))")),
@@ -476,7 +476,7 @@ CASES = {
         ("solution is a NoneType",),
     ),
     "redundancy with half its inputs": (
-        lambda: po.redundancy(params(), loss),
+        lambda: po.redundancy(loss, params()),
         ValueError,
         ("fn and batches", "pass both"),
     ),

@@ -57,7 +57,7 @@ CALLS = {
     "fisher": lambda p, done, file: empirical_fisher(loss, p, [X]),
     "save": lambda p, done, file: po.save(po.Pruned(p, done[1].support), file),
     "from_masks": lambda p, done, file: po.from_masks(p, {"a": np.ones((6, 4), bool)}),
-    "report": lambda p, done, file: po.report(p, done[1]),
+    "report": lambda p, done, file: po.report(None, p, done[1]),
     "finish": lambda p, done, file: GRADUAL.finish(p, None),
 }
 TRACED = (

@@ -84,3 +84,49 @@ def test_the_two_clocks_of_a_layer_agree():
     got = layerwise(forward, PARAMS, BATCHES, HALF, BALANCED, progress=False)
     for entry in got.layers:
         assert entry["seconds"]["solve"] == got.solutions[entry["layer"]].stats["seconds"]
+
+
+def test_a_saliency_of_your_own_is_one_line_and_provably_the_best():
+    mine = po.objectives.Scores(lambda params: {name: np.abs(w) ** 3 + 1 for name, w in params.items()})
+    got = po.prune(None, {**PARAMS, "bias": np.ones(3)}, None, Cardinality(count=20, floor=0), method=mine,
+                   progress=False)  # fmt: skip
+    scores = np.concatenate([np.abs(PARAMS[name]).ravel() ** 3 + 1 for name in "ab"])
+    kept = np.argsort(-scores, kind="stable")[:20]
+    expected = np.zeros(72, bool)
+    expected[kept] = True
+    np.testing.assert_array_equal(np.concatenate([np.ravel(got.support[name]) for name in "ab"]), expected)
+    solution = got.solutions["*"]
+    assert solution.status is po.Status.OPTIMAL
+    assert solution.objective == pytest.approx(scores[~expected].sum(), rel=1e-12)
+    assert got.history[0]["method"] == "Scores"
+    assert po.plans.sensitivity(loss, PARAMS, BATCHES, (0.5,), method=mine, progress=False).losses.keys() == {"a", "b"}
+
+
+def test_scores_claim_no_more_than_they_prove():
+    w = {"a": np.array([[1.0, 2.0], [0.0, 3.0]])}
+    two = Cardinality(count=2, floor=0)
+    for scores, support, status, objective in (
+        ([[4.0, 3.0], [9.0, 1.0]], [[1, 0], [1, 0]], po.Status.FEASIBLE, 4.0),  # a zero weight took a place
+        ([[4.0, 3.0], [0.0, 1.0]], [[1, 1], [0, 0]], po.Status.OPTIMAL, 1.0),
+        ([[4.0, -3.0], [0.0, -1.0]], [[1, 0], [1, 0]], po.Status.FEASIBLE, -4.0),  # fewer could be better
+    ):
+        problem = po.Problem(po.objectives.Scores({"a": np.array(scores)}, w), subject_to=two)
+        got = po.solve(problem, Score())
+        np.testing.assert_array_equal(got.support["a"], np.array(support, bool))
+        assert (got.status, got.objective) == (status, objective)
+        assert po.certify(problem, got).bound <= objective
+
+
+@pytest.mark.parametrize(
+    ("scores", "error", "words"),
+    [
+        ({"a": np.ones((6, 8))}, ValueError, "scores: there are none for leaf 'b'"),
+        ({"a": np.ones((6, 8)), "b": np.ones(3)}, ValueError, "scores: leaf 'b' has shape"),
+        ({"a": np.full((6, 8), np.nan), "b": np.ones((8, 3))}, ValueError, "scores holds a NaN or an infinity in"),
+    ],
+)  # fmt: skip
+def test_scores_that_do_not_fit_are_refused(scores, error, words):
+    with pytest.raises(error, match=words):
+        po.prune(None, PARAMS, None, HALF, method=po.objectives.Scores(scores), progress=False)
+    with pytest.raises(TypeError, match="Scores needs its scores and center as arrays"):
+        po.Problem(po.objectives.Scores(scores), subject_to=HALF)

@@ -78,7 +78,7 @@ def test_flops_are_charged_through_calls_layouts_and_scans():
 def test_report_counts_by_hand():
     fn, params, batch = NETWORKS["dense"]
     pruned = po.prune(None, params, None, Cardinality(sparsity=0.75, per="leaf"), progress=False)
-    r = po.report(params, pruned, fn, batch, repeats=3)
+    r = po.report(fn, params, pruned, batch, repeats=3)
     assert (r.parameters, r.kept) == (192, 48)
     assert r.sparsity == 0.75
     assert (r.flops_dense, r.flops_kept) == (2 * 5 * 192, 2 * 5 * 48)
@@ -87,7 +87,7 @@ def test_report_counts_by_hand():
     text = str(r)
     assert "75.00%" in text
     assert "zeros are multiplied" in text
-    assert po.report(params, pruned).flops_dense is None
+    assert po.report(None, params, pruned).flops_dense is None
 
 
 def loss(p, batch):
@@ -103,8 +103,8 @@ def test_redundancy_finds_what_was_planted():
     w1[:, 5] = -np.abs(w1[:, 5])  # silent on positive inputs
     x = jnp.abs(normal(40, 10))
     layers = po.redundancy(
-        {"w1": jnp.asarray(w1), "w2": jnp.asarray(w2)},
         loss,
+        {"w1": jnp.asarray(w1), "w2": jnp.asarray(w2)},
         [(x[:25], normal(25, 3)), (x[25:], normal(15, 3))],
         tolerance=0.0,
     ).layers
@@ -117,7 +117,7 @@ def test_redundancy_finds_what_was_planted():
     s = s[s > 0] / s.sum()
     assert first.effective_rank == pytest.approx(np.exp(-np.sum(s * np.log(s))), rel=1e-5)
     assert second.free >= 2 * 3  # what the zero and the silent unit feed
-    assert "w1" in str(po.redundancy({"w1": jnp.asarray(w1)}))
+    assert "w1" in str(po.redundancy(None, {"w1": jnp.asarray(w1)}))
     for bad in ({"tolerance": -1.0}, {"similarity": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            po.redundancy({"w1": jnp.asarray(w1)}, **bad)
+            po.redundancy(None, {"w1": jnp.asarray(w1)}, **bad)

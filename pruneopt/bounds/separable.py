@@ -13,6 +13,7 @@ from pruneopt import _linalg, _tree
 from pruneopt.bounds.base import Evidence
 from pruneopt.constraints import parts
 from pruneopt.objectives.base import QuadraticObjective
+from pruneopt.objectives.scores import Scores
 from pruneopt.problem import Problem
 
 Tree = Any
@@ -28,12 +29,15 @@ class Separable(Evidence):
     def bound(self, problem: Problem, value: Tree, support: Tree) -> float:
         """f(w0) and the least that any feasible support drops."""
         f, constraint = problem.objective, problem.subject_to
-        if not isinstance(f, QuadraticObjective) or not f.is_separable or problem.penalty is not None:
+        if not isinstance(f, QuadraticObjective | Scores) or not f.is_separable or problem.penalty is not None:
             return -math.inf
         if constraint is None:
             return f.constant
         if not constraint.exact:
             return -math.inf
+        if isinstance(f, Scores):
+            costs = f.saliency()
+            return _tree.dropped(costs, constraint.select(costs))
         found = parts.of(constraint)
         one = found.one
         if one is not None and one.across and one.kept_of is not None and not (one.floor or found.masks):

@@ -87,16 +87,16 @@ class Report:
 
 @_tree.on_host
 def report(
+    fn: Callable[[Tree, Any], Any] | None,
     params: Tree,
     pruned: Pruned,
-    fn: Callable[[Tree, Any], Any] | None = None,
     batch: Any = None,
     *,
     repeats: int = 30,
 ) -> Report:
     """What became of `params` in `pruned`.
 
-    fn, batch: the network, fn(params, batch) -> arrays, and one example batch, for FLOPs and latency; both or neither.
+    fn, batch: the network, fn(params, batch) -> arrays, and one example batch, for FLOPs and latency; both or None.
     repeats: calls of each network, in turn, behind the medians; 0 measures no latency.
     Raises ValueError where `pruned` is not of the same structure as `params`, or only one of fn and batch is given.
     """

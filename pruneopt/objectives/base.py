@@ -26,6 +26,9 @@ class Objective(abc.ABC):
     center: Tree
     """The trained weights w0: the point that pruning starts from."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_tree.shapes(self.center)})"
+
     def variable(self) -> Tree:
         """The shapes and dtypes of what is decided; None where nothing is."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.center)
@@ -50,6 +53,12 @@ class QuadraticObjective(Objective):
     curvature: Curvature | None
     constant: float
     damping: float
+
+    def __repr__(self) -> str:
+        parts = [] if self.curvature is None else [f"curvature {type(self.curvature).__name__}"]
+        parts += [] if self.gradient is None else ["a gradient"]
+        parts += [f"damping {self.damping:g}"] if self.damping else []
+        return f"{type(self).__name__}({'; '.join([_tree.shapes(self.center), *parts])})"
 
     def value(self, w: Tree) -> float:
         """f(w), in float64."""

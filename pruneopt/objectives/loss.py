@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from pruneopt import _tree
 from pruneopt.network import calls
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, Rest, partition
@@ -14,7 +15,7 @@ from pruneopt.objectives.base import Objective, check_center
 Tree = Any
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Loss(Objective):
     """f(w) = mean over examples of fn(params with w in place of the chosen leaves, batch).
 
@@ -41,6 +42,9 @@ class Loss(Objective):
         object.__setattr__(self, "rest", rest)
         object.__setattr__(self, "stream", Batches(self.batches))
         calls.check_scalar(self.fn, center, rest, self.stream, self.has_updates)
+
+    def __repr__(self) -> str:
+        return f"Loss({getattr(self.fn, '__name__', type(self.fn).__name__)}; {_tree.shapes(self.center)})"
 
     def check(self) -> None:
         """Raise unless the chosen leaves are finite floating arrays."""

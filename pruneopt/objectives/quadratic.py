@@ -17,7 +17,7 @@ Tree = Any
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Quadratic(QuadraticObjective):
     """f(w) = constant + <gradient, d> + 1/2 <d, (H + lambda I) d>, d = w - center.
 

@@ -16,7 +16,7 @@ from pruneopt.objectives.base import QuadraticObjective, check_center, check_dam
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reconstruction(QuadraticObjective):
     """f(W) = 1/2 tr(D^T (H + lambda I) D), D = W - center: half the mean squared change of the layer's outputs.
 

@@ -17,11 +17,10 @@ from pruneopt.network.leaves import Choice, as_key
 from pruneopt.network.network import Network
 from pruneopt.objectives.loss import Loss
 from pruneopt.plans.layerwise import layerwise
-from pruneopt.plans.methods import LayerMethod, Method, Row, row_of
+from pruneopt.plans.methods import Asked, LayerMethod, Method, row_of
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned
 from pruneopt.solve import solve
-from pruneopt.solvers.base import Solver
 
 Tree = Any
 
@@ -33,7 +32,7 @@ def lossless(
     batches: Source,
     *,
     tolerance: float = 0.0,
-    method: str | Row | Solver = "fisher",
+    method: Asked = "fisher",
     leaves: Choice = None,
     floor: int = 0,
     key: jax.Array | None = None,

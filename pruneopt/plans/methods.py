@@ -11,6 +11,7 @@ import numpy as np
 
 from pruneopt.network.network import Network
 from pruneopt.objectives.base import Objective
+from pruneopt.objectives.scores import Scores
 from pruneopt.plans.judged import DAMPINGS, as_dampings
 from pruneopt.plans.models import (
     SoftmaxGaussNewton,
@@ -174,10 +175,12 @@ def gauss_newton(logits: Any, *, temperature: float = 4.0, share: float = 0.15, 
 
 
 Row = Method | LayerMethod
+Asked = str | Row | Solver | Scores
 
 
-def row_of(method: str | Row | Solver) -> Row:
-    """The row that `method` asks for: a name's, itself, or for a solver alone `LayerMethod(solver)`.
+def row_of(method: Asked) -> Row:
+    """The row that `method` asks for: a name's, itself, `LayerMethod(solver)` for a solver alone, or the cut that keeps
+    the largest of `Scores`.
 
     Raises ValueError, listing the names, for an unknown one.
     """
@@ -185,13 +188,15 @@ def row_of(method: str | Row | Solver) -> Row:
         return method
     if isinstance(method, Solver):
         return LayerMethod(method)
+    if isinstance(method, Scores):
+        return Method(lambda network, key: method.at(network.params, network.chosen), Score(), "", False, False)
     rows = METHODS | LAYER_METHODS
     if not isinstance(method, str) or method not in rows:
         raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(rows)}, a row of your own, or a Solver")
     return rows[method]
 
 
-def layer_row(method: str | Row | Solver) -> LayerMethod:
+def layer_row(method: Asked) -> LayerMethod:
     """`row_of`, or ValueError for a method that models the loss of the whole network."""
     row = row_of(method)
     if not isinstance(row, LayerMethod):
@@ -202,7 +207,7 @@ def layer_row(method: str | Row | Solver) -> LayerMethod:
     return row
 
 
-def loss_row(method: str | Row | Solver) -> Method:
+def loss_row(method: Asked) -> Method:
     """`row_of`, or ValueError for a method that goes layer by layer."""
     row = row_of(method)
     if not isinstance(row, Method):
@@ -213,10 +218,12 @@ def loss_row(method: str | Row | Solver) -> Method:
     return row
 
 
-def name_of(method: str | Row | Solver) -> str:
+def name_of(method: Asked) -> str:
     """What a method is called in a history: its name in the tables, or what its solver is."""
     if isinstance(method, str):
         return method
+    if isinstance(method, Scores):
+        return "Scores"
     row, rows = row_of(method), METHODS | LAYER_METHODS
     known = [n for n, other in rows.items() if other is row] or [n for n, other in rows.items() if other == row]
     return known[0] if known else repr(row.solver)

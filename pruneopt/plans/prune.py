@@ -20,12 +20,11 @@ from pruneopt.network.network import Network
 from pruneopt.objectives.loss import Loss
 from pruneopt.plans.judged import FACTS, damped, judged, standing
 from pruneopt.plans.layerwise import layerwise
-from pruneopt.plans.methods import LayerMethod, Method, Row, name_of, row_of
+from pruneopt.plans.methods import Asked, LayerMethod, Method, name_of, row_of
 from pruneopt.plans.schedules import OneShot, Schedule, stages_of
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution
 from pruneopt.solve import solve
-from pruneopt.solvers.base import Solver
 
 Tree = Any
 FineTune = Callable[[Tree, Tree], Tree]
@@ -38,7 +37,7 @@ def prune(
     batches: Source | None,
     constraint: Constraint,
     *,
-    method: str | Row | Solver = "magnitude",
+    method: Asked = "magnitude",
     schedule: Schedule | None = None,
     fine_tune: FineTune | None = None,
     evaluate: Callable[[Tree], Any] | None = None,
@@ -54,8 +53,9 @@ def prune(
     params: any pytree. batches: re-iterable, or a function that returns an iterator; None where no data is read.
     constraint: on the chosen leaves: per="tree" lets importance decide where to prune, per="leaf" prunes the same
         fraction everywhere. Layer by layer (see `plans.layerwise`) a tree's budget is shared out uniformly.
-    method: a name of `plans.METHODS` or `plans.LAYER_METHODS`, a row of your own, or a solver alone, which goes layer
-        by layer, `LayerMethod(solver)`. A name is one problem in every plan: objective, target and damping.
+    method: a name of `plans.METHODS` or `plans.LAYER_METHODS`, a row of your own, a solver alone, which goes layer by
+        layer (`LayerMethod(solver)`), or `objectives.Scores` for a saliency of your own. A name is one problem in every
+        plan: objective, target and damping.
     schedule: OneShot() (default), Iterative, Cubic, CoarseThenFine. Supports are nested: what is cut stays cut.
     fine_tune: (params, support) -> params after each stage (`plans.retrain` makes one); pruned weights are set back to
         zero. evaluate: params -> anything, kept in `history` after pruning ("pruned") and fine-tuning ("tuned").

@@ -13,7 +13,8 @@ import numpy as np
 from pruneopt import _linalg, _tree
 from pruneopt.curvature.fisher import empirical_fisher_diagonal
 from pruneopt.network.batches import Source
-from pruneopt.network.leaves import Choice, check_finite, partition
+from pruneopt.network.leaves import Choice
+from pruneopt.network.network import Network
 
 Tree = Any
 
@@ -67,8 +68,8 @@ class Redundancy:
 
 @_tree.on_host
 def redundancy(
+    fn: Callable[[Tree, Any], Any] | None,
     params: Tree,
-    fn: Callable[[Tree, Any], Any] | None = None,
     batches: Source | None = None,
     *,
     leaves: Choice = None,
@@ -78,7 +79,7 @@ def redundancy(
     """What each leaf of `params` holds that the network does not need. Each leaf is read as leaf.reshape(-1, n_out).
 
     fn: loss(params, batch) -> scalar, a mean over examples, and batches: for what only data shows, silent outputs and
-        free weights; both or neither. tolerance: rise of the loss, by the diagonal empirical Fisher, that the free
+        free weights; both or None. tolerance: rise of the loss, by the diagonal empirical Fisher, that the free
         weights of a layer may cost together. similarity: |cosine| from which two outputs are twins.
     Time: one singular value decomposition a leaf and one gradient an example.
     Raises ValueError for a negative tolerance, a similarity outside (0, 1], only one of fn and batches, and what
@@ -90,11 +91,11 @@ def redundancy(
         raise ValueError(f"similarity={similarity!r} is outside (0, 1]; pass a cosine such as 0.99")
     if (fn is None) != (batches is None):
         raise ValueError("fn and batches: only one given; pass both, or neither")
-    chosen, _ = partition(params, leaves)
-    check_finite(chosen, "params")
+    network = Network.of(fn, params, batches, leaves)
+    chosen = network.chosen
     fisher: list[Any] = [None] * len(jax.tree.leaves(chosen))
     if fn is not None and batches is not None:
-        fisher = jax.tree.leaves(empirical_fisher_diagonal(fn, params, batches, leaves).values)
+        fisher = jax.tree.leaves(empirical_fisher_diagonal(*network.given).values)
     layers = [
         _layer(
             path, np.asarray(leaf, np.float64), None if f is None else np.asarray(f, np.float64), tolerance, similarity

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pruneopt.constraints.base import Constraint
-from pruneopt.plans.methods import Row, row_of
-from pruneopt.solvers.base import Solver
+from pruneopt.plans.methods import Asked, row_of
 
 Tree = Any
 
@@ -18,7 +17,7 @@ class Stage:
     """Prune until the fraction `cut` of the plan's removals is made, by `method` (None: the plan's own)."""
 
     cut: float
-    method: str | Row | Solver | None = None
+    method: Asked | None = None
 
 
 class Schedule(Protocol):
@@ -81,7 +80,7 @@ class CoarseThenFine:
 
     share: float = 0.7
     steps: int = 4
-    coarse: str | Row | Solver = "magnitude"
+    coarse: Asked = "magnitude"
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)

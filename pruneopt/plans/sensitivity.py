@@ -16,10 +16,9 @@ from pruneopt.network.leaves import Choice, as_key
 from pruneopt.network.network import Network
 from pruneopt.objectives.loss import Loss
 from pruneopt.plans.layerwise import layerwise
-from pruneopt.plans.methods import LayerMethod, Method, Row, row_of
+from pruneopt.plans.methods import Asked, LayerMethod, Method, row_of
 from pruneopt.problem import Problem
 from pruneopt.solve import solve
-from pruneopt.solvers.base import Solver
 from pruneopt.solvers.score import Score
 
 Tree = Any
@@ -63,7 +62,7 @@ def sensitivity(
     batches: Source,
     levels: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 0.95),
     *,
-    method: str | Row | Solver = "magnitude",
+    method: Asked = "magnitude",
     leaves: Choice = None,
     key: jax.Array | None = None,
     progress: bool = True,

@@ -4,7 +4,7 @@ from pruneopt.solvers.active_set import ActiveSet
 from pruneopt.solvers.admm import ADMM
 from pruneopt.solvers.alps import ALPS
 from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
-from pruneopt.solvers.base import Solver, Then
+from pruneopt.solvers.base import Outcome, Solver, Start, Then
 from pruneopt.solvers.block_obs import BlockOBS
 from pruneopt.solvers.cbs import CBS
 from pruneopt.solvers.chita import CHITA
@@ -42,12 +42,14 @@ __all__ = [
     "GlobalADMM",
     "GreedyOBS",
     "HardThresholding",
+    "Outcome",
     "Polish",
     "ProximalGradient",
     "Pursuit",
     "Score",
     "Solver",
     "SparseSwaps",
+    "Start",
     "SummedOBS",
     "Swap",
     "Thanos",

@@ -14,6 +14,7 @@ from pruneopt import _tree
 from pruneopt.bounds.separable import Separable
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.reconstruction import Reconstruction
+from pruneopt.objectives.scores import Scores
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, without_penalty
 
@@ -51,10 +52,10 @@ class Score(Solver):
                 f"Score(rule='relative') needs the objective Reconstruction, not {type(problem.objective).__name__}; "
                 "pass its inputs' Gram, Reconstruction(W, Gram.checked(X^T X / N))"
             )
-        if self.rule != "random" and not isinstance(problem.objective, QuadraticObjective):
+        if self.rule != "random" and not isinstance(problem.objective, QuadraticObjective | Scores):
             return (
                 f"Score(rule={self.rule!r}) needs a quadratic objective, not {type(problem.objective).__name__}; "
-                "model the loss with Quadratic(center, curvature, gradient)"
+                "model the loss with Quadratic(center, curvature, gradient), or pass Scores"
             )
         if self.rule != "random" and _has_no_terms(problem.objective):
             return f"Score(rule={self.rule!r}) has nothing to rank by: the objective has no gradient and no curvature"
@@ -71,7 +72,7 @@ class Score(Solver):
             assert isinstance(f, Reconstruction)
             scores = _relative(f.center, jnp.diagonal(f.curvature.matrix))
         else:
-            assert isinstance(f, QuadraticObjective)
+            assert isinstance(f, QuadraticObjective | Scores)
             scores = f.ranking() if self.rule == "saliency" else _absolute(f.ranking())
             proof = Separable() if self.rule == "saliency" and f.is_separable and constraint.exact else None
         path = _tree.first_nonfinite(scores)
@@ -117,4 +118,4 @@ def _absolute(scores: Tree) -> Tree:
 
 
 def _has_no_terms(f: Any) -> bool:
-    return f.curvature is None and f.gradient is None
+    return isinstance(f, QuadraticObjective) and f.curvature is None and f.gradient is None
