@@ -17,7 +17,7 @@ _STACKS = "it stacks layers: one entry of it is read at a time"
 _CONSTANT = "it meets an array of numbers that fn closed over"
 _PARTS = 64  # parts of one axis; beyond it the axis is blocked, not split further
 Ids = tuple[int, ...]
-Rule = Callable[["Reader", Equation], list[Ids] | None]  # the axes of each output, or None for no rule
+AxisRule = Callable[["Reader", Equation], list[Ids] | None]  # the axes of each output, or None for no rule
 
 
 class Axes:
@@ -154,7 +154,7 @@ class Reader:
     axes of parameters. unknown: [(primitive, reason, axes that it touches)], without a rule.
     """
 
-    def __init__(self, program: Program, rules: Mapping[str, Rule], whole: Mapping[str, str]):
+    def __init__(self, program: Program, rules: Mapping[str, AxisRule], whole: Mapping[str, str]):
         self.program, self.axes, self._rules, self._whole = program, Axes(), rules, whole
         self.contractions: list[tuple[int, int, Atom, Atom, str]] = []
         self.roles: dict[int, list[str]] = {}

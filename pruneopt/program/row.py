@@ -56,8 +56,8 @@ class Row:
     scales: Callable[[Equation], tuple[Atom, ...]] | None = None
     picks: bool = False
     product: Product | None = None
-    axes: axes.Rule | None = None
-    zeros: zeros.Rule | None = None
+    axes: axes.AxisRule | None = None
+    zeros: zeros.ZeroRule | None = None
     infinite: zeros.Infinite | None = None
     inlined: bool = False
     whole: str = ""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pruneopt.program.axes import Ids, Reader, Rule
+from pruneopt.program.axes import AxisRule, Ids, Reader
 from pruneopt.program.program import Equation
 from pruneopt.program.row import Row, rows
 from pruneopt.program.zeros import keeps
@@ -33,7 +33,7 @@ def _without(reader: Reader, equation: Equation, dims: Any, why: str) -> list[Id
     return made
 
 
-def along(param: str, word: str) -> Rule:
+def along(param: str, word: str) -> AxisRule:
     """The rule of a primitive that works along the axes named by a parameter: they are blocked."""
 
     def rule(reader: Reader, equation: Equation) -> list[Ids]:

@@ -12,7 +12,7 @@ from pruneopt.program.keys import Literal
 from pruneopt.program.program import Atom, Equation
 
 Found = frozenset[int]
-Rule = Callable[["Zeros", Equation, int, int], Found]  # units at which axis k of output i is zero
+ZeroRule = Callable[["Zeros", Equation, int, int], Found]  # units at which axis k of output i is zero
 Infinite = Callable[[Equation], tuple[Atom, ...]]  # the inputs at whose zeros a value may be infinite or not a number
 
 _NONE: Found = frozenset()
@@ -25,7 +25,7 @@ class Zeros:
     rules: {primitive: where its outputs are zero}; without one nowhere. infinite: {primitive: inputs}.
     """
 
-    def __init__(self, reader: Reader, rules: Mapping[str, Rule], infinite: Mapping[str, Infinite]):
+    def __init__(self, reader: Reader, rules: Mapping[str, ZeroRule], infinite: Mapping[str, Infinite]):
         self._reader, self._rules, self._infinite = reader, rules, infinite
         self._of: dict[int, tuple[Found, ...]] = {}
         self._null: set[int] = set()

@@ -17,7 +17,7 @@ from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.factors import Wanted, factored
-from pruneopt.solvers.threshold import Rule, projection, selected
+from pruneopt.solvers.threshold import Masking, projection, selected
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,16 @@ class ADMM(Solver):
         assert problem.subject_to is not None
         ready = prepared(problem)
         dtype = ready.gram.dtype
-        rule = projection(problem.subject_to, ready.center.shape, dtype)
+        masking = projection(problem.subject_to, ready.center.shape, dtype)
         wanted = Wanted(self.damping, self.metric, self.metric_block, self.rho, self.levels, self.products)
         factors, facts = factored(problem, ready, wanted)
         t = ready.center
         if not ready.blank:
             start = None if init is None else ready.started(init.value)
-            state = _started(ready, factors.scale, factors.rhos[0], rule, start)
+            state = _started(ready, factors.scale, factors.rhos[0], masking, start)
             relaxation, iterations = np.asarray(self.relaxation, dtype), np.int32(self.iterations_at(*t.shape))
             for rho, inverse in zip(factors.rhos, factors.inverses, strict=True):
-                state = _iterated(ready, factors.scale, inverse, rule, state, rho, relaxation, iterations)
+                state = _iterated(ready, factors.scale, inverse, masking, state, rho, relaxation, iterations)
             t = state.t
             del state
         scores, weights = _judged(ready, t, factors.scale)
@@ -135,13 +135,13 @@ class State(NamedTuple):
 
 @jax.jit
 def _started(
-    ready: Layer, scale: Float[Array, "n 1"], rho: Float[Array, ""], rule: Rule, start: Float[Array, "n m"] | None
+    ready: Layer, scale: Float[Array, "n 1"], rho: Float[Array, ""], masking: Masking, start: Float[Array, "n m"] | None
 ) -> State:
     """At the dense weights, or where `start` would be a fixed point if it were optimal."""
     t = scale * ready.center
     if start is not None:
         t = scale * start + _linalg.matmul(ready.gram, ready.center - start) / (scale * rho)
-    return State(t, *rule.mask(t, rule.start(t)), rho)
+    return State(t, *masking.mask(t, masking.start(t)), rho)
 
 
 @jax.jit
@@ -149,7 +149,7 @@ def _iterated(
     ready: Layer,
     scale: Float[Array, "n 1"],
     inverse: Float[Array, "n n"],
-    rule: Rule,
+    masking: Masking,
     state: State,
     rho: Float[Array, ""],
     relaxation: Float[Array, ""],
@@ -163,9 +163,9 @@ def _iterated(
         t, mask, threshold = now
         moved = dense + _linalg.rounded_matmul(inverse, jnp.where(mask, t, -t) - dense)
         t = t + relaxation * (moved - jnp.where(mask, t, zero))
-        return t, *rule.mask(t, threshold)
+        return t, *masking.mask(t, threshold)
 
-    t, mask, threshold = lax.fori_loop(0, iterations, iteration, (t, state.mask, rule.turn(t, state.threshold)))
+    t, mask, threshold = lax.fori_loop(0, iterations, iteration, (t, state.mask, masking.turn(t, state.threshold)))
     return State(t, mask, threshold, rho)
 
 

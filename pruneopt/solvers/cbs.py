@@ -15,7 +15,7 @@ from pruneopt import _tree
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_bends, check_not_negative, check_whole, network_only
-from pruneopt.solvers.obs import Budget, budget_of
+from pruneopt.solvers.obs import Quota, quota_of
 
 Tree = Any
 Flat = Float[np.ndarray, " p"]
@@ -71,7 +71,7 @@ class CBS(Solver):
                 "use Score for a diagonal"
             )
         assert problem.subject_to is not None
-        if budget_of(problem.subject_to, f.center) is None:
+        if quota_of(problem.subject_to, f.center) is None:
             return (
                 f"CBS cannot swap under {problem.subject_to!r}; pass Cardinality per 'tree' or 'leaf', a Support, or "
                 "an Intersection of Supports with one of them"
@@ -83,8 +83,8 @@ class CBS(Solver):
         f, constraint = problem.objective, problem.subject_to
         assert isinstance(f, QuadraticObjective)
         assert constraint is not None
-        model, budget = _Model.of(f), budget_of(constraint, f.center)
-        assert budget is not None
+        model, quota = _Model.of(f), quota_of(constraint, f.center)
+        assert quota is not None
         check_bends(self, f, model.diagonal)
         drawn = self._drawn(model, constraint, key)
         if init is not None:
@@ -93,7 +93,7 @@ class CBS(Solver):
         swaps, sweeps, settled = 0, 0, False
         while not settled and sweeps < self.sweeps:
             sweeps += 1
-            support, made = self._swept(model, budget, point)
+            support, made = self._swept(model, quota, point)
             trial = model.at(support)
             settled = made == 0 or trial.value >= point.value
             if not settled:
@@ -117,10 +117,10 @@ class CBS(Solver):
             rank[order] = np.arange(p) - np.searchsorted(part[order], part[order])
             score = (rank + 0.5) / np.bincount(part)[part]
 
-    def _swept(self, model: _Model, budget: Budget, point: _Point) -> tuple[Bool[np.ndarray, " p"], int]:
+    def _swept(self, model: _Model, quota: Quota, point: _Point) -> tuple[Bool[np.ndarray, " p"], int]:
         """The support after the best swaps among the candidates, and their number."""
         w, s = model.center, point.slope
-        back = np.where(~point.support & budget.allowed, w * s + 0.5 * w**2 * model.diagonal, np.inf)
+        back = np.where(~point.support & quota.allowed, w * s + 0.5 * w**2 * model.diagonal, np.inf)
         cut = np.where(point.support, -w * s + 0.5 * w**2 * model.diagonal, np.inf)
         entering, leaving = _least(back, self.candidates), _least(cut, self.candidates)
         support, made = point.support.copy(), 0
@@ -129,10 +129,10 @@ class CBS(Solver):
         at = np.concatenate([entering, leaving])
         square = w[at, None] * model.block(at) * w[at]  # w_k H_kl w_l
         first, a, b = len(entering), back[entering], cut[leaving]
-        leaf_in, leaf_out = budget.leaf[entering], budget.leaf[leaving]
-        kept = np.bincount(budget.leaf[support], minlength=len(budget.least))
+        leaf_in, leaf_out = quota.leaf[entering], quota.leaf[leaving]
+        kept = np.bincount(quota.leaf[support], minlength=len(quota.least))
         while True:
-            free = (leaf_in[:, None] == leaf_out) | (kept > budget.least)[leaf_out]
+            free = (leaf_in[:, None] == leaf_out) | (kept > quota.least)[leaf_out]
             change = np.where(free, a[:, None] + b - square[:first, first:], np.inf)
             i, j = np.unravel_index(np.argmin(change), change.shape)
             if not change[i, j] < -self.tolerance * abs(point.value):

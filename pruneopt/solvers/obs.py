@@ -59,7 +59,7 @@ class OBS(Solver):
                 f"OBS needs {16 * p * p:,} bytes for H and its inverse, above memory={self.memory:,}; pass leaves= to "
                 f"decide fewer than {p:,} weights, memory= to allow it, or a solver that needs no dense matrix"
             )
-        if problem.subject_to is None or budget_of(problem.subject_to, f.center) is None:
+        if problem.subject_to is None or quota_of(problem.subject_to, f.center) is None:
             return (
                 f"OBS cannot prune under {problem.subject_to!r}; pass Cardinality per 'tree' or 'leaf', a Support, or "
                 "an Intersection of Supports with one of them"
@@ -72,8 +72,8 @@ class OBS(Solver):
         assert isinstance(f, QuadraticObjective)
         assert problem.subject_to is not None
         layout = _tree.Layout.of(f.center)
-        budget = budget_of(problem.subject_to, f.center)
-        assert budget is not None
+        quota = quota_of(problem.subject_to, f.center)
+        assert quota is not None
         w = _flat(f.center)
         assert f.curvature is not None
         with jax.enable_x64(True):  # what a small ridge stands for is lost in a float32 matrix
@@ -81,7 +81,7 @@ class OBS(Solver):
         inverse = _inverse(h, float(f.ridge()), f.curvature)
         if f.gradient is not None:
             w = w - inverse @ _flat(f.gradient)
-        w, removed, rises = _removed(inverse, w, budget)
+        w, removed, rises = _removed(inverse, w, quota)
         alive = np.ones(w.size, bool)
         alive[removed] = False
         value = jax.tree.map(jnp.asarray, layout.tree(w, f.center))
@@ -89,7 +89,7 @@ class OBS(Solver):
         return Outcome(value, support, stats={"removed": removed, "rises": rises})
 
 
-class Budget(NamedTuple):
+class Quota(NamedTuple):
     """What must go: everything not `allowed`; then down to `most` in all, no leaf below its `least`."""
 
     allowed: Bool[np.ndarray, " p"]
@@ -99,19 +99,19 @@ class Budget(NamedTuple):
 
 
 def _removed(
-    inverse: Float[np.ndarray, "p p"], w: Float[np.ndarray, " p"], budget: Budget
+    inverse: Float[np.ndarray, "p p"], w: Float[np.ndarray, " p"], quota: Quota
 ) -> tuple[Float[np.ndarray, " p"], Int[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """The weights that are left and their values, what went in its order, and the rise of each removal."""
     c, w = np.asfortranarray(inverse), w.copy()
     (add_outer,) = scipy.linalg.get_blas_funcs(("ger",), (c,))
-    alive, kept = np.ones(w.size, bool), np.bincount(budget.leaf, minlength=len(budget.least))
+    alive, kept = np.ones(w.size, bool), np.bincount(quota.leaf, minlength=len(quota.least))
     removed, rises = [], []
     while True:
-        barred = alive & ~budget.allowed
+        barred = alive & ~quota.allowed
         if barred.any():
             free = barred
-        elif kept.sum() > budget.most:
-            free = alive & (kept > budget.least)[budget.leaf]
+        elif kept.sum() > quota.most:
+            free = alive & (kept > quota.least)[quota.leaf]
         else:
             return w, np.asarray(removed, int), np.asarray(rises)
         diagonal = np.where(free, np.diagonal(c), 1.0)
@@ -122,7 +122,7 @@ def _removed(
         c = add_outer(-1 / pivot, column, column, a=c, overwrite_a=True)  # in place
         c[:, q] = c[q] = w[q] = 0.0
         alive[q] = False
-        kept[budget.leaf[q]] -= 1
+        kept[quota.leaf[q]] -= 1
         removed.append(q)
         rises.append(rise[q])
 
@@ -150,19 +150,19 @@ def _flat(tree: Any) -> Float[np.ndarray, " p"]:
     return np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(tree)])
 
 
-def budget_of(constraint: Constraint, center: Any) -> Budget | None:
-    """The constraint as a budget, None where it is none."""
+def quota_of(constraint: Constraint, center: Any) -> Quota | None:
+    """The constraint as a quota, None where it is none."""
     found = parts.of(constraint)
     sizes = [x.size for x in jax.tree.leaves(center)]
     leaf, free = np.repeat(np.arange(len(sizes)), sizes), found.allowed_flat(center)
     live = np.bincount(leaf[free], minlength=len(sizes))
     if found.fixed:
-        return Budget(free, leaf, live, int(live.sum()))
+        return Quota(free, leaf, live, int(live.sum()))
     one = found.one
     if one is None or one.kept_of is None or one.box != (-1, -1):
         return None
     floors = np.asarray([min(one.floor, size) for size in sizes])
     if one.across:
-        return Budget(free, leaf, np.minimum(floors, live), one.kept_of(sum(sizes)))
+        return Quota(free, leaf, np.minimum(floors, live), one.kept_of(sum(sizes)))
     least = np.minimum(np.maximum([one.kept_of(size) for size in sizes], floors), live)
-    return Budget(free, leaf, least, int(least.sum()))
+    return Quota(free, leaf, least, int(least.sum()))

@@ -22,7 +22,7 @@ State = Any
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Budget:
+class Threshold:
     """About `counts` of the largest |T| in each scope, by one step of Newton on the logarithm of a threshold a call.
 
     The threshold is warm, so that it follows T from iteration to iteration for a fraction of the cost of a selection.
@@ -125,10 +125,10 @@ class Selection:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rule:
+class Masking:
     """How to select inside a loop: among what is `allowed` (None: everything), as `choose` does."""
 
-    choose: Budget | Groups | Selection
+    choose: Threshold | Groups | Selection
     allowed: Bool[Array, "n m"] | None
 
     def start(self, t: Float[Array, "n m"]) -> State:
@@ -148,19 +148,21 @@ class Rule:
         return t if self.allowed is None else jnp.where(self.allowed, t, jnp.zeros((), t.dtype))
 
 
-def projection(constraint: Constraint, shape: tuple[int, ...], dtype: Any) -> Rule:
-    """The rule of a constraint for matrices of `shape`."""
+def projection(constraint: Constraint, shape: tuple[int, ...], dtype: Any) -> Masking:
+    """The masking of a constraint for matrices of `shape`."""
     found = parts.of(constraint, ndim=2)
     allowed = found.allowed(jnp.zeros(shape)) if found.masks else None
     if found.fixed:  # everything that is allowed
-        return Rule(Budget(jnp.full((1,), shape[0] * shape[1], dtype), None, 1), allowed)
+        return Masking(Threshold(jnp.full((1,), shape[0] * shape[1], dtype), None, 1), allowed)
     one = found.one
     if one is not None and one.free and one.group and one.box and one.group[0] * one.group[1] <= 64:
-        return Rule(Groups(*one.group, axis=0 if one.box[1] == 1 else 1), allowed)
+        return Masking(Groups(*one.group, axis=0 if one.box[1] == 1 else 1), allowed)
     if one is None or one.counts is None or one.box is None or -1 not in one.box:
-        return Rule(Selection(found.choices), allowed)
+        return Masking(Selection(found.choices), allowed)
     axis = None if one.box == (-1, -1) else one.box.index(-1) ^ 1
-    return Rule(Budget(jnp.asarray(one.counts(shape), dtype), axis, 1 if axis is None else one.box[axis]), allowed)
+    return Masking(
+        Threshold(jnp.asarray(one.counts(shape), dtype), axis, 1 if axis is None else one.box[axis]), allowed
+    )
 
 
 def selected(constraint: Constraint, scores: Float[Array, "n m"]) -> Bool[Array, "n m"]:
