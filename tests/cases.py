@@ -135,6 +135,11 @@ CONSTRAINTS = {
     ),
     "an L1 ball, on values alone": (c.L1Ball(2.0), lambda a, b: _total(a, b) >= 0),
     "a group ball, on values alone": (c.GroupBall(2.0), lambda a, b: _total(a, b) >= 0),
+    "a ball within a support": (
+        c.Intersection((c.Support(masks(8)), c.L1Ball(2.0))),
+        lambda a, b: ~(a & ~np.asarray(masks(8)["a"])).any((1, 2)) & ~(b & ~np.asarray(masks(8)["b"])).any((1, 2)),
+    ),
+    "balls by path": (c.ByPath({"a": c.L1Ball(2.0), "b": c.GroupBall(1.0)}), lambda a, b: _total(a, b) >= 0),
     "by path": (
         c.ByPath({"a": c.Cardinality(count=3), "*": c.Cardinality(sparsity=0.25)}),
         lambda a, b: (a.sum((1, 2)) <= 3) & (b.sum((1, 2)) <= 3),

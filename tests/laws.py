@@ -354,8 +354,6 @@ class TestSolver:
         for c_name in MATRIX_CONSTRAINTS if "reconstruction" in f_name else CONSTRAINTS:
             problem = problem_of(f_name, c_name)
             same = problem.subject_to
-            if same.bounds_values:
-                continue
             everything = constraints.Support(problem.full_support())
             for sets in ((everything, same), (same, constraints.Cardinality(sparsity=0.0))):
                 same = constraints.Intersection(sets)

@@ -99,6 +99,12 @@ class Tracked:
 # (what is called, the exception, words that the sentence must hold: argument, value, remedy)
 CASES = {
     "sparsity above 1": (lambda: Cardinality(sparsity=1.5), ValueError, ("sparsity=1.5", "[0, 1)", "pass")),
+    "a number without a name": (lambda: Cardinality(0.9), TypeError, ("Cardinality(0.9)", "sparsity=", "count=")),
+    "per names in a tuple": (
+        lambda: Cardinality(sparsity=0.5, per=("in", "out")),
+        ValueError,
+        ("per=", "pass one name"),
+    ),
     "sparsity 1": (lambda: Cardinality(sparsity=1.0), ValueError, ("sparsity=1.0", "[0, 1)")),
     "sparsity negative": (lambda: Cardinality(sparsity=-0.1), ValueError, ("sparsity=-0.1", "[0, 1)")),
     "sparsity NaN": (lambda: Cardinality(sparsity=float("nan")), ValueError, ("sparsity=nan", "[0, 1)")),

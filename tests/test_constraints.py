@@ -1,5 +1,6 @@
 """Constraints against brute force over every support, NumPy sorts and SciPy's linear programs (HiGHS)."""
 
+import inspect
 import itertools
 
 import jax
@@ -9,7 +10,18 @@ import pytest
 from scipy.optimize import linprog
 from scipy.sparse import eye, kron, vstack
 
-from pruneopt.constraints import NM, Blocks, Cardinality, Intersection, Slices, Support, TransposableNM
+from pruneopt.constraints import (
+    NM,
+    Blocks,
+    ByPath,
+    Cardinality,
+    Intersection,
+    L1Ball,
+    Slices,
+    Support,
+    TransposableNM,
+    parts,
+)
 
 RNG = np.random.default_rng(0)
 EVERY_16 = (np.arange(2**16)[:, None] >> np.arange(16)) % 2 == 1
@@ -430,3 +442,34 @@ def test_axes_by_number_promise_nothing():
     assert not Intersection((Cardinality(count=5), Cardinality(count=2, per="leaf"))).exact
     for a, b in itertools.permutations((Cardinality(count=5, floor=1), Cardinality(count=4, floor=2)), 2):
         assert not Intersection((a, b)).exact
+
+
+def test_a_tuple_of_one_name_is_that_name():
+    assert Cardinality(sparsity=0.5, per=("out",)) == Cardinality(sparsity=0.5, per="out")
+    assert Cardinality(sparsity=0.5, per=("in",), span=4) == Cardinality(sparsity=0.5, per="in", span=4)
+    assert "sparsity" in inspect.signature(Cardinality).parameters
+
+
+def test_a_set_that_cuts_nothing_has_no_parts():
+    for idle in (Cardinality(sparsity=0.0), NM(4, 4), Slices(-1, Cardinality(sparsity=0.0)), Support(None)):
+        found = parts.of(idle)
+        assert found.fixed
+        np.testing.assert_array_equal(found.allowed(jnp.zeros((4, 2))), np.ones((4, 2), bool))
+    assert parts.of(Cardinality(sparsity=0.0, floor=2)).one.floor == 2
+
+
+def test_parts_are_flat_and_choose_with_floors_last():
+    mask = jnp.asarray([[True], [False], [True], [True]])
+    inner = Intersection((Cardinality(count=2, floor=1), NM(2, 4)))
+    found = parts.of(Intersection((inner, Intersection((Support(mask), L1Ball(1.0))))))
+    assert [choice.by for choice in found.choices] == [NM(2, 4), Cardinality(count=2, floor=1)]
+    assert (found.masks, found.values, found.fixed) == ((mask,), (L1Ball(1.0),), False)
+    np.testing.assert_array_equal(
+        found.select(jnp.asarray([[1.0], [9.0], [3.0], [2.0]]))[:, 0], [False, False, True, True]
+    )
+
+
+def test_by_path_tells_its_order():
+    one, other = ({"a*": NM(2, 4), "*": Cardinality(count=1)}, {"*": Cardinality(count=1), "a*": NM(2, 4)})
+    assert ByPath(one) == ByPath(dict(one)) != ByPath(other)
+    assert hash(ByPath(one)) == hash(ByPath(dict(one)))

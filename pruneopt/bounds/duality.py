@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from pruneopt.bounds.base import Evidence
-from pruneopt.constraints.ball import Ball
 from pruneopt.network.leaves import check_like
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.problem import Problem
@@ -20,10 +19,10 @@ Tree = Any
 
 @dataclass(frozen=True, eq=False)
 class Duality(Evidence):
-    """Evidence for a convex penalty P (or a ball) and a convex quadratic f without a gradient at w0: a float64 point.
+    """Evidence for a convex penalty P (or a bounded set) and a convex quadratic f without a gradient at w0: a point.
 
-    Its gradient, scaled to where P's conjugate is finite, is feasible for Fenchel's dual (`dual_value`). Any point
-    proves something; one near the optimum proves much.
+    In float64. Its gradient, scaled to where P's conjugate is finite, is feasible for Fenchel's dual (`dual_value`).
+    Any point proves something; one near the optimum proves much.
     """
 
     point: Tree
@@ -46,14 +45,14 @@ def dual_value(problem: Problem, point: Tree) -> float:
         f + P  >=  constant - t <G, w0> - t^2 / 2 <d, G> - P*(-t G),
 
     tight at the optimum with t = 1. The best of t = 1, of the largest t at which P* is finite for a norm P, and of
-    the best t up to that. Without a penalty, a ball as constraint takes its
-    place, with t = 1. -inf where f or P is not of that kind; that H is semidefinite is not checked.
+    the best t up to that. Without a penalty, the constraint takes its place, with t = 1 and max <-G, w> over its
+    values w for the conjugate. -inf where f or P is not of that kind; that H is semidefinite is not checked.
     Source: Fenchel's duality, with the scaling of El Ghaoui, Viallon and Rabbani 2012.
     """
-    f, penalty, ball = problem.objective, problem.penalty, problem.subject_to
+    f, penalty, constraint = problem.objective, problem.penalty, problem.subject_to
     if not isinstance(f, QuadraticObjective) or f.gradient is not None or f.curvature is None:
         return -math.inf
-    if penalty is None and not isinstance(ball, Ball):
+    if penalty is None and constraint is None:
         return -math.inf
     if penalty is not None and not penalty.is_convex:
         return -math.inf
@@ -62,9 +61,9 @@ def dual_value(problem: Problem, point: Tree) -> float:
     for g, z, c in zip(*map(jax.tree.leaves, (gradient, point, f.center)), strict=True):
         along += float(np.vdot(g, np.asarray(c, np.float64)))
         bend += float(np.vdot(g, np.asarray(z, np.float64) - np.asarray(c, np.float64)))
-    if penalty is None:  # a ball's indicator, whose conjugate is radius times the dual norm
-        assert isinstance(ball, Ball)
-        return f.constant - along - bend / 2 - ball.radius * ball.dual_norm(gradient)
+    if penalty is None:
+        assert constraint is not None
+        return f.constant - along - bend / 2 - constraint.largest_product(jax.tree.map(lambda g: -g, gradient))
     dual_norm = penalty.weight_max(gradient)
     most = float(penalty.weight) / dual_norm if dual_norm > 0 else 1.0
     best = min(max(-along / bend, -most), most) if bend > 0 else 0.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pruneopt import _tree
-from pruneopt.constraints.base import Constraint, check_cut
+from pruneopt.constraints.base import Constraint, check_cut, check_no_metric
 from pruneopt.constraints.parts import Parts
+from pruneopt.structure.layout import Slot
 
 Tree = Any
 _ROUNDING = 1e-6  # by which a norm may exceed its radius, relative, or by what the weights' dtype rounds
@@ -23,7 +25,8 @@ _ROUNDING = 1e-6  # by which a norm may exceed its radius, relative, or by what 
 class Ball(Constraint):
     """{w: R(w) <= radius} for a norm R over all leaves; every support is allowed. A subclass says what R is.
 
-    It stands alone: it is no part of an `Intersection` or `ByPath`.
+    R does not grow where entries are put to zero, so that the nearest point of it that vanishes off a support is that
+    of the weights on the support.
     """
 
     radius: float
@@ -68,6 +71,19 @@ class Ball(Constraint):
         check_cut(cut)
         return self
 
+    def project(self, values: Tree, support: Tree = None, metric: Tree = None) -> Tree:
+        """The nearest point of the ball. Traceable by JAX."""
+        check_no_metric(self, metric)
+        return self._nearest(values if support is None else _tree.masked(values, support))
+
+    def largest_product(self, u: Tree) -> float:
+        """The radius times the dual norm."""
+        return self.radius * self.dual_norm(u)
+
+    @abc.abstractmethod
+    def _nearest(self, values: Tree) -> Tree:
+        """The nearest point of the ball."""
+
     @abc.abstractmethod
     def norm(self, w: Tree) -> float:
         """R(w), in float64."""
@@ -93,8 +109,8 @@ class L1Ball(Ball):
     def check(self, variable: Tree) -> None:
         """Any leaves will do."""
 
-    def project(self, values: Tree) -> Tree:
-        """The nearest point of the ball: soft thresholding at the level that meets the radius. Traceable by JAX."""
+    def _nearest(self, values: Tree) -> Tree:
+        """Soft thresholding at the level that meets the radius."""
         wide = _tree.widened(values)
         level = _level(jnp.concatenate([jnp.abs(x).reshape(-1) for x in jax.tree.leaves(wide)]), self.radius)
 
@@ -133,8 +149,19 @@ class GroupBall(Ball):
                     f"axis={self.axis} does not exist in {_tree.called(path)} of shape {leaf.shape}; pass another"
                 )
 
-    def project(self, values: Tree) -> Tree:
-        """The nearest point of the ball. Traceable by JAX."""
+    def restricted(self, slots: Sequence[Slot]) -> list[Constraint]:
+        """Groups of the matrices' inputs or outputs. Raises ValueError for an axis that is neither."""
+        kinds = [slot.kind_of(self.axis) for slot in slots]
+        for slot, kind in zip(slots, kinds, strict=True):
+            if kind not in ("in", "out"):
+                raise ValueError(
+                    f"axis={self.axis}: that axis of leaf '{slot.name}' is neither the inputs nor the outputs of its "
+                    f"matrices {slot.shape}; pass another axis, or leave that leaf out with leaves="
+                )
+        return [replace(self, axis=-2 if kind == "in" else -1) for kind in kinds]
+
+    def _nearest(self, values: Tree) -> Tree:
+        """Each slice shorter by the level that meets the radius."""
         wide = _tree.widened(values)
         norms = jax.tree.map(lambda x: jnp.sqrt(jnp.sum(x * x, axis=self._others(x), keepdims=True)), wide)
         level = _level(jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(norms)]), self.radius)

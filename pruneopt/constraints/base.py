@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pruneopt import _tree
@@ -38,13 +41,22 @@ class Constraint(abc.ABC):
         """Whether it restricts the values too, and not the support alone; then it has a `project`."""
         return False
 
-    def project(self, values: Tree) -> Tree:
-        """The nearest allowed values on their support."""
-        return values
+    def project(self, values: Tree, support: Tree = None, metric: Tree = None) -> Tree:
+        """The nearest values that it allows and that vanish off `support`; None: that live where they like.
+
+        metric: of what is near, for a set that knows one; None is the Euclidean norm. Which weights live is for
+        `select` to choose: a choice leaves values as they are, only what is fixed does not. Traceable by JAX.
+        """
+        check_no_metric(self, metric)
+        return values if support is None else _tree.masked(values, support)
 
     def value_violation(self, values: Tree) -> float:
         """By how much the values break it; 0 where they do not, to rounding."""
         return 0.0
+
+    def largest_product(self, u: Tree) -> float:
+        """max <u, w> over its values w (or more, where that is hard to say), in float64; inf where there is none."""
+        return math.inf if any(np.any(x) for x in jax.tree.leaves(u)) else 0.0
 
     @abc.abstractmethod
     def described(self, ndim: int | None = None) -> Parts:
@@ -138,10 +150,12 @@ def check_constraints(name: str, parts: Any) -> None:
     for part in parts:
         if not isinstance(part, Constraint):
             raise TypeError(f"{name} holds {part!r}; pass constraints such as Cardinality(sparsity=0.9)")
-        if part.bounds_values:
-            raise TypeError(
-                f"{name} holds {part!r}, which bounds values and stands alone; pass it as subject_to= itself"
-            )
+
+
+def check_no_metric(constraint: Constraint, metric: Tree) -> None:
+    """Raise ValueError for a metric, of a set that projects in the Euclidean norm."""
+    if metric is not None:
+        raise ValueError(f"metric is given, but {constraint!r} projects in the Euclidean norm alone; pass metric=None")
 
 
 def check_cut(cut: float) -> None:

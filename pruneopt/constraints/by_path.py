@@ -18,7 +18,7 @@ Tree = Any
 _FEW = 4  # patterns that a line of text holds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ByPath(Constraint):
     """Each leaf under the constraint of the first pattern that its path matches.
 
@@ -32,6 +32,12 @@ class ByPath(Constraint):
         if not isinstance(self.of, Mapping):
             raise TypeError(f"of={self.of!r}: pass {{pattern: constraint}}")
         check_constraints("of", self.of.values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByPath) and tuple(self.of.items()) == tuple(other.of.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.of.items()))
 
     @property
     def exact(self) -> bool:
@@ -74,6 +80,28 @@ class ByPath(Constraint):
         """Pattern by pattern."""
         groups = self._split(scores).items()
         return self._join(scores, {p: self.of[p].select_stage(group, cuts, stage) for p, group in groups})
+
+    @property
+    def bounds_values(self) -> bool:
+        """Whether a constraint does."""
+        return any(c.bounds_values for c in self.of.values())
+
+    def project(self, values: Tree, support: Tree = None, metric: Tree = None) -> Tree:
+        """Pattern by pattern, on the leaves of each."""
+        supports, metrics = (None if x is None else self._split(x) for x in (support, metric))
+        found = {
+            p: self.of[p].project(group, supports and supports[p], metrics and metrics[p])
+            for p, group in self._split(values).items()
+        }
+        return self._join(values, found)
+
+    def value_violation(self, values: Tree) -> float:
+        """Sum over the patterns."""
+        return sum(self.of[p].value_violation(group) for p, group in self._split(values).items())
+
+    def largest_product(self, u: Tree) -> float:
+        """Sum over the patterns."""
+        return sum(self.of[p].largest_product(group) for p, group in self._split(u).items())
 
     def violation(self, support: Tree) -> int:
         """Sum over the patterns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -51,8 +52,17 @@ class Cardinality(Constraint):
     floor: int | None = None
     cut: float = 1.0
 
+    def __new__(cls, *given: Any, **fields: Any) -> Cardinality:
+        """Raises TypeError for a number without its name."""
+        if given:
+            what = "pass sparsity= (the fraction to remove) or count= (the weights to keep)"
+            raise TypeError(f"Cardinality({given[0]!r}) does not say what that number is; {what}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         check_amount(self.sparsity, self.count)
+        if isinstance(self.per, tuple) and len(self.per) == 1 and isinstance(self.per[0], str):
+            object.__setattr__(self, "per", self.per[0])
         if self.count is not None:
             object.__setattr__(self, "count", operator.index(self.count))
         if self.sparsity is not None:
@@ -62,6 +72,8 @@ class Cardinality(Constraint):
         scopes = self.per if isinstance(self.per, tuple) else (self.per,)
         if not all(isinstance(s, str) or hasattr(s, "__index__") for s in scopes) or len(set(scopes)) < len(scopes):
             raise ValueError(f"per={self.per!r}: pass a scope such as 'out', an axis or a tuple of different axes")
+        if isinstance(self.per, tuple) and any(isinstance(s, str) for s in self.per):
+            raise ValueError(f"per={self.per!r}: a tuple holds axis numbers alone; pass one name, such as per='out'")
         check_cut(self.cut)
         if isinstance(self.span, bool) or not hasattr(self.span, "__index__") or self.span < 1:
             raise ValueError(f"span={self.span!r} is not a whole number >= 1; pass the inputs or outputs of one budget")
@@ -328,6 +340,11 @@ class Cardinality(Constraint):
             last = size * rest
             kept.append(last if self.count is not None and self.count > last else self.kept_of(last))
         return np.asarray(kept * problems, np.int64)
+
+
+# Read from `__new__` the signature would hold what that refuses.
+_FIELDS = list(inspect.signature(Cardinality.__init__).parameters.values())[1:]
+setattr(Cardinality, "__signature__", inspect.Signature(_FIELDS))  # noqa: B010
 
 
 def check_amount(sparsity: float | None, count: int | None) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint, check_constraints
 from pruneopt.structure.layout import Slot
@@ -29,6 +32,11 @@ class Intersection(Constraint):
         if not isinstance(self.parts, tuple) or not self.parts:
             raise ValueError(f"parts={self.parts!r}: pass a tuple of constraints, Intersection((a, b))")
         check_constraints("parts", self.parts)
+        if len(self.described().values) > 1:
+            raise ValueError(
+                f"parts={self.parts!r} hold more than one set of values, whose projections do not compose; pass one of "
+                "them, or one for each pattern of a ByPath"
+            )
 
     @property
     def exact(self) -> bool:
@@ -55,6 +63,31 @@ class Intersection(Constraint):
     def select(self, scores: Tree) -> Tree:
         """Part by part; traceable by JAX."""
         return self.described().select(scores)
+
+    @property
+    def bounds_values(self) -> bool:
+        """Whether a part does."""
+        return bool(self.described().values)
+
+    def project(self, values: Tree, support: Tree = None, metric: Tree = None) -> Tree:
+        """The nearest point of the set of values, or of everything, that vanishes where a mask or `support` does."""
+        found = self.described()
+        within = found.allowed(values)
+        if support is not None:
+            within = jax.tree.map(jnp.logical_and, within, support)
+        if found.values:
+            return found.values[0].project(values, within, metric)
+        return super().project(values, within, metric)
+
+    def value_violation(self, values: Tree) -> float:
+        """Of the set of values."""
+        return sum(part.value_violation(values) for part in self.described().values)
+
+    def largest_product(self, u: Tree) -> float:
+        """Of the set of values, for what no mask cuts."""
+        found = self.described()
+        free = found.cut(u)
+        return found.values[0].largest_product(free) if found.values else super().largest_product(free)
 
     def violation(self, support: Tree) -> int:
         """Sum over the parts."""

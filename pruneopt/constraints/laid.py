@@ -28,6 +28,13 @@ class Laid(Constraint):
     constraint: Constraint
     layout: Layout
 
+    def __post_init__(self) -> None:
+        if self.constraint.bounds_values:
+            raise ValueError(
+                f"constraint={self.constraint!r} bounds values, whatever their layout; pass it beside Laid(...), in an "
+                "Intersection"
+            )
+
     @property
     def exact(self) -> bool:
         """As `constraint`."""
@@ -48,7 +55,6 @@ class Laid(Constraint):
         units, floor = any(c.units for c in inner.choices), max((c.floor for c in inner.choices), default=0)
         return parts.Parts(
             choices=(parts.Choice(self, units=units, floor=floor),) if inner.choices or inner.masks else (),
-            values=(self,) if inner.values else (),
         )
 
     def check(self, variable: Tree) -> None:

@@ -99,6 +99,11 @@ class Parts:
         """`allowed`, the leaves laid end to end, on the host."""
         return np.concatenate([np.asarray(mask).reshape(-1) for mask in jax.tree.leaves(self.allowed(like))])
 
+    def cut(self, values: Tree) -> Tree:
+        """`values` where every mask lets them live, zero elsewhere; on the host, in their own precision."""
+        kept = lambda x, mask: np.where(np.asarray(mask), np.asarray(x), np.zeros((), np.asarray(x).dtype))  # noqa: E731
+        return jax.tree.map(kept, values, self.allowed(values))
+
     def select(self, scores: Tree) -> Tree:
         """The best support for `scores`, as `Constraint.select` says. Traceable by JAX."""
         if self.masks:

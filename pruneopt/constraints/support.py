@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _tree
+from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint, check_cut
-from pruneopt.constraints.parts import Parts
 from pruneopt.structure.layout import Slot
 
 Tree = Any
@@ -35,9 +35,9 @@ class Support(Constraint):
         """True."""
         return True
 
-    def described(self, ndim: int | None = None) -> Parts:
+    def described(self, ndim: int | None = None) -> parts.Parts:
         """The mask."""
-        return Parts(masks=(self.mask,))
+        return parts.Parts(masks=(self.mask,))
 
     def check(self, variable: Tree) -> None:
         """Raise ValueError for a mask of another structure or shape, TypeError for one that is not boolean."""
@@ -67,6 +67,14 @@ class Support(Constraint):
             return alive & jnp.asarray(masks[path]) if path in masks else alive
 
         return _tree.map_named(one, scores)
+
+    def project(self, values: Tree, support: Tree = None, metric: Tree = None) -> Tree:
+        """The values within the mask: the nearest ones in every norm that adds up over weights."""
+        return super().project(_tree.masked(values, parts.of(self).allowed(values)), support, metric)
+
+    def largest_product(self, u: Tree) -> float:
+        """0 where u vanishes within the mask, else inf."""
+        return super().largest_product(parts.of(self).cut(u))
 
     def violation(self, support: Tree) -> int:
         """Weights that live outside the mask."""

@@ -13,7 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pruneopt.bounds.duality import Duality, dual_value
-from pruneopt.constraints.ball import Ball
+from pruneopt.constraints import parts
+from pruneopt.constraints.base import Constraint
 from pruneopt.curvature.base import Curvature
 from pruneopt.curvature.shrunk import Shrunk
 from pruneopt.curvature.streamed import Streamed
@@ -31,9 +32,9 @@ _HALVINGS = 60  # of one step, on the true loss
 class ProximalGradient(Solver):
     """minimise f(w) + P(w), or f(w) over w in a ball, by w+ = prox_{t P}(y - t grad f(y)), Nesterov's momentum in y.
 
-    For a ball the prox is the projection. Where P is not convex y = w, else y = w + (k - 1) / (k + 2) (w - w_before),
-    k counted from the last restart: momentum starts again where <y - w+, w+ - w> > 0. A step t that fails f(w+) <=
-    f(y) + <grad f(y), w+ - y> + ||w+ - y||^2 / (2 t) is halved and
+    For a ball, also within fixed supports or for each path, the prox is the projection. Where P is not convex y = w,
+    else y = w + (k - 1) / (k + 2) (w - w_before), k counted from the last restart: momentum starts again where
+    <y - w+, w+ - w> > 0. A step t that fails f(w+) <= f(y) + <grad f(y), w+ - y> + ||w+ - y||^2 / (2 t) is halved and
     taken again, which also catches one that diverges; stats["halvings"] says how often.
 
     On a quadratic in float64, one product an iteration, until the duality gap is `tolerance` of the objective (status
@@ -66,8 +67,13 @@ class ProximalGradient(Solver):
         f, ball = problem.objective, problem.subject_to
         if problem.penalty is None and ball is None:
             return "ProximalGradient needs a penalty; pass penalty= such as L1(0.01), or use Descent or Polish"
-        if ball is not None and (problem.penalty is not None or not isinstance(ball, Ball)):
+        if ball is not None and (problem.penalty is not None or not ball.bounds_values):
             return f"ProximalGradient takes a penalty or a ball (L1Ball, GroupBall); drop subject_to={ball!r}"
+        if parts.of(ball).choices:
+            return (
+                f"ProximalGradient projects on a ball within fixed supports, and {ball!r} chooses among supports too; "
+                "select one first, then pass Intersection((Support(mask), ball))"
+            )
         if isinstance(f, Loss) and f.has_updates:
             return "ProximalGradient needs a loss without running statistics; pass a loss that holds them fixed"
         if not isinstance(f, Loss) and (not isinstance(f, QuadraticObjective) or f.curvature is None):
@@ -77,6 +83,8 @@ class ProximalGradient(Solver):
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """On the quadratic or the loss."""
         start = problem.objective.center if init is None else init.value
+        if problem.subject_to is not None:
+            start = problem.subject_to.project(start)
         if isinstance(problem.objective, Loss):
             return self._on_loss(problem, problem.objective, start)
         with jax.enable_x64(True):
@@ -91,7 +99,7 @@ class ProximalGradient(Solver):
         iterated = _streamed if streamed else _iterated
         slope, zero = _slope(model, w), jnp.zeros((), jnp.float64)
         state = _State(w, w, slope, slope, zero + step, zero, jnp.zeros((), jnp.int32), zero + 1)
-        proven = penalty.is_convex and f.gradient is None and f.is_convex
+        proven = penalty.is_convex and f.gradient is None and f.is_convex and _is_bounded(problem)
         done, gap, settled = 0, math.inf, False
         while done < self.iterations and not settled:
             some = min(_CHECKED, self.iterations - done)
@@ -147,22 +155,28 @@ class ProximalGradient(Solver):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Indicator:
-    """A ball as a penalty: zero inside, infinite outside."""
+    """A convex set as a penalty: zero inside, infinite outside."""
 
-    ball: Ball = field(metadata={"static": True})
+    values: Constraint = field(metadata={"static": True})
 
     is_convex = True
 
     def prox(self, w: Tree, step: Any) -> Tree:
-        return self.ball.project(w)
+        return self.values.project(w)
 
 
 def _proximal(problem: Problem) -> Any:
     """What has the prox: the penalty, or the ball."""
     if problem.penalty is not None:
         return problem.penalty
-    assert isinstance(problem.subject_to, Ball)
+    assert problem.subject_to is not None
     return _Indicator(problem.subject_to)
+
+
+def _is_bounded(problem: Problem) -> bool:
+    """Whether there is a penalty, or no leaf is free, whose slope would have to vanish for a bound."""
+    every = jax.tree.map(lambda x: np.ones(x.shape), problem.objective.center)
+    return problem.subject_to is None or math.isfinite(problem.subject_to.largest_product(every))
 
 
 class _Model(NamedTuple):

@@ -187,13 +187,13 @@ def as_optimizer(optimizer: Any, name: str) -> optax.GradientTransformationExtra
 
 
 def check_constraint(constraint: Any) -> None:
-    """Raise TypeError unless `constraint` is one, and ValueError for one that bounds values: every support is in it."""
+    """Raise TypeError unless `constraint` is one, and ValueError for one that bounds values: no step projects."""
     if not isinstance(constraint, Constraint):
         raise TypeError(f"constraint is {constraint!r}; pass a constraint such as Cardinality(sparsity=0.9)")
     if constraint.bounds_values:
         raise ValueError(
-            f"constraint={constraint!r} bounds the values and allows every support, so nothing would be pruned; pass "
-            "a constraint on supports such as Cardinality(sparsity=0.9), or a penalty such as L1(1e-4) to `proximal`"
+            f"constraint={constraint!r} bounds values, which no step here projects; pass a constraint on supports "
+            "alone such as Cardinality(sparsity=0.9), or a penalty such as L1(1e-4) to `proximal`"
         )
 
 
