@@ -349,27 +349,41 @@ class TestSolver:
             if fixed or c_name == "cardinality in each leaf":  # the same again, to the bit
                 np.testing.assert_array_equal(flat(po.solve(problem, solver).value), flat(solution.value))
 
-    def test_a_set_and_everything_are_one_set(self, f_name, solver_name, tolerance):
-        solver = SOLVERS[solver_name]
-        for c_name in MATRIX_CONSTRAINTS if "reconstruction" in f_name else CONSTRAINTS:
-            problem = problem_of(f_name, c_name)
-            same = problem.subject_to
-            everything = constraints.Support(problem.full_support())
-            for sets in ((everything, same), (same, constraints.Cardinality(sparsity=0.0))):
-                same = constraints.Intersection(sets)
-            other = po.Problem(problem.objective, subject_to=same)
-            try:
-                solution = po.solve(problem, solver)
-            except ValueError:
-                with pytest.raises(ValueError, match=r"\w"):
-                    po.solve(other, solver)
-                continue
-            again = po.solve(other, solver)
-            np.testing.assert_array_equal(flat(again.support), flat(solution.support), err_msg=c_name)
-            scale = np.abs(flat(solution.value)).max(initial=1.0)
-            np.testing.assert_allclose(flat(again.value), flat(solution.value), atol=1e2 * tolerance * scale)
-            assert again.status is solution.status
-            assert again.bound == pytest.approx(solution.bound, rel=1e2 * tolerance), c_name
+
+@pytest.mark.parametrize(
+    "solver_name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("CHITA", "global ADMM") else name for name in SOLVERS],
+)
+@pytest.mark.parametrize(
+    "f_name",
+    [
+        name
+        if name in ("identity", "empirical Fisher, damped", "reconstruction")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in OBJECTIVES
+    ],
+)
+def test_a_set_and_everything_are_one_set(f_name, solver_name, tolerance):
+    solver = SOLVERS[solver_name]
+    for c_name in MATRIX_CONSTRAINTS if "reconstruction" in f_name else CONSTRAINTS:
+        problem = problem_of(f_name, c_name)
+        same = problem.subject_to
+        everything = constraints.Support(problem.full_support())
+        for sets in ((everything, same), (same, constraints.Cardinality(sparsity=0.0))):
+            same = constraints.Intersection(sets)
+        other = po.Problem(problem.objective, subject_to=same)
+        try:
+            solution = po.solve(problem, solver)
+        except ValueError:
+            with pytest.raises(ValueError, match=r"\w"):
+                po.solve(other, solver)
+            continue
+        again = po.solve(other, solver)
+        np.testing.assert_array_equal(flat(again.support), flat(solution.support), err_msg=c_name)
+        scale = np.abs(flat(solution.value)).max(initial=1.0)
+        np.testing.assert_allclose(flat(again.value), flat(solution.value), atol=1e2 * tolerance * scale)
+        assert again.status is solution.status
+        assert again.bound == pytest.approx(solution.bound, rel=1e2 * tolerance), c_name
 
 
 @pytest.mark.parametrize(
