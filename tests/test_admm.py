@@ -255,12 +255,14 @@ def test_a_host_and_a_device_find_the_same_factors(n, block):
 def test_inverses_that_are_large_are_made_one_at_a_time_to_the_same_result(monkeypatch):
     task = problem(Cardinality(sparsity=0.6), dtype=np.float32)
     assert po.solve(task, ADMM(levels=2)).kept == 96
-    assert len(factors._last) == 4
+    assert len(task.objective.curvature.kept) == 1
     many = po.solve(task, ADMM(levels=4))
-    assert not factors._last
+    assert not task.objective.curvature.kept
     monkeypatch.setattr(factors, "_KEPT", 100)
-    again = po.solve(problem(Cardinality(sparsity=0.6), dtype=np.float32), ADMM(levels=4))
-    assert len(factors._last) == 4
+    other = problem(Cardinality(sparsity=0.6), dtype=np.float32)
+    again = po.solve(other, ADMM(levels=4))
+    assert len(other.objective.curvature.kept) == 1
+    assert not task.objective.curvature.kept
     np.testing.assert_array_equal(again.value, many.value)
 
 

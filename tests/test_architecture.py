@@ -70,6 +70,41 @@ def inside(file):
             yield ".".join(parts[1:3]) if deeper else parts[1]
 
 
+WRITES = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}
+
+
+def holders(tree):
+    """Names that a module binds to what can be written: a literal, a comprehension or a call of a container."""
+    literal = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+    made = {"list", "dict", "set", "deque", "defaultdict", "OrderedDict", "Counter", "WeakKeyDictionary"}
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            value, targets = node.value, node.targets if isinstance(node, ast.Assign) else [node.target]
+            called = isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1].split("[")[0] in made
+            if called or isinstance(value, literal):
+                yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def written(tree):
+    """Names whose contents functions of a module write: by index, by an operator, or by a method that does."""
+    functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+    for node in (n for function in functions for n in ast.walk(function)):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            yield ast.unparse(node.value)
+        elif isinstance(node, ast.AugAssign):
+            yield ast.unparse(node.target)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WRITES:
+            yield ast.unparse(node.func.value)
+
+
+@pytest.mark.parametrize(
+    "code", ["a = []\ndef f(): a[:] = [1]", "a: dict = {}\ndef f(): a.update(b=1)", "a = set()\ndef f(): a.clear()"]
+)
+def test_state_of_a_module_is_found(code):
+    tree = ast.parse(code)
+    assert {*holders(tree)} & {*written(tree)} == {"a"}
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 class TestFile:
     def test_imports_go_down_the_ladder(self, file):
@@ -93,6 +128,11 @@ class TestFile:
         assert len(file.relative_to(PACKAGE).parts) <= 2, "three levels deep"
         assert len(file.read_text().splitlines()) <= 400, "split it by mathematics"
         assert file.read_text().strip(), "an empty shell"
+
+    def test_keeps_no_state_in_a_module(self, file):
+        tree = ast.parse(file.read_text())
+        assert not any(isinstance(node, ast.Global) for node in ast.walk(tree))
+        assert not {*holders(tree)} & {*written(tree)}, "state goes to the task that owns it"
 
     def test_prints_nothing_and_unpickles_nothing(self, file):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -61,6 +61,11 @@ class Gram(Curvature):
         """Whether the matrix is, checked."""
         return is_semidefinite(np.asarray(self.matrix))
 
+    @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What a solver made of this matrix and finds again at its next call on it; it goes with the Gram."""
+        return {}
+
     def mv(self, direction: Float[Array, "n_in n_out"]) -> Float[Array, "n_in n_out"]:
         """H D."""
         return jnp.matmul(self.matrix, direction, precision=jax.lax.Precision.HIGHEST)

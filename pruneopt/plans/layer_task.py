@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,7 @@ class LayerTask:
         self._row, self._dampings = row, dampings
         self._slots = slots_of(operators, before)
         self._allowed = constraint.restricted(self._slots)
+        self._grams: WeakKeyDictionary[calibration.Inputs, Gram] = WeakKeyDictionary()
 
     def check(self) -> None:
         """Raise where a constraint does not fit a layer, before any work."""
@@ -153,14 +155,24 @@ class LayerTask:
 
         first: the target with the first damping.
         """
-        tried = []
+        tried, gram = [], self._shared(inputs)
         for n, damping in enumerate(self._dampings if aside is not None else self._dampings[:1]):
-            objective = Reconstruction(inputs.target(center, damping) if n else first, Gram(inputs.gram), damping)
+            objective = Reconstruction(inputs.target(center, damping) if n else first, gram, damping)
             solution = solve(Problem(objective, subject_to=constraint), self._row.solver, key=key)
             error = 0.0 if aside is None else aside.form(solution.value, center, 0.0)
             tried.append((error, objective, solution))
         _, objective, solution = min(tried, key=lambda row: row[0])
         return objective, solution
+
+    def _shared(self, inputs: calibration.Inputs) -> Gram:
+        """One Gram for operators with the same inputs, solved in turn, so that they share what a solver keeps with it.
+
+        The last alone, and no longer than the inputs are held: what is kept takes the memory of one layer.
+        """
+        if inputs not in self._grams:
+            self._grams.clear()
+            self._grams[inputs] = Gram(inputs.gram)
+        return self._grams[inputs]
 
     def _by_problem(self, i: int, targets: list[Any], reaching: list[calibration.Inputs]) -> list[Constraint]:
         """The constraint on each problem; what they share is spent where it lowers the layer's error most, by score."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 
 _KEPT = 2  # times the memory of H and W: the most that inverses take from one call to the next
+_LEAST_DAMPING = 1e-6  # about ten roundings of float32: the least that moves the eigenvalues of such a Gram
 PROBE_ERROR = 0.05  # of a factor: |A A^-1 z - z| / |z|; the iterations stand more, the metric does not
 
 
@@ -46,27 +46,36 @@ class Factors(NamedTuple):
 
 
 def factored(problem: Problem, ready: Layer, wanted: Wanted) -> tuple[Factors, dict[str, Any]]:
-    """In the layer's precision or, where a probe of a factor fails, in float64, with ten times the damping, from 1e-6
-    on, until there is a Cholesky factor.
+    """In the layer's precision or, where a probe of a factor fails, in float64, with ten times the damping, from
+    `_LEAST_DAMPING` on, until there is a Cholesky factor.
 
-    Inverses that take up to twice the memory of H and W are kept for the next call, which gets them if it asks for the
-    same of the same Gram; larger ones are made one at a time.
+    Inverses that take up to twice the memory of H and W are kept with the Gram for the next call on it, which gets them
+    if it asks for the same; larger ones are made one at a time.
     """
     f = problem.objective
     assert isinstance(f, Reconstruction)
-    source, asked = f.curvature.matrix, (float(f.ridge()), wanted, ready.gram.dtype)
-    if _last and _last[0]() is source and _last[1] == asked:
-        return _last[2], dict(_last[3])
-    _last.clear()
-    (n, m), dtype = ready.center.shape, ready.gram.dtype
-    products = dtype
+    kept, asked = f.curvature.kept, (float(f.ridge()), wanted._replace(rho=tuple(wanted.rho)), ready.gram.dtype)
+    if asked not in kept:
+        kept.clear()
+        factors, facts = _factored(ready, wanted)
+        n, m = ready.center.shape
+        if wanted.levels * n > _KEPT * (n + m):
+            return factors, facts
+        kept[asked] = factors._replace(inverses=tuple(factors.inverses)), facts
+    factors, facts = kept[asked]
+    return factors, dict(facts)
+
+
+def _factored(ready: Layer, wanted: Wanted) -> tuple[Factors, dict[str, Any]]:
+    """`factored`, whose inverses can be gone through once."""
+    products = dtype = ready.gram.dtype
     if dtype == jnp.float32 and wanted.products != "float32" and (wanted.products or _linalg.multiplies_bfloat16()):
         products = jnp.dtype(jnp.bfloat16)
     on_cpu = next(iter(ready.gram.devices())).platform == "cpu"
     damping, precision = wanted.damping, dtype.name
     found = (_metric_on_host if on_cpu else _metric_on_device)(ready, wanted, damping, dtype)
     while found is None:
-        damping = damping if precision != "float64" else max(1e-6, 10 * damping)
+        damping = damping if precision != "float64" else max(_LEAST_DAMPING, 10 * damping)
         precision = "float64"
         found = _metric_on_host(ready, wanted, damping, np.dtype(np.float64))
     scaled, scale, condition = found
@@ -74,14 +83,7 @@ def factored(problem: Problem, ready: Layer, wanted: Wanted) -> tuple[Factors, d
     rhos = np.geomspace(*wanted.rho, wanted.levels).astype(dtype)
     invert: Any = _inverse_on_host if isinstance(scaled, np.ndarray) else _inverse_on_device
     inverses = (jnp.asarray(invert(scaled, rho), dtype).astype(products) for rho in rhos)
-    factors = Factors(jnp.asarray(scale, dtype), rhos, products, inverses)
-    if wanted.levels * n <= _KEPT * (n + m):
-        factors = factors._replace(inverses=tuple(inverses))
-        _last[:] = [weakref.ref(source), asked, factors, facts]
-    return factors, dict(facts)
-
-
-_last: list[Any] = []  # one layer's inverses: what the next layer with the same inputs needs
+    return Factors(jnp.asarray(scale, dtype), rhos, products, inverses), facts
 
 
 def _probe(n: int, dtype: Any) -> np.ndarray:
