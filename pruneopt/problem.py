@@ -38,6 +38,7 @@ class Problem:
                 raise TypeError(f"{name} is a {type(part).__name__}; pass a pruneopt {kind.__name__}")
         self.objective.check()
         if self.subject_to is not None:
+            object.__setattr__(self, "subject_to", self.objective.on_matrices(self.subject_to))
             self.subject_to.check(self.objective.variable())
         if self.penalty is not None:
             self.penalty.check(self.objective.variable())

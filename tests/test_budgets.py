@@ -3,10 +3,23 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import pruneopt as po
-from pruneopt.constraints import NM, Blocks, ByPath, Cardinality, Intersection, Slices, Support, by_size
+from pruneopt import training
+from pruneopt.constraints import (
+    NM,
+    Blocks,
+    ByPath,
+    Cardinality,
+    Intersection,
+    Slices,
+    Support,
+    TransposableNM,
+    by_size,
+    laid,
+)
 from pruneopt.plans import Iterative, LayerMethod, layerwise
 from pruneopt.solvers import BlockOBS, GreedyOBS, Score
 
@@ -166,3 +179,199 @@ def test_numbered_axes_are_those_of_the_leaf():
             layer(GROUPED, WIDE, constraint)
     with pytest.raises(ValueError, match="more axes than a layer's matrix"):
         layer(GROUPED, WIDE, Blocks((3, 3, 1, 1), Cardinality(count=2)))
+
+
+# Matrices as the network multiplies them, in every method and in training.
+D, HEADS, DIM = 8, 2, 6
+LEAVES = {
+    "query": draw(D, HEADS, DIM),  # (n_in, heads, head_dim): n_out = heads * head_dim
+    "out": draw(HEADS, DIM, D),  # (heads, head_dim, n_out): n_in = heads * head_dim
+    "turned": draw(12, D),  # (n_out, n_in), as PyTorch stores it
+    "stack": draw(3, D, D),  # (layers, n_in, n_out)
+    "members": draw(4, D, 2),  # an ensemble: (members, n_in, n_out)
+    "fused": draw(D, 3 * D),  # q, k, v side by side
+    "grouped": draw(1, 1, 4, 6),  # two groups
+}
+POSITIONS = draw(2, 3, D)
+
+
+def attention(p, x):
+    h = jnp.einsum("btd,dhk->bthk", x, p["query"])
+    x = x + jnp.einsum("bthk,hkd->btd", h, p["out"])
+    x = x + (x @ p["turned"].T)[..., :D]
+    x = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["stack"])[0]
+    each = jax.vmap(lambda w, i: jnp.sin(i * x) @ w)(p["members"], jnp.arange(4.0))
+    q, k, v = (x @ w for w in jnp.split(p["fused"], 3, axis=1))
+    image = grouped({"kernel": p["grouped"]}, x[:, :, None])
+    return jnp.mean((q * k + v) ** 2) + jnp.mean(each**2) + jnp.mean(image**2)
+
+
+def matrices(name, leaf):
+    """The leaf by hand as (problems, n_in, n_out)."""
+    leaf = np.asarray(leaf)
+    match name:
+        case "query":
+            return leaf.reshape(1, D, HEADS * DIM)
+        case "out":
+            return leaf.reshape(1, HEADS * DIM, D)
+        case "turned":
+            return leaf.T[None]
+        case "fused":
+            return np.moveaxis(leaf.reshape(D, 3, D), 1, 0)
+        case "grouped":
+            return np.moveaxis(leaf.reshape(4, 2, 3), 1, 0)
+    return leaf
+
+
+def best(scores, n, groups):
+    """The n largest of each group of the last axis; `groups` lays the matrices out as (..., group)."""
+    rows = groups(scores)
+    order = np.argsort(-rows, axis=-1, kind="stable")[..., :n]
+    mask = np.zeros(rows.shape, bool)
+    np.put_along_axis(mask, order, True, -1)
+    return mask
+
+
+GROUPS = {
+    "NM": (NM(2, 4), 2, lambda m: np.moveaxis(m.reshape(m.shape[0], -1, 4, m.shape[2]), 2, 3)),
+    "out": (Cardinality(count=3, per="out"), 3, lambda m: np.swapaxes(m, 1, 2)),
+    "in": (Cardinality(count=2, per="in"), 2, lambda m: m),
+    "span": (Cardinality(count=3, per="in", span=2), 3, lambda m: m.reshape(m.shape[0], -1, 2 * m.shape[2])),
+}
+
+
+@pytest.mark.parametrize("scope", GROUPS)
+def test_matrices_are_the_networks_whatever_the_layout(scope):
+    constraint, n, groups = GROUPS[scope]
+    masks = po.prune(attention, LEAVES, [POSITIONS], constraint, progress=False).support
+    layout = po.structure.layout(attention, LEAVES, POSITIONS)
+    trained = optax_masks(constraint, layout)
+    for name, leaf in LEAVES.items():
+        wanted = best(np.abs(matrices(name, leaf)), n, groups)
+        np.testing.assert_array_equal(groups(matrices(name, masks[name])), wanted, err_msg=name)
+        np.testing.assert_array_equal(np.asarray(trained[name]), np.asarray(masks[name]), err_msg=name)
+    violated = laid(constraint, layout).violation({name: np.ones(leaf.shape, bool) for name, leaf in LEAVES.items()})
+    assert violated == sum(
+        groups(matrices(k, v)).size - groups(matrices(k, v))[..., 0].size * n for k, v in LEAVES.items()
+    )
+
+
+def optax_masks(constraint, layout):
+    optimizer = training.straight_through(optax.sgd(0.1), constraint, layout=layout)
+    params = jax.tree.map(jnp.asarray, LEAVES)
+    return optimizer.finish(params, optimizer.init(params)).support
+
+
+def test_layerwise_and_whole_network_methods_cut_the_same_matrices():
+    leaves = {"query": LEAVES["query"], "out": LEAVES["out"]}
+
+    def fn(p, x):
+        return jnp.einsum("bthk,hkd->btd", jnp.einsum("btd,dhk->bthk", x, p["query"]), p["out"])
+
+    x = np.eye(D)[None]  # the first layer's Gram is the identity, so that its score is |w|
+    whole = po.prune(fn, leaves, [x], Cardinality(count=3, per="out"), progress=False)
+    layers = layer(leaves, x, Cardinality(count=3, per="out"), fn=fn)
+    np.testing.assert_array_equal(np.asarray(whole.support["query"]), np.asarray(layers.support["query"]))
+    assert whole.scope == layers.scope == "one budget for each output"
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        NM(2, 4),
+        NM(2, 4, axis="out"),
+        Cardinality(count=2, per="out"),
+        Cardinality(sparsity=0.5, per="in"),
+        TransposableNM(1, 2),
+        Blocks((2, 1), Cardinality(sparsity=0.5)),
+        ByPath({"query": NM(2, 4), "*": Cardinality(sparsity=0.5)}),
+        Intersection((NM(2, 4), Cardinality(sparsity=0.7))),
+    ],
+    ids=repr,
+)
+def test_ambiguous_leaves_are_refused_without_a_trace(constraint):
+    leaves = {"query": jnp.asarray(LEAVES["query"])}
+    words = r"leaf 'query' of shape \(8, 2, 6\) does not tell .* pass fn and a batch to prune, layout=po.structure"
+    with pytest.raises(ValueError, match=words):
+        po.prune(None, leaves, None, constraint, progress=False)
+    with pytest.raises(ValueError, match=words):
+        training.straight_through(optax.sgd(0.1), constraint).init(leaves)
+    with pytest.raises(ValueError, match=words):
+        po.Problem(po.objectives.Quadratic(leaves), subject_to=constraint)
+
+
+def test_budgets_that_need_no_orientation_are_taken_without_a_trace():
+    leaves = {"query": jnp.asarray(LEAVES["query"])}
+    for constraint, kept in (
+        (Cardinality(sparsity=0.5), 48),
+        (Cardinality(sparsity=0.5, per="leaf"), 48),
+        (Cardinality(count=3, per=0), 24),
+        (NM(2, 4, axis=0), 48),
+        (Slices(0, Cardinality(count=2)), 24),
+        (Blocks((2, 1, 1), Cardinality(sparsity=0.5)), 48),
+    ):
+        assert po.prune(None, leaves, None, constraint, progress=False).kept == kept
+
+
+def test_what_a_layout_cannot_tell_is_refused():
+    tied, x = {"w": draw(4, 4), "b": draw(2, 2, 2)}, draw(3, 4)
+
+    def fn(p, x):
+        return (x @ p["w"]) @ p["w"].T
+
+    with pytest.raises(ValueError, match=r"leaf 'w' of shape \(4, 4\) has no inputs and .* in different arrangements"):
+        po.prune(fn, tied, [x], NM(2, 4), leaves=["w"], progress=False)
+    with pytest.raises(ValueError, match=r"leaf 'b' of shape .* has no inputs and outputs: fn does not use it"):
+        po.prune(fn, tied, [x], Cardinality(count=1, per="out"), leaves=["b"], progress=False)
+    with pytest.raises(ValueError, match="matrices that leave some of its entries out"):
+        po.prune(lambda p, x: x @ p["w"][:, :2], tied, [x], NM(2, 4), leaves=["w"], progress=False)
+    two = {"q": draw(4, 4), "k": draw(4, 4)}
+
+    def joined(p, x):
+        return x @ jnp.concatenate([p["q"], p["k"]], axis=1)
+
+    with pytest.raises(ValueError, match="leaf 'q' is multiplied together with 'k'"):
+        po.prune(joined, two, [x], NM(2, 4), leaves=["q"], progress=False)
+    mask = np.concatenate(
+        [po.prune(joined, two, [x], Cardinality(count=1, per="in"), progress=False).support[n] for n in ("q", "k")],
+        axis=1,
+    )
+    np.testing.assert_array_equal(mask, best(np.abs(np.concatenate([two["q"], two["k"]], 1)), 1, lambda m: m))
+    with pytest.raises(TypeError, match=r"layout is 3; pass po.structure.layout"):
+        training.gradual(optax.sgd(0.1), NM(2, 4), end=3, layout=3)
+    layout = po.structure.layout(lambda p, x: x @ p["w"], tied, x)
+    with pytest.raises(ValueError, match=r"layout: leaf 'w' has shape \(8, 4\), where it was traced \(4, 4\)"):
+        laid(NM(2, 4), layout).check({"w": np.zeros((8, 4))})
+    with pytest.raises(ValueError, match=r"spans all inputs, but leaf 'k' of shape \(2, 2, 4, 8\) is no matrix"):
+        Blocks((-1, 1), Cardinality(count=3)).check({"k": np.zeros((2, 2, 4, 8))})
+    with pytest.raises(ValueError, match=r"per='in' speaks of inputs and outputs, .* pass per='weight'"):
+        training.l0(optax.sgd(0.1), 1e-3, per="in").init({"query": jnp.asarray(LEAVES["query"])})
+
+
+def test_a_loss_tells_its_problems_matrices():
+    leaves = {"turned": jnp.asarray(LEAVES["turned"])}
+    loss = po.objectives.Loss(lambda p, x: jnp.mean((x @ p["turned"].T) ** 2), leaves, [POSITIONS])
+    problem = po.Problem(loss, subject_to=Cardinality(count=2, per="out"))
+    assert problem.violation({"turned": np.ones((12, 8), bool)}) == 12 * 6
+
+
+@pytest.mark.default_flags
+def test_flax_attention_kernels_by_hand():
+    nn = pytest.importorskip("flax.linen")
+    model, x = nn.MultiHeadDotProductAttention(4), jnp.ones((1, 5, 32))
+    params = model.init(jax.random.key(0), x, x)["params"]
+
+    def fn(p, x):
+        return model.apply({"params": p}, x, x)
+
+    pruned = po.prune(fn, params, [x], NM(2, 4), progress=False)
+    for name in ("query", "key", "value", "out"):
+        shape = (32, 32)  # (d_model, heads * head_dim), and (heads * head_dim, d_model)
+        w, mask = (np.asarray(tree[name]["kernel"]).reshape(shape) for tree in (params, pruned.support))
+        wanted = best(np.abs(w)[None], 2, GROUPS["NM"][2])
+        np.testing.assert_array_equal(GROUPS["NM"][2](mask[None]), wanted, err_msg=name)
+    optimizer = training.straight_through(optax.sgd(0.1), NM(2, 4), layout=po.structure.layout(fn, params, x))
+    state = optimizer.init(params)
+    done = optimizer.finish(params, state)
+    assert done.scope == "2 of every 4 along the inputs"
+    np.testing.assert_array_equal(np.asarray(done.support["query"]["kernel"]), pruned.support["query"]["kernel"])

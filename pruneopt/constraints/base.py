@@ -123,14 +123,19 @@ class Constraint(abc.ABC):
         return self
 
 
-def check_orientation(what: str, variable: Tree) -> None:
+_REMEDY = (
+    "pass fn and a batch to prune, layout=po.structure.layout(fn, params, batch) in training, an axis number or "
+    "per='leaf', or leave it out with leaves="
+)
+
+
+def check_orientation(what: str, variable: Tree, remedy: str = _REMEDY) -> None:
     """Raise ValueError for a leaf whose shape does not tell inputs from outputs; a matrix and an HWIO kernel do."""
     for path, leaf in _tree.named_leaves(variable):
         if not isinstance(leaf, Slot) and len(leaf.shape) not in (2, 4):
             raise ValueError(
-                f"{what} speaks of inputs and outputs, but leaf '{path}' of shape {tuple(leaf.shape)} does not tell "
-                "which of its axes they are; pass fn and a batch to prune, layout=po.structure.layout(fn, params, "
-                "batch) in training, an axis number or per='leaf', or leave it out with leaves="
+                f"{what} speaks of inputs and outputs, but {_tree.called(path)} of shape {tuple(leaf.shape)} does not "
+                f"tell which of its axes they are; {remedy}"
             )
 
 

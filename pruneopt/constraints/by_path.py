@@ -122,6 +122,11 @@ class ByPath(Constraint):
             return f"by path: {len(self.of)} patterns"
         return "by path: " + ", ".join(f"'{pattern}' {part.scope(by_layer)}" for pattern, part in self.of.items())
 
+    @property
+    def is_oriented(self) -> bool:
+        """Whether a part is."""
+        return any(part.is_oriented for part in self.of.values())
+
     def mapped(self, fn: Callable[[Constraint], Constraint]) -> ByPath:
         """Pattern by pattern."""
         return ByPath({pattern: part.mapped(fn) for pattern, part in self.of.items()})

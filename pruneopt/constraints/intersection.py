@@ -110,6 +110,11 @@ class Intersection(Constraint):
         """Whether a part does."""
         return any(part.shares for part in self.parts)
 
+    @property
+    def is_oriented(self) -> bool:
+        """Whether a part is."""
+        return any(part.is_oriented for part in self.parts)
+
     def mapped(self, fn: Callable[[Constraint], Constraint]) -> Intersection:
         """Part by part."""
         return Intersection(tuple(part.mapped(fn) for part in self.parts))

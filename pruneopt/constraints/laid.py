@@ -12,7 +12,9 @@ import jax
 from pruneopt import _tree
 from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint
-from pruneopt.structure.layout import Layout, Slot
+from pruneopt.network.network import Network
+from pruneopt.structure.layout import Layout, Slot, layout_of
+from pruneopt.structure.traced import Traced
 
 Tree = Any
 
@@ -107,3 +109,14 @@ def laid(constraint: Constraint, layout: Layout | None) -> Constraint:
     if not isinstance(layout, Layout):
         raise TypeError(f"layout is {layout!r}; pass po.structure.layout(fn, params, batch)")
     return constraint.mapped(lambda part: Laid(part, layout) if part.is_oriented else part)
+
+
+def as_multiplied(constraint: Constraint, network: Network) -> Constraint:
+    """`constraint` on the matrices that a network multiplies in its first batch; traced only where it speaks of them.
+
+    As it is where there is no function or no batch to trace. Raises as `structure.trace`.
+    """
+    if not constraint.is_oriented or network.fn is None or network.source is None:
+        return constraint
+    graph = Traced(network).of(next(iter(network.batches)))
+    return laid(constraint, layout_of(graph, network.params))

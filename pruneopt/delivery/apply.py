@@ -53,4 +53,4 @@ def from_masks(params: Tree, masks: Tree) -> Pruned:
         raise ValueError("masks holds no mask; pass {path: boolean array}")
     arrays = {path: jax.numpy.asarray(mask) for path, mask in named.items()}
     support = _tree.map_named(lambda path, leaf: _tree.placed(arrays.get(path), leaf), params)
-    return Pruned(apply(params, named), support)
+    return Pruned(apply(params, named), support, scope="a given support")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _linalg, _tree
+from pruneopt.constraints.base import Constraint
 from pruneopt.curvature.base import Curvature, is_semidefinite
 from pruneopt.curvature.diagonal import Diagonal, Identity
 from pruneopt.curvature.gram import Gram
@@ -36,6 +37,10 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def check(self) -> None:
         """Raise ValueError or TypeError for parts that do not fit together or are not finite. `Problem` calls it."""
+
+    def on_matrices(self, constraint: Constraint) -> Constraint:
+        """`constraint`, its inputs and outputs those of the matrices that a function multiplies, where there is one."""
+        return constraint
 
     @abc.abstractmethod
     def value(self, w: Tree) -> float:

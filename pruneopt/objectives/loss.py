@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pruneopt import _tree
+from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.laid import as_multiplied
 from pruneopt.network import calls
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, Rest, partition
+from pruneopt.network.network import Network
 from pruneopt.objectives.base import Objective, check_center
 
 Tree = Any
@@ -49,6 +52,11 @@ class Loss(Objective):
     def check(self) -> None:
         """Raise unless the chosen leaves are finite floating arrays."""
         check_center(self.center)
+
+    def on_matrices(self, constraint: Constraint) -> Constraint:
+        """Its inputs and outputs are those of the matrices that fn multiplies in the first batch."""
+        network = Network(self.fn, self.params, self.leaves, self.stream, self.center, self.rest)
+        return as_multiplied(constraint, network)
 
     def value(self, w: Tree) -> float:
         """The mean loss, in the network's own precision, summed over batches in float64."""

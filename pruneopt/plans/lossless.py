@@ -60,7 +60,7 @@ def lossless(
             return layerwise(*network.given[:3], constraint, row, leaves=leaves, key=key, progress=False)
         assert model is not None
         solution = solve(Problem(model, subject_to=constraint), row.solver, key=key)
-        return Pruned(network.put(solution.value), solution.support, {"*": solution})
+        return Pruned(network.put(solution.value), solution.support, {"*": solution}, scope=constraint.scope())
 
     total = _tree.size(network.chosen)
     low = sum(min(floor, leaf.size) for leaf in jax.tree.leaves(network.chosen))

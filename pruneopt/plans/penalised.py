@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.laid import laid
 from pruneopt.network.leaves import Choice
 from pruneopt.plans.prune import FineTune, prune
 from pruneopt.solution import Pruned
+from pruneopt.structure.layout import Layout
 
 Tree = Any
 
@@ -20,6 +22,7 @@ def penalised(
     fine_tune: FineTune,
     *,
     evaluate: Callable[[Tree], Any] | None = None,
+    layout: Layout | None = None,
     leaves: Choice = None,
     progress: bool = True,
 ) -> Pruned:
@@ -30,7 +33,8 @@ def penalised(
 
     shrink: (params, None) -> params, such as
         retrain(loss, batches, training.proximal(optax.adam(a), L1(1e-4), a, metric=training.adam_metric())).
-    fine_tune: (params, support) -> params, such as retrain(loss, batches, optax.adam(a)). The rest as in `prune`.
+    fine_tune: (params, support) -> params, such as retrain(loss, batches, optax.adam(a)). layout: the matrices of
+        leaves that are no plain (n_in, n_out), `structure.layout(fn, params, batch)`. The rest as in `prune`.
     Source: Liu et al. 2015 and 2017 (train with the penalty, prune, retrain). Raises as `prune`.
     """
     for name, call in (("shrink", shrink), ("fine_tune", fine_tune)):
@@ -40,5 +44,12 @@ def penalised(
             )
     small = shrink(params, None)
     return prune(
-        None, small, None, constraint, fine_tune=fine_tune, evaluate=evaluate, leaves=leaves, progress=progress
+        None,
+        small,
+        None,
+        laid(constraint, layout),
+        fine_tune=fine_tune,
+        evaluate=evaluate,
+        leaves=leaves,
+        progress=progress,
     )

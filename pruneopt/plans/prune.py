@@ -12,6 +12,7 @@ from tqdm import tqdm
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.intersection import Intersection
+from pruneopt.constraints.laid import as_multiplied
 from pruneopt.constraints.support import Support
 from pruneopt.delivery.apply import apply
 from pruneopt.network.batches import Batches, Source
@@ -53,6 +54,8 @@ def prune(
     params: any pytree. batches: re-iterable, or a function that returns an iterator; None where no data is read.
     constraint: on the chosen leaves: per="tree" lets importance decide where to prune, per="leaf" prunes the same
         fraction everywhere. Layer by layer (see `plans.layerwise`) a tree's budget is shared out uniformly.
+        Inputs and outputs are those of the matrices that fn multiplies in the first batch; where fn or batches are None
+        a leaf of two axes is (n_in, n_out), one of four an HWIO kernel, and others are refused (`constraints.laid`).
     method: a name of `plans.METHODS` or `plans.LAYER_METHODS`, a row of your own, a solver alone, which goes layer by
         layer (`LayerMethod(solver)`), or `objectives.Scores` for a saliency of your own. A name is one problem in every
         plan: objective, target and damping.
@@ -82,6 +85,7 @@ def prune(
     methods = [method if stage.method is None else stage.method for stage in stages]
     rows = [row_of(m) for m in methods]
     if any(isinstance(r, Method) for r in rows):
+        constraint = as_multiplied(constraint, network)
         constraint.check(network.chosen)
     if fn is None and any(isinstance(r, LayerMethod) or r.reads_data for r in rows):
         raise TypeError(f"fn is None, but method={method!r} reads a loss; pass fn(params, batch) -> scalar")

@@ -90,8 +90,9 @@ def staged(
         raise TypeError(f"constraint is {constraint!r}; pass a constraint such as Cardinality(sparsity=0.9)")
     row, network = loss_row(method), Network.of(fn, params, None, leaves)
     chosen, rest = network.chosen, network.rest
-    constraint.check(chosen)
     judge = Loss(fn, params, Batches(held_out, "held_out"), leaves)
+    constraint = judge.on_matrices(constraint)
+    constraint.check(chosen)
     before = judge.finite_value(chosen)
     waiting = [stage.cut for stage in stages_of(schedule or Iterative(15), constraint, chosen)]
 
@@ -117,7 +118,7 @@ def staged(
         before, cut, index = loss, goal, index + 1
     bar.close()
     assert solution is not None
-    return Pruned(combine(chosen, rest), support, {"*": solution}, history)
+    return Pruned(combine(chosen, rest), support, {"*": solution}, history, constraint.scope())
 
 
 def _shortened(

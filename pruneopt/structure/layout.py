@@ -147,17 +147,21 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The matrices of a network's leaves, from its trace. why_not: path -> why no product reads it."""
+    """The matrices of a network's leaves, from its trace.
+
+    refused: the leaves of products that could not be read. why_not: path -> why no product reads it.
+    """
 
     slots: tuple[Slot, ...]
+    refused: frozenset[str] = field(repr=False)
     why_not: Callable[[str], str] = field(repr=False)
 
     def of(self, tree: Tree) -> dict[str, Slot]:
         """{name: slot} of the leaves of `tree`, arrays or shapes with holes, in their order.
 
-        A leaf that no product reads lies as its matrix does if it has two axes, or four as a convolution's kernel.
-        Raises ValueError for any other, for one whose entries are read twice or in part, and for one read together
-        with leaves that `tree` lacks.
+        A leaf in no product at all lies as its matrix does if it has two axes, or four as a convolution's kernel.
+        Raises ValueError for any other, for one of a product that could not be read, for one whose entries are read
+        twice or in part, and for one read together with leaves that `tree` lacks.
         """
         named = dict(_tree.named_leaves(tree))
         found: dict[str, Slot] = {}
@@ -165,12 +169,12 @@ class Layout:
             slots = self._reading.get(path, ())
             if slots:
                 self._check(path, slots, named)
-            elif len(leaf.shape) in (2, 4):
+            elif len(leaf.shape) in (2, 4) and path not in self.refused:
                 slots = (Slot.plain(path, leaf),)
             else:
                 raise ValueError(
                     f"leaf '{path}' of shape {tuple(leaf.shape)} has no inputs and outputs: {self.why_not(path)}; "
-                    "leave it out with leaves=, or give it a budget per='leaf'"
+                    "leave it out with leaves=, give it a budget per='leaf', or pass fn=None for matrices as they lie"
                 )
             found |= {slot.name: slot for slot in slots}
         return found
@@ -230,7 +234,7 @@ def layout_of(graph: Graph, params: Tree) -> Layout:
             slots.append(Slot.of(operators, leaves, paths[0]))
         else:
             slots += [Slot.of([op], leaves) for op in operators]
-    return Layout(tuple(slots), graph.why_not)
+    return Layout(tuple(slots), frozenset(p for refusal in graph.refusals for p in refusal.paths), graph.why_not)
 
 
 def slots_of(operators: Sequence[Operator], leaves: Mapping[str, Any]) -> list[Slot]:

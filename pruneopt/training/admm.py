@@ -12,11 +12,12 @@ from jax import lax
 from pruneopt.constraints.base import Constraint
 from pruneopt.network.leaves import Choice
 from pruneopt.solution import Pruned
+from pruneopt.structure.layout import Layout
 from pruneopt.training.base import (
     SparseOptimizer,
     as_optimizer,
-    check_constraint,
     checked,
+    checked_constraint,
     chosen,
     everywhere,
     held_from,
@@ -53,6 +54,7 @@ def admm(
     pull: float = 0.02,
     metric: Metric | None = None,
     leaves: Choice = None,
+    layout: Layout | None = None,
 ) -> SparseOptimizer:
     """minimise f(w) subject to w = z, z in C: f is seen only by the optimiser, C only by a projection.
 
@@ -66,10 +68,12 @@ def admm(
 
     pull: in (0, 1). metric: as in `proximal`, `adam_metric()` after Adam: its second moments are the curvature in which
         a weight's removal is judged; None judges by |w + u|.
+    layout: the matrices of leaves that are no plain (n_in, n_out), `structure.layout(fn, params, batch)`; needed where
+        the constraint speaks of inputs and outputs, `axis="in"`, `per="out"`.
     Source: Lee et al. 2025 (ELSA: surrogate-free ADMM, projection in Adam's second moments); Boyd et al. 2011,
     section 9.1. There the pull is part of Adam's gradient, here it stays out of its moments.
     """
-    check_constraint(constraint)
+    constraint = checked_constraint(constraint, layout)
     inner, when = as_optimizer(optimizer, "admm"), Interval(begin, end, every)
     if not 0 < pull < 1:
         raise ValueError(f"pull={pull!r} is outside (0, 1); pass the share of the way to z - u that a step goes")
@@ -110,4 +114,4 @@ def admm(
     def finish(params: Tree, state: Any) -> Pruned:
         return held_from(end, params, own_state(state, ADMMState, params), constraint, "admm")
 
-    return SparseOptimizer(init, update, finish)
+    return SparseOptimizer(init, update, finish, constraint.scope())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ import optax
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.laid import laid
 from pruneopt.network.leaves import Choice, check_like, partition
 from pruneopt.solution import Pruned
+from pruneopt.structure.layout import Layout
 
 Tree = Any
 
@@ -32,14 +35,16 @@ class SparseOptimizer(optax.GradientTransformationExtraArgs):
 
     finish: Callable[[Tree, Any], Pruned]
 
-    def __new__(cls, init: Callable, update: Callable, finish: Callable[[Tree, Any], Pruned]) -> SparseOptimizer:
-        """From the three functions."""
+    def __new__(
+        cls, init: Callable, update: Callable, finish: Callable[[Tree, Any], Pruned], scope: str = ""
+    ) -> SparseOptimizer:
+        """From the three functions; scope: what shares one budget, in words."""
 
         def finished(params: Tree, state: Any) -> Pruned:
             _tree.check_here(params, "params")
             _tree.check_here(state, "state")
             _check_converged(params)
-            done = finish(params, state)
+            done = replace(finish(params, state), scope=scope)
             _check_converged(done.params)
             return done
 
@@ -186,8 +191,12 @@ def as_optimizer(optimizer: Any, name: str) -> optax.GradientTransformationExtra
     return optax.with_extra_args_support(optimizer)
 
 
-def check_constraint(constraint: Any) -> None:
-    """Raise TypeError unless `constraint` is one, and ValueError for one that bounds values: no step projects."""
+def checked_constraint(constraint: Any, layout: Layout | None) -> Constraint:
+    """The constraint on the matrices of `layout`, where that is given.
+
+    Raises TypeError for what is no constraint or layout, ValueError for a constraint that bounds values: no step
+    projects.
+    """
     if not isinstance(constraint, Constraint):
         raise TypeError(f"constraint is {constraint!r}; pass a constraint such as Cardinality(sparsity=0.9)")
     if constraint.bounds_values:
@@ -195,6 +204,7 @@ def check_constraint(constraint: Any) -> None:
             f"constraint={constraint!r} bounds values, which no step here projects; pass a constraint on supports "
             "alone such as Cardinality(sparsity=0.9), or a penalty such as L1(1e-4) to `proximal`"
         )
+    return laid(constraint, layout)
 
 
 def checked(params: Tree | None, gradient: Tree, held: Tree) -> Tree:

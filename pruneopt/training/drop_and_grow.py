@@ -15,13 +15,14 @@ from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint
 from pruneopt.network.leaves import Choice
 from pruneopt.solution import Pruned
+from pruneopt.structure.layout import Layout
 from pruneopt.training.base import (
     MaskedState,
     SparseOptimizer,
     as_optimizer,
     check_alive,
-    check_constraint,
     checked,
+    checked_constraint,
     chosen,
     forgotten,
     magnitudes,
@@ -46,6 +47,7 @@ def rigl(
     drop: float = 0.3,
     leaves: Choice = None,
     key: jax.Array | int = 0,
+    layout: Layout | None = None,
 ) -> SparseOptimizer:
     """minimise f(w) subject to w in C, sparse from the first step: the support follows the gradient.
 
@@ -55,8 +57,11 @@ def rigl(
     the method as published (`erdos_renyi` gives its budgets); one for the tree lets weights move between leaves.
 
     end: the last change, 3/4 of training in the paper. drop: in (0, 1). key: of the first support.
+    layout: the matrices of leaves that are no plain (n_in, n_out), `structure.layout(fn, params, batch)`; needed where
+        the constraint speaks of inputs and outputs, `axis="in"`, `per="out"`.
     Source: Evci et al. 2020, algorithm 1. Raises ValueError for blocks and slices, which single weights cannot fill.
     """
+    constraint = checked_constraint(constraint, layout)
     return _drop_and_grow("rigl", optimizer, constraint, _by_gradient, (end, every, drop), leaves, key)
 
 
@@ -69,12 +74,14 @@ def sparse_evolution(
     drop: float = 0.3,
     leaves: Choice = None,
     key: jax.Array | int = 0,
+    layout: Layout | None = None,
 ) -> SparseOptimizer:
     """SET: as `rigl`, but what grows is drawn at random.
 
     The paper drops a constant share at each epoch; here it decays as in Evci et al. 2020, section 4, which serves both
     methods there. Source: Mocanu et al. 2018, algorithm 2. Raises as `rigl`.
     """
+    constraint = checked_constraint(constraint, layout)
     return _drop_and_grow("sparse_evolution", optimizer, constraint, _at_random, (end, every, drop), leaves, key)
 
 
@@ -98,7 +105,6 @@ def _drop_and_grow(
     leaves: Choice,
     key: jax.Array | int,
 ) -> SparseOptimizer:
-    check_constraint(constraint)
     end, every, drop = knobs
     inner, when = as_optimizer(optimizer, name), Interval(min(every, end), end, every)
     if not 0 < drop < 1:
@@ -146,4 +152,4 @@ def _drop_and_grow(
         own = own_state(state, MaskedState, params)
         return check_alive(on_support(params, own.masks, own.step, name), constraint)
 
-    return SparseOptimizer(init, update, finish)
+    return SparseOptimizer(init, update, finish, constraint.scope())

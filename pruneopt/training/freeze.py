@@ -69,4 +69,4 @@ def freeze(
         own = own_state(state, MaskedState, params)
         return on_support(params, own.masks, own.step, "freeze")
 
-    return SparseOptimizer(init, update, finish)
+    return SparseOptimizer(init, update, finish, "a given support")

@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 from pruneopt import _tree
-from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.base import Constraint, check_orientation
 from pruneopt.network.leaves import Choice
 from pruneopt.penalties.base import check_weight
 from pruneopt.solution import Pruned
@@ -127,6 +127,8 @@ class Gating(NamedTuple):
 
         def init(params: Tree) -> GatedState:
             theta = jax.tree.map(jnp.array, chosen(params, self.leaves, constraint))
+            if self.per != "weight":
+                check_orientation(f"per={self.per!r}", theta, "pass per='weight', or leave it out with leaves=")
             first = math.log(self.open_ / (1 - self.open_))
             log_alpha = jax.tree.map(
                 lambda w: jnp.full(gate_shape(w.shape, self.per), first, _tree.wide(w.dtype)), theta
@@ -197,7 +199,7 @@ class Gating(NamedTuple):
             done = Pruned(filled(_tree.masked(kept, masks), params), masks)
             return done if constraint is None else check_alive(done, constraint)
 
-        return SparseOptimizer(init, update, finish)
+        return SparseOptimizer(init, update, finish, "" if constraint is None else constraint.scope())
 
 
 def open_probability(log_alpha: jax.Array) -> jax.Array:

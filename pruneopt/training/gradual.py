@@ -11,13 +11,14 @@ from jax import lax
 from pruneopt.constraints.base import Constraint
 from pruneopt.network.leaves import Choice
 from pruneopt.solution import Pruned
+from pruneopt.structure.layout import Layout
 from pruneopt.training.base import (
     MaskedState,
     SparseOptimizer,
     as_optimizer,
     check_alive,
-    check_constraint,
     checked,
+    checked_constraint,
     chosen,
     everywhere,
     magnitudes,
@@ -38,16 +39,19 @@ def gradual(
     begin: int = 0,
     every: int = 100,
     leaves: Choice = None,
+    layout: Layout | None = None,
 ) -> SparseOptimizer:
     """minimise f(w) subject to w in C, by cutting the smallest |w| every `every` steps from `begin` to `end`.
 
     After stage t of n the fraction 1 - (1 - t/n)^3 of the removals is made (`constraint.relaxed`); what is cut stays
     cut, as in `freeze`, so that this is magnitude pruning with a masked optimiser, the baseline of every comparison.
     From step `end` on the support is `constraint.select`'s own: the count is met to the unit.
+    layout: the matrices of leaves that are no plain (n_in, n_out), `structure.layout(fn, params, batch)`; needed where
+        the constraint speaks of inputs and outputs, `axis="in"`, `per="out"`.
 
     Source: Zhu and Gupta 2017, section 3. Raises ValueError at `finish` before step `end`.
     """
-    check_constraint(constraint)
+    constraint = checked_constraint(constraint, layout)
     inner, when = as_optimizer(optimizer, "gradual"), Interval(begin, end, every)
     cuts = when.cubic()
 
@@ -73,4 +77,4 @@ def gradual(
             raise ValueError(f"state is at step {int(own.step)}, but pruning ends with step end={end}; train on")
         return check_alive(on_support(params, own.masks, own.step, "gradual"), constraint)
 
-    return SparseOptimizer(init, update, finish)
+    return SparseOptimizer(init, update, finish, constraint.scope())

@@ -11,12 +11,13 @@ from jax import lax
 from pruneopt.constraints.base import Constraint
 from pruneopt.network.leaves import Choice
 from pruneopt.solution import Pruned
+from pruneopt.structure.layout import Layout
 from pruneopt.training.base import (
     MaskedState,
     SparseOptimizer,
     as_optimizer,
-    check_constraint,
     checked,
+    checked_constraint,
     chosen,
     everywhere,
     held_from,
@@ -38,17 +39,20 @@ def hard_threshold(
     every: int = 100,
     hold: int = 50,
     leaves: Choice = None,
+    layout: Layout | None = None,
 ) -> SparseOptimizer:
     """minimise f(w) subject to w in C by w <- P_C(w) every `every` steps, P_C keeping the constraint's best by |w|.
 
     After each projection the support is held for `hold` steps (1: the projection alone), then all weights move again,
     from zero where they were cut; from step `end` on the support is held for good, so that the rest of training
     retrains it.
+    layout: the matrices of leaves that are no plain (n_in, n_out), `structure.layout(fn, params, batch)`; needed where
+        the constraint speaks of inputs and outputs, `axis="in"`, `per="out"`.
 
     Source: Jin et al. 2016, algorithm 1 (both phases); with hold=1 iterative hard thresholding, Blumensath and Davies
     2009. Raises ValueError for a hold outside [1, every].
     """
-    check_constraint(constraint)
+    constraint = checked_constraint(constraint, layout)
     inner, when = as_optimizer(optimizer, "hard_threshold"), Interval(begin, end, every)
     if isinstance(hold, bool) or not hasattr(hold, "__index__") or not 1 <= hold <= every:
         raise ValueError(f"hold={hold!r} is not a whole number in [1, every={every}]; pass steps to hold a support")
@@ -73,4 +77,4 @@ def hard_threshold(
     def finish(params: Tree, state: Any) -> Pruned:
         return held_from(end, params, own_state(state, MaskedState, params), constraint, "hard_threshold")
 
-    return SparseOptimizer(init, update, finish)
+    return SparseOptimizer(init, update, finish, constraint.scope())

@@ -11,7 +11,8 @@ import optax
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.network.leaves import Choice
-from pruneopt.training.base import SparseOptimizer, check_constraint
+from pruneopt.structure.layout import Layout
+from pruneopt.training.base import SparseOptimizer, checked_constraint
 from pruneopt.training.gates import Gating, Scope
 from pruneopt.training.schedule import check_steps
 
@@ -28,6 +29,7 @@ def lagrangian(
     per: Scope = "weight",
     open_: float = 0.9,
     leaves: Choice = None,
+    layout: Layout | None = None,
     key: jax.Array | int = 0,
 ) -> SparseOptimizer:
     """minimise E_z f(theta z) subject to E |z|_0 / n <= the constraint's density, by descent-ascent on the Lagrangian
@@ -39,9 +41,11 @@ def lagrangian(
     unit, and the rest of training retrains it.
 
     ascent: the dual's step length. The other arguments are those of `l0`. `state.price` is mu / n.
+    layout: the matrices of leaves that are no plain (n_in, n_out), `structure.layout(fn, params, batch)`; needed where
+        the constraint speaks of inputs and outputs, `axis="in"`, `per="out"`.
     Source: Gallego-Posada et al. 2022, equations 3 to 6 and section 4.1 (dual restarts).
     """
-    check_constraint(constraint)
+    constraint = checked_constraint(constraint, layout)
     check_steps("end", end)
     if not 0 < ascent < float("inf"):
         raise ValueError(f"ascent={ascent!r} is not a positive number; pass the dual's step length")

@@ -12,13 +12,14 @@ from jax import lax
 from pruneopt.constraints.base import Constraint
 from pruneopt.network.leaves import Choice
 from pruneopt.solution import Pruned
+from pruneopt.structure.layout import Layout
 from pruneopt.training.base import (
     SparseOptimizer,
     as_optimizer,
     check_alive,
-    check_constraint,
     check_trained,
     checked,
+    checked_constraint,
     chosen,
     filled,
     is_hole,
@@ -47,6 +48,7 @@ def straight_through(
     every: int = 1,
     end: int | None = None,
     leaves: Choice = None,
+    layout: Layout | None = None,
 ) -> SparseOptimizer:
     """SR-STE: minimise f(P_C(w)) + decay/2 |w off the support|^2, the projection's derivative taken for the identity.
 
@@ -55,10 +57,12 @@ def straight_through(
 
     constraint: NM(2, 4), or any other. every: steps between projections; the default, 1, is the paper's and what N:M's
         elementwise selection allows; give a cardinality over the tree more (100). end: the last step that changes it.
+    layout: the matrices of leaves that are no plain (n_in, n_out), `structure.layout(fn, params, batch)`; needed where
+        the constraint speaks of inputs and outputs, `axis="in"`, `per="out"`.
     Source: Zhou et al. 2021, equation 9 and algorithm 1. Raises ValueError for a decay < 0 or an interval < 1, and at
     `finish` where the params are not P_C(w), since something chained after this one moved them.
     """
-    check_constraint(constraint)
+    constraint = checked_constraint(constraint, layout)
     inner = as_optimizer(optimizer, "straight_through")
     if not 0 <= decay < float("inf"):
         raise ValueError(f"decay={decay!r} is not a finite number >= 0; pass the decay of what is off the support")
@@ -95,4 +99,4 @@ def straight_through(
         check_trained(params, sparse, own.dense, own.step, "straight_through")
         return check_alive(Pruned(filled(sparse, params), own.masks), constraint)
 
-    return SparseOptimizer(init, update, finish)
+    return SparseOptimizer(init, update, finish, constraint.scope())
