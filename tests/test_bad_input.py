@@ -552,12 +552,14 @@ def test_a_solver_refuses_what_it_cannot_solve(solver, problem, words):
 
 def test_arguments_are_checked_before_data_is_read():
     Tracked.reads = 0
-    for constraint in (Cardinality(count=99), NM(2, 5)):
-        with pytest.raises(ValueError, match=r"count=99|m=5"):
-            prune(constraint=constraint, data=Tracked(), method="fisher")
+    with pytest.raises(ValueError, match=r"count=99"):
+        prune(constraint=Cardinality(count=99), data=Tracked(), method="fisher")
     with pytest.raises(ValueError, match="NaN"):
         prune(nan_at(params(), "w1"), data=Tracked(), method="fisher")
     assert Tracked.reads == 0
+    with pytest.raises(ValueError, match=r"m=5"):  # which axis is `in` takes one batch to know
+        prune(constraint=NM(2, 5), data=Tracked(), method="fisher")
+    assert Tracked.reads == 1
 
 
 @pytest.mark.parametrize("bad", [None, "NaN batch", "fine_tune raises"])
