@@ -41,13 +41,19 @@ def menu(n, m):
             ),
         ]
     for sparsity in (0.0, 0.5):
-        kept = lambda size, cut=sparsity: int(np.floor((1 - cut) * size + 1e-9))
+
+        def kept(size, cut=sparsity):
+            return int(np.floor((1 - cut) * size + 1e-9))
+
         found += [
             (c.Cardinality(sparsity=sparsity, per="leaf"), lambda w, k=kept: w.sum() <= k(n * m)),
             (c.Cardinality(sparsity=sparsity, per="out"), lambda w, k=kept: _all(w.sum(0) <= k(n))),
             (c.Cardinality(sparsity=sparsity, per="in", floor=0), lambda w, k=kept: _all(w.sum(1) <= k(m))),
         ]
-    pairs = lambda w: w.reshape(n // 2, 2, m)
+
+    def pairs(w):
+        return w.reshape(n // 2, 2, m)
+
     return [
         *found,
         (c.Cardinality(sparsity=0.5, per="in", span=2), lambda w: _all(pairs(w).sum((1, 2)) <= m)),
