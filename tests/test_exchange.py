@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pruneopt.solvers.exchange import Fit, forward
+from pruneopt.objectives.exchange import Fit, forward
 
 N, K = 10, 4
 
@@ -70,7 +70,10 @@ class TestFit:
 def test_stops_at_the_limit_and_says_what_is_left():
     gram, w0, support = problem(0, 40)
     fit = Fit(gram, w0, support)
-    assert fit.improved(np.ones(N, bool), np.zeros(N, int), 0) == (0, fit.gains().max(where=outside(support), initial=0))
+    assert fit.improved(np.ones(N, bool), np.zeros(N, int), 0) == (
+        0,
+        fit.gains().max(where=outside(support), initial=0),
+    )
     assert sorted(fit.support) == sorted(support)
 
 

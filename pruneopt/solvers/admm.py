@@ -17,6 +17,8 @@ from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.factors import Wanted, factored
+from pruneopt.solvers.factors import Wanted, factored
+from pruneopt.solvers.refine import is_hard, is_small, refined
 from pruneopt.solvers.threshold import Masking, projection, selected
 
 
@@ -40,6 +42,9 @@ class ADMM(Solver):
     damping: relative, of A; refit_damping: relative, of the refit. Neither enters the objective.
     products: of the iterations; None takes bfloat16 where the device multiplies it fast, else float32. Float64
         weights are solved in float64.
+    refine: exchanges of single weights with exact refits until none helps, on problems of at most 1,024 inputs and 16
+        outputs whose constraint lets them: "hard" where at most a 16th of the inputs is kept or H is singular, "always"
+        on all of them, and also from the supports of forward selection and `GreedyOBS`, the best of the three.
 
     From `init` it starts where its weights would be a fixed point; the result is never worse than a feasible init.
     Cost: (levels * iterations + refit + 1) products of n^2 m, (levels + 1) inverses of about 0.7 n^3, on n inputs and m
@@ -61,6 +66,7 @@ class ADMM(Solver):
     refit: int = 4
     refit_damping: float = 0.001
     products: Literal["bfloat16", "float32"] | None = None
+    refine: Literal["never", "hard", "always"] = "never"
 
     def __post_init__(self) -> None:
         first, last = self.rho
@@ -77,6 +83,8 @@ class ADMM(Solver):
             raise ValueError(f"metric={self.metric!r} is outside [0, 1]; 0 is diag(H), 1 the inverse diagonal")
         if self.products not in (None, "bfloat16", "float32"):
             raise ValueError(f"products={self.products!r}: pass 'bfloat16', 'float32' or None")
+        if self.refine not in ("never", "hard", "always"):
+            raise ValueError(f"refine={self.refine!r}: pass 'never', 'hard' or 'always'")
 
     @property
     def never_worse_than(self) -> frozenset[str]:
@@ -90,6 +98,11 @@ class ADMM(Solver):
     def iterations_at(self, n: int, m: int) -> int:
         """At each level, on n inputs and m outputs."""
         return round(self.iterations * min(max(1.0, n / (4 * m)) ** 0.5, 4.0))
+
+    def _refines(self, problem: Problem, ready: Layer, support: Bool[Array, "n m"]) -> bool:
+        if self.refine == "never" or ready.blank or not is_small(problem, support.shape):
+            return False
+        return self.refine == "always" or is_hard(ready, support)
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Prepare, factor, iterate, select, refit."""
@@ -120,6 +133,9 @@ class ADMM(Solver):
             start = ready.started(init.value)
             found = [(value, support), (refitted(start, init.support), init.support), (start, init.support)]
             value, support = min(found, key=lambda pair: float(_error(ready, *pair)))
+        if self._refines(problem, ready, support):
+            value, support, more = refined(problem, ready, support, key, starts=self.refine == "always")
+            facts |= more
         facts |= {"dead_inputs": int(np.count_nonzero(np.asarray(ready.dead))), "products": factors.products.name}
         return outcome(problem, ready, value, support, stats=facts)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pruneopt import _linalg, _tree
 from pruneopt.constraints import parts
+from pruneopt.objectives.exchange import Fit
 from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
@@ -29,28 +28,22 @@ _LEAST = 1e-9  # gain of a swap, of its output's error: below it rounding decide
 class Swap(Solver):
     """minimise 1/2 tr((W - W0)^T (H + lambda I) (W - W0)) over W in the constraint, by the best exchanges with refits.
 
-    For an output with support S, P = (H_SS)^-1, T = H P, residual g = H (w0 - w) and s_j = H_jj - H_jS P H_Sj, putting
-    j in the place of i and refitting all that is kept lowers twice the error by exactly
+    Every output makes its best exchange, judged exactly by what it brings after a refit (`objectives.exchange`), until
+    none helps: the support is then optimal against every single exchange. From the support of `init`, or all that a
+    `Support` allows; never worse than its exact refit. Exchanges stay inside an output, a group of N:M along the
+    inputs, or a run of inputs that shares a budget; other constraints are refused.
 
-        (g_j + T_ji w_i / P_ii)^2 / (s_j + T_ji^2 / P_ii) - w_i^2 / P_ii.
-
-    All pairs are judged at once, every output makes its best exchange, and P, T, g and w follow by two rank-one
-    updates, until none helps: the support is then optimal against every single exchange. From the support of `init`,
-    or all that a `Support` allows; never worse than its exact refit. Exchanges stay inside an output, a group of N:M
-    along the inputs, or a run of inputs that shares a budget; other constraints are refused.
-
-    steps: exchanges that an output may make. damping: relative, added to H for singular ones. memory: bytes.
-    Cost: 2 n^3 an output, and 6 n^2 a swap, in float64. Memory: 48 n^2 bytes for each output at work, `memory` in all.
+    steps: exchanges that an output may make. damping: relative, added to H for singular ones.
+    Cost: n k^2 an output of k kept weights, and about 4 n k an exchange, in float64 on the host; memory: 3 n k numbers.
     stats: swaps, largest_gain (see the function of that name; at most 1e-9 unless the limit was met).
     Source: Hassibi and Stork 1993 (equation 5) for what goes, and its reverse for what comes.
     """
 
-    steps: int = 50
+    steps: int = 1000
     damping: float = 1e-8
-    memory: int = 1 << 29
 
     def __post_init__(self) -> None:
-        check_whole(self, 1, "steps", "memory")
+        check_whole(self, 1, "steps")
         check_not_negative(self, "damping")
 
     @property
@@ -71,20 +64,11 @@ class Swap(Solver):
         start = problem.full_support() if init is None else init.support
         if found.fixed:
             start = start & found.allowed(start)
-        swapped = _swapped(problem, ready, np.asarray(start), self.steps, self.damping, self.memory)
-        gram, center = np.asarray(ready.gram, np.float64), np.asarray(ready.center, np.float64)
-        candidates = []
-        for support in (swapped.support, np.asarray(start) & ~np.asarray(ready.gone)[:, None]):
-            value, _ = refit(gram, center, support, 0.0)
-            change = value - center
-            candidates.append((np.sum(change * (gram @ change), axis=0), value, support))
-        errors = candidates[0][0]
-        _, value, support = min(candidates, key=lambda row: float(np.sum(row[0])))
-        shares = swapped.gains / np.where(errors > 0, errors, np.inf)
-        stats = {"swaps": int(swapped.swaps.sum()), "largest_gain": float(np.max(shares, initial=0.0))}
+        swapped = exchanged(problem, ready, np.asarray(start), self.steps, self.damping)
+        value, support = refitted(ready, [swapped.support, np.asarray(start) & ~np.asarray(ready.gone)[:, None]])
+        stats = {"swaps": int(swapped.swaps.sum()), "largest_gain": float(np.max(swapped.gains, initial=0.0))}
         limit = bool(np.any((swapped.swaps >= self.steps) & (swapped.gains > 0)))
-        dtype = ready.center.dtype
-        return outcome(problem, ready, jnp.asarray(value, dtype), jnp.asarray(support), hit_limit=limit, stats=stats)
+        return outcome(problem, ready, value, support, hit_limit=limit, stats=stats)
 
 
 @_tree.on_host
@@ -145,90 +129,39 @@ def _gain(
     return best if best > _LEAST else 0.0
 
 
-class _Found(NamedTuple):
+class Exchanged(NamedTuple):
+    """A support after exchanges, how many each output made, and by which part of its error one more would lower it."""
+
     support: Bool[np.ndarray, "n m"]
-    swaps: np.ndarray
-    gains: np.ndarray  # twice the fall of the error by each output's best further exchange, 0 if none helps
+    swaps: Int[np.ndarray, " m"]
+    gains: Float[np.ndarray, " m"]
 
 
-def _swapped(problem: Problem, ready: Layer, start: Any, steps: int, damping: float, memory: int) -> _Found:
-    allowed = swap_groups(problem.subject_to, start.shape)
-    assert allowed is not None
-    run, free = allowed
-    n, m = start.shape
+def exchanged(problem: Problem, ready: Layer, start: Bool[np.ndarray, "n m"], steps: int, damping: float) -> Exchanged:
+    """The best exchanges of every output from `start`, at most `steps` an output."""
+    groups = swap_groups(problem.subject_to, start.shape)
+    assert groups is not None
+    (n, m), (run, free) = start.shape, groups
     live = ~np.asarray(ready.gone)[:, None]
     gram = np.asarray(ready.gram, np.float64) + damping * float(ready.mean) * np.eye(n)
-    runs = np.arange(n) // run
-    at_once = int(max(1, min(m, memory // (48 * n * n))))
-    with jax.enable_x64(True), _linalg.factoring(n):
-        given = [x.T for x in (np.asarray(ready.center, np.float64), start & live, free & live)]
-        support, swaps, gains = jax.device_get(_exchanged(at_once, gram, runs, steps, *given))
-    return _Found(support.T, swaps, gains)
+    center, kept, free = np.asarray(ready.center, np.float64), start & live, free & live
+    support, runs, swaps, gains = kept.copy(), np.arange(n) // run, np.zeros(m, int), np.zeros(m)
+    for o in np.flatnonzero(kept.any(axis=0)):
+        fit = Fit(gram, center[:, o], np.flatnonzero(kept[:, o]))
+        swaps[o], gain = fit.improved(free[:, o], runs, steps)
+        gains[o] = gain / fit.error if gain else 0.0
+        support[:, o] = False
+        support[fit.support, o] = True
+    return Exchanged(support, swaps, gains)
 
 
-class _State(NamedTuple):
-    """One output: w, its support, P, T = H P, g, and the best exchange (i, j, gain)."""
-
-    w: Float[Array, " n"]
-    kept: Bool[Array, " n"]
-    inverse: Float[Array, "n n"]
-    across: Float[Array, "n n"]
-    residual: Float[Array, " n"]
-    best: tuple[Array, Array, Array]
-    swaps: Array
-
-
-@partial(jax.jit, static_argnums=0)
-def _exchanged(
-    at_once: int, gram: Array, runs: Array, steps: Array, center: Array, start: Array, free: Array
-) -> tuple[Array, Array, Array]:
-    """(support, swaps, gain of the best further exchange) of each output."""
-    n = gram.shape[0]
-    same, eye = runs[:, None] == runs[None, :], jnp.eye(n, dtype=gram.dtype)
-
-    def one_output(given: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        w0, kept, free = given
-
-        def best(w, kept, inverse, across, residual):
-            pivot = jnp.where(kept, jnp.diagonal(inverse), 1.0)
-            schur = jnp.maximum(jnp.diagonal(gram) - jnp.sum(across * gram, axis=1), 1e-12 * jnp.diagonal(gram))
-            top = residual[:, None] + across * (w / pivot)[None, :]  # (j, i)
-            gain = top**2 / (schur[:, None] + across**2 / pivot[None, :]) - (w**2 / pivot)[None, :]
-            fits = (free & ~kept)[:, None] & kept[None, :] & same
-            gain = jnp.where(fits, gain, -jnp.inf)
-            place = jnp.argmax(gain)
-            j, i = place // n, place % n
-            least = _LEAST * jnp.abs(jnp.sum((w0 - w) * residual))
-            return i, j, jnp.where(gain[j, i] > least, gain[j, i], 0.0)
-
-        def swap(now: _State) -> _State:
-            i, j, _ = now.best
-            out, pivot = now.inverse[:, i], now.inverse[i, i]
-            inverse = now.inverse - out[:, None] * out[None, :] / pivot
-            across = now.across - now.across[:, i][:, None] * out[None, :] / pivot
-            w, residual = now.w - out * (now.w[i] / pivot), now.residual + now.across[:, i] * (now.w[i] / pivot)
-            kept = now.kept.at[i].set(False)
-            inverse = jnp.where(kept[:, None] & kept[None, :], inverse, 0.0)
-            across = jnp.where(kept[None, :], across, 0.0)
-            toward = inverse @ gram[:, j] - eye[:, j]
-            pull = across @ gram[:, j] - gram[:, j]
-            schur = gram[j, j] - jnp.sum(across[j] * gram[:, j])
-            inverse = inverse + toward[:, None] * toward[None, :] / schur
-            across = across + pull[:, None] * toward[None, :] / schur
-            length = residual[j] / schur
-            w, residual = w - toward * length, residual + pull * length
-            kept = kept.at[j].set(True)
-            w, residual = jnp.where(kept, w, 0.0), jnp.where(kept, 0.0, residual)
-            return _State(w, kept, inverse, across, residual, best(w, kept, inverse, across, residual), now.swaps + 1)
-
-        both = kept[:, None] & kept[None, :]
-        inverse = jnp.where(both, jnp.linalg.inv(jnp.where(both, gram, eye)), 0.0)
-        across = gram @ inverse
-        lost = jnp.where(kept, 0.0, w0)
-        w = jnp.where(kept, w0, 0.0) + across.T @ lost
-        residual = jnp.where(kept, 0.0, gram @ (w0 - w))
-        first = _State(w, kept, inverse, across, residual, best(w, kept, inverse, across, residual), jnp.asarray(0))
-        last = lax.while_loop(lambda s: (s.best[2] > 0) & (s.swaps < steps), swap, first)
-        return last.kept, last.swaps, last.best[2]
-
-    return lax.map(one_output, (center, start, free), batch_size=at_once)
+def refitted(ready: Layer, supports: list[Bool[np.ndarray, "n m"]]) -> tuple[Float[Array, "n m"], Bool[Array, "n m"]]:
+    """The exact refit of the support that has the least error with it, and that support."""
+    gram, center = np.asarray(ready.gram, np.float64), np.asarray(ready.center, np.float64)
+    found = []
+    for support in supports:
+        value, _ = refit(gram, center, support, 0.0)
+        change = value - center
+        found.append((float(np.sum(change * (gram @ change))), value, support))
+    _, value, support = min(found, key=lambda row: row[0])
+    return jnp.asarray(value, ready.center.dtype), jnp.asarray(support)
