@@ -104,7 +104,7 @@ class Fit:
         Returns how many were made, and by how much the best further one would lower the error, 0 if none helps: judged
         over all pairs, though most exchanges are found among the likeliest.
         """
-        one_run = bool(np.all(runs == runs[0]))
+        one_run, gain = bool(np.all(runs == runs[0])), 0.0
         for step in range(steps + 1):
             least = LEAST * self.error
             gain, j, c = self.best(free, runs, _LIKELY) if one_run else (0.0, 0, 0)

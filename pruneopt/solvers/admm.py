@@ -17,7 +17,6 @@ from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.factors import Wanted, factored
-from pruneopt.solvers.factors import Wanted, factored
 from pruneopt.solvers.refine import is_hard, is_small, refined
 from pruneopt.solvers.threshold import Masking, projection, selected
 
