@@ -284,6 +284,7 @@ OBJECTIVES = {
     "empirical Fisher, damped": lambda: o.Quadratic(tree(1), CURVATURES["empirical Fisher"]()[0], damping=0.1),
     "reconstruction": lambda: o.Reconstruction(matrix(1), h.Gram.checked(gram())),
     "singular reconstruction, damped": lambda: o.Reconstruction(matrix(1), h.Gram.checked(gram(rank=3)), damping=0.01),
+    "scores": lambda: o.Scores(jax.tree.map(jnp.square, tree(6)), tree(1)),
     "loss": lambda: o.Loss(tiny_loss, tree(1), tiny_batches(), ["a", "b"]),
 }
 
@@ -393,6 +394,7 @@ TAKES = {
         "CHITA",
     },
     "linear": {"saliency", "absolute", "random"},
+    "scores": {"saliency", "absolute", "random"},
     "empirical Fisher, damped": {
         "saliency",
         "absolute",
