@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pruneopt import _tree
 from pruneopt.bounds.base import Evidence
+from pruneopt.bounds.exchange import largest_gain
 from pruneopt.network.leaves import check_like
 from pruneopt.problem import Problem
 from pruneopt.solution import Solution, Status
@@ -18,7 +19,10 @@ _OPTIMAL_GAP = 1e-6
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a check found: violation in units, nonzeros outside the support, objective, bound, gap and status."""
+    """What a check found: violation in units, nonzeros outside the support, objective, bound, gap and status.
+
+    largest_gain: of one exchange in an output, as a part of its error (`bounds.largest_gain`), where it was asked for.
+    """
 
     violation: int
     outside: int
@@ -26,18 +30,23 @@ class Certificate:
     bound: float
     gap: float
     status: Status
+    largest_gain: float | None = None
 
 
 @_tree.on_host
-def certify(problem: Problem, solution: Solution) -> Certificate:
+def certify(problem: Problem, solution: Solution, *, exchange: bool = False) -> Certificate:
     """Re-derive feasibility, objective and bound of `solution`, in float64 for quadratics.
 
-    Raises ValueError for a value or a support of another structure than the problem's variable.
+    exchange: also by how much the best exchange of a kept for a cut weight would still lower an output's error; 0: the
+        support is 1-swap optimal. |S|^3 + n |S|^2 for each output of a layer.
+    Raises ValueError for a value or a support of another structure than the problem's variable; with `exchange`, where
+    weights of an output cannot change places (`bounds.largest_gain`).
     """
     for name, part, kind in (("problem", problem, Problem), ("solution", solution, Solution)):
         if not isinstance(part, kind):
             raise TypeError(f"{name} is a {type(part).__name__}; pass a pruneopt {kind.__name__}")
-    return verify(problem, solution.value, solution.support, solution.evidence)
+    found = verify(problem, solution.value, solution.support, solution.evidence)
+    return replace(found, largest_gain=largest_gain(problem, solution.support)) if exchange else found
 
 
 def verify(problem: Problem, value: Tree, support: Tree, evidence: Evidence | None) -> Certificate:

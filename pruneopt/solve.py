@@ -16,7 +16,6 @@ from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solution import Solution, Status
 from pruneopt.solvers.base import Solver, Start, ignored_values, run
-from pruneopt.solvers.swap import sampled_gain
 
 Tree = Any
 
@@ -41,9 +40,8 @@ def solve(
     throw: raise SolveError for a result that is not finite or not feasible; otherwise it only says so in `status`.
 
     NumPy weights come back as NumPy. Feasibility, objective and bound are recomputed here, whatever the solver says.
-    `stats` has what the solver had to say and, for a Reconstruction, relative_error (undamped) and how far the support
-    is from 1-swap optimal: largest_gain over gain_outputs of its outputs (`solvers.largest_gain`), where weights may
-    change places.
+    `stats` has what the solver had to say and, for a Reconstruction, relative_error (undamped). How far a support is
+    from 1-swap optimal costs more than many a solver: `certify(problem, solution, exchange=True)` says it.
     Raises ValueError where the solver refuses the problem, `init` does not fit or breaks the constraint, or the support
     empties a leaf that the constraint does not allow to be empty (layer collapse).
     """
@@ -80,7 +78,6 @@ def _solved(problem: Problem, solver: Solver, start: Start | None, key: jax.Arra
     stats = {"solver": solver, "seconds": seconds, **outcome.stats}
     if isinstance(problem.objective, Reconstruction) and status.is_usable:
         stats["relative_error"] = problem.objective.relative_error(value, check.objective)
-        stats = {**sampled_gain(problem, support), **stats}
     return Solution(value, support, status, check.objective, check.bound, check.gap, outcome.evidence, stats)
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import pruneopt as po
-from pruneopt.constraints import NM, Blocks, Cardinality, Intersection, Support
-from pruneopt.curvature import Gram
-from pruneopt.objectives import Reconstruction
-from pruneopt.solvers import ADMM, Polish, Score, Swap, Then, largest_gain
+from pruneopt.bounds import largest_gain
+from pruneopt.constraints import NM, Blocks, ByPath, Cardinality, Intersection, Support
+from pruneopt.curvature import Gram, Identity
+from pruneopt.objectives import Quadratic, Reconstruction
+from pruneopt.penalties import L1
+from pruneopt.solvers import ADMM, Polish, Score, Swap, Then
 
 N, M = 8, 3
 RNG = np.random.default_rng(11)
@@ -64,8 +66,9 @@ def test_the_end_is_optimal_against_every_exchange(name):
     gain, share = best_exchange(start.support, fits)
     assert gain > 0
     assert largest_gain(task, start.support) == pytest.approx(share, rel=1e-5)
-    assert start.stats["gain_outputs"] == M
-    assert start.stats["largest_gain"] == pytest.approx(largest_gain(task, start.support), rel=1e-9)
+    assert "largest_gain" not in start.stats
+    assert po.certify(task, start).largest_gain is None
+    assert po.certify(task, start, exchange=True).largest_gain == largest_gain(task, start.support)
     found = po.solve(task, Swap(), init=start)
     assert found.status is po.Status.FEASIBLE
     assert found.stats["swaps"] > 0
@@ -125,6 +128,14 @@ def test_bad_input():
         po.solve(problem(Cardinality(sparsity=0.5)), Swap())
     with pytest.raises(ValueError, match="inside an output"):
         largest_gain(problem(Blocks((2, 1), Cardinality(sparsity=0.5))), W0 > 0)
+    far = Quadratic(jnp.asarray(W0), Identity())
+    for task, words in (
+        (po.Problem(far, subject_to=Cardinality(count=3)), "needs a Reconstruction without a penalty, not Quadratic"),
+        (po.Problem(problem(None).objective, penalty=L1(0.1)), r"without a penalty, not L1\(weight=0.1"),
+        (problem(ByPath({"*": Cardinality(count=3)})), "largest_gain exchanges weights inside an output"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            largest_gain(task, W0 > 0)
     with pytest.raises(ValueError, match="steps=0"):
         Swap(0)
     with pytest.raises(ValueError, match="damping=-1"):

@@ -140,5 +140,29 @@ def chosen(choices: tuple[Choice, ...], scores: Tree) -> Tree:
     return kept
 
 
+def exchanges(constraint: Any, shape: tuple[int, ...]) -> tuple[int, Bool[np.ndarray, "n m"]] | None:
+    """In runs of how many inputs weights of an output of a matrix may change places without breaking the constraint.
+
+    (length of a run, what may live at all); None where even such an exchange can break it.
+    """
+    found = of(constraint, ndim=2)
+    if found.by_path or found.values:
+        return None
+    allowed, one = np.asarray(found.allowed(jnp.zeros(shape))), found.one
+    if found.fixed:
+        return 1, allowed
+    if one is None or not one.free or one.box is None or (one.box[0] == 1 and one.box[1] != -1):
+        return None
+    return (shape[0] if one.box[0] == -1 else min(one.box[0], shape[0])), allowed
+
+
+def no_exchange(what: str, constraint: Any) -> str:
+    """The sentence that refuses `what` where `exchanges` is None."""
+    return (
+        f"{what} exchanges weights inside an output, which {constraint!r} does not allow; pass a Cardinality per "
+        "'tree', 'leaf', 'out' or run of inputs, NM along the inputs, or those within a Support"
+    )
+
+
 def _only(scores: Tree, kept: Tree) -> Tree:
     return jax.tree.map(lambda s, k: jnp.where(k, s, jnp.asarray(-jnp.inf, s.dtype)), scores, kept)

@@ -21,7 +21,7 @@ from pruneopt.solvers.pursuit import Pursuit
 from pruneopt.solvers.score import Score
 from pruneopt.solvers.sparse_swaps import SparseSwaps
 from pruneopt.solvers.summed_obs import SummedOBS
-from pruneopt.solvers.swap import Swap, largest_gain
+from pruneopt.solvers.swap import Swap
 from pruneopt.solvers.thanos import Thanos
 
 __all__ = [
@@ -54,5 +54,4 @@ __all__ = [
     "Swap",
     "Thanos",
     "Then",
-    "largest_gain",
 ]

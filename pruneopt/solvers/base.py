@@ -172,6 +172,13 @@ def layer_only(problem: Problem, solver: Solver) -> str | None:
     return without_penalty(problem, solver)
 
 
+def no_exchange(problem: Problem, solver: Solver) -> str | None:
+    """The refusal of a solver that exchanges weights inside outputs, for a constraint that this can break."""
+    if parts.exchanges(problem.subject_to, problem.objective.center.shape) is not None:
+        return None
+    return parts.no_exchange(type(solver).__name__, problem.subject_to)
+
+
 def network_only(problem: Problem, solver: Solver, twin: str) -> str | None:
     """The refusal of a solver for a quadratic model of a whole network under a constraint; `twin` solves one layer."""
     name, f = type(solver).__name__, problem.objective

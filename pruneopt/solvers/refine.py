@@ -9,12 +9,12 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Bool, Float
 
+from pruneopt.constraints import parts
 from pruneopt.objectives.exchange import forward
 from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.greedy_obs import GreedyOBS
 from pruneopt.solvers.swap import Swap, exchanged, refitted
-from pruneopt.solvers.threshold import swap_groups
 
 INPUTS, OUTPUTS = 1024, 16  # up to which a problem is small: seconds on the host, whatever is kept
 _FEW = 1 / 16  # of the inputs kept: then ADMM's metric, which takes all others for kept, misleads
@@ -24,7 +24,7 @@ _STEPS = 1000
 def is_small(problem: Problem, shape: tuple[int, ...]) -> bool:
     """Whether exchanges are allowed and cost seconds at most."""
     n, m = shape
-    return n <= INPUTS and m <= OUTPUTS and swap_groups(problem.subject_to, shape) is not None
+    return n <= INPUTS and m <= OUTPUTS and parts.exchanges(problem.subject_to, shape) is not None
 
 
 def is_hard(ready: Layer, support: Bool[Array, "n m"]) -> bool:
@@ -57,7 +57,7 @@ def refined(
 
 def _forward(problem: Problem, ready: Layer, like: Bool[np.ndarray, "n m"]) -> Bool[np.ndarray, "n m"]:
     """Forward selection of each output, as many in each run as `like` has."""
-    groups = swap_groups(problem.subject_to, like.shape)
+    groups = parts.exchanges(problem.subject_to, like.shape)
     assert groups is not None
     run, free = groups
     live, runs = ~np.asarray(ready.gone)[:, None], np.arange(len(like)) // run

@@ -12,10 +12,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pruneopt import _linalg
+from pruneopt.constraints import parts
 from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, layer_only, outcome, prepared
-from pruneopt.solvers.threshold import no_exchange, selected, swap_groups
+from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, layer_only, no_exchange, outcome, prepared
+from pruneopt.solvers.threshold import selected
 
 _PAIRS = 1 << 21  # of weights that are judged together, over several outputs
 
@@ -60,7 +61,7 @@ class SparseSwaps(Solver):
             support = init.support
         else:
             support = selected(constraint, ready.scores(ready.center**2 * jnp.diagonal(ready.gram)[:, None]))
-        found = swap_groups(constraint, ready.center.shape)
+        found = parts.exchanges(constraint, ready.center.shape)
         assert found is not None
         group, allowed = found
         kept, swaps, helps = _exchanged(self.swaps, group, ready, support, jnp.asarray(allowed))

@@ -10,18 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pruneopt import _linalg, _tree
+from pruneopt.bounds.exchange import DAMPING
 from pruneopt.constraints import parts
 from pruneopt.objectives.exchange import Fit
 from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
-from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
+from pruneopt.solvers.base import (
+    Outcome,
+    Solver,
+    Start,
+    check_not_negative,
+    check_whole,
+    layer_only,
+    no_exchange,
+    outcome,
+    prepared,
+)
 from pruneopt.solvers.polish import refit
-from pruneopt.solvers.threshold import no_exchange, swap_groups
 
 Tree = Any
-_SAMPLE = 5e7  # multiply-adds that a solution's own measure may take
-_LEAST = 1e-9  # gain of a swap, of its output's error: below it rounding decides
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,12 @@ class Swap(Solver):
 
     steps: exchanges that an output may make. damping: relative, added to H for singular ones.
     Cost: n k^2 an output of k kept weights, and about 4 n k an exchange, in float64 on the host; memory: 3 n k numbers.
-    stats: swaps, largest_gain (see the function of that name; at most 1e-9 unless the limit was met).
+    stats: swaps, largest_gain (see `bounds.largest_gain`; at most 1e-9 unless the limit was met).
     Source: Hassibi and Stork 1993 (equation 5) for what goes, and its reverse for what comes.
     """
 
     steps: int = 1000
-    damping: float = 1e-8
+    damping: float = DAMPING
 
     def __post_init__(self) -> None:
         check_whole(self, 1, "steps")
@@ -71,64 +78,6 @@ class Swap(Solver):
         return outcome(problem, ready, value, support, hit_limit=limit, stats=stats)
 
 
-@_tree.on_host
-def largest_gain(problem: Problem, support: Tree, outputs: int | None = None) -> float:
-    """By which part of its error the best single exchange in an output would lower that, all kept weights refitted.
-
-    0: no exchange helps, the support is 1-swap optimal. The largest over all outputs, or over `outputs` of them evenly
-    spaced: then it is a lower bound. Exact for the refitted support, in float64 on the host; |S|^3 + n |S|^2 an output.
-    Raises ValueError where the constraint does not let weights of an output change places.
-    """
-    if reason := Swap().refuses(problem):
-        raise ValueError(reason)
-    ready, mask = prepared(problem), np.asarray(support)
-    (n, m), allowed = mask.shape, swap_groups(problem.subject_to, mask.shape)
-    assert allowed is not None
-    run, free = allowed
-    live, runs = ~np.asarray(ready.gone)[:, None], np.arange(n) // run
-    gram, center = np.asarray(ready.gram), np.asarray(ready.center)
-    ridge = Swap.damping * float(ready.mean)
-    some = np.unique(np.linspace(0, m - 1, m if outputs is None else min(outputs, m)).round().astype(int))
-    kept, free = mask & live, free & live
-    return max(_gain(gram, ridge, center[:, o].astype(np.float64), kept[:, o], free[:, o], runs) for o in some)
-
-
-def sampled_gain(problem: Problem, support: Tree) -> dict[str, Any]:
-    """`largest_gain` over so many outputs as cost little, for a solution's stats; empty where it is not defined."""
-    if Swap().refuses(problem):
-        return {}
-    n, m = support.shape
-    outputs = min(m, max(1, int(_SAMPLE // n**3)))
-    return {"largest_gain": largest_gain(problem, support, outputs), "gain_outputs": outputs}
-
-
-def _gain(
-    gram: np.ndarray, ridge: float, w0: np.ndarray, kept: np.ndarray, free: np.ndarray, runs: np.ndarray
-) -> float:
-    """The gain of one output's best exchange, over its error."""
-    s, cut, rest = np.flatnonzero(kept), np.flatnonzero(~kept), np.flatnonzero((free & ~kept)[~kept])
-    if not (s.size and rest.size):
-        return 0.0
-    own, across_cut, below = (gram[np.ix_(i, j)].astype(np.float64) for i, j in ((s, s), (cut, s), (cut, cut)))
-    for square in (own, below):
-        np.einsum("ii->i", square)[:] += ridge
-    inverse = _linalg.inverse_on_host(own)
-    if inverse is None:  # more singular than its damping mends
-        return 0.0
-    moved = inverse @ (w0[cut] @ across_cut)  # w - w0 on the support
-    w, residual = w0[s] + moved, below @ w0[cut] - across_cut @ moved
-    error = float(w0[cut] @ residual)
-    if not error > 0:
-        return 0.0
-    gram_across = across_cut[rest]
-    across, pivot, diagonal = gram_across @ inverse, np.diagonal(inverse), np.diagonal(below)[rest]
-    schur = np.maximum(diagonal - np.einsum("ij,ij->i", across, gram_across), 1e-12 * diagonal)
-    top = residual[rest, None] + across * (w / pivot)
-    gain = top**2 / (schur[:, None] + across**2 / pivot) - w**2 / pivot
-    best = float(np.max(gain, where=runs[cut[rest], None] == runs[s], initial=0.0)) / error
-    return best if best > _LEAST else 0.0
-
-
 class Exchanged(NamedTuple):
     """A support after exchanges, how many each output made, and by which part of its error one more would lower it."""
 
@@ -139,7 +88,7 @@ class Exchanged(NamedTuple):
 
 def exchanged(problem: Problem, ready: Layer, start: Bool[np.ndarray, "n m"], steps: int, damping: float) -> Exchanged:
     """The best exchanges of every output from `start`, at most `steps` an output."""
-    groups = swap_groups(problem.subject_to, start.shape)
+    groups = parts.exchanges(problem.subject_to, start.shape)
     assert groups is not None
     (n, m), (run, free) = start.shape, groups
     live = ~np.asarray(ready.gone)[:, None]

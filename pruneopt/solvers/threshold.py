@@ -8,14 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint
-from pruneopt.problem import Problem
-from pruneopt.solvers.base import Solver
 
 State = Any
 
@@ -178,27 +175,3 @@ def selected(constraint: Constraint, scores: Float[Array, "n m"]) -> Bool[Array,
 @partial(jax.jit, static_argnums=0)
 def _selected(choices: tuple[parts.Choice, ...], scores: Float[Array, "n m"]) -> Bool[Array, "n m"]:
     return parts.chosen(choices, scores)
-
-
-def swap_groups(constraint: Constraint | None, shape: tuple[int, ...]) -> tuple[int, Bool[np.ndarray, "n m"]] | None:
-    """In runs of how many inputs weights of an output may change places without breaking the constraint.
-
-    (length of a run, what may live at all); None where even such an exchange can break it.
-    """
-    found = parts.of(constraint, ndim=2)
-    allowed, one = np.asarray(found.allowed(jnp.zeros(shape))), found.one
-    if found.fixed:
-        return 1, allowed
-    if one is None or not one.free or one.box is None or (one.box[0] == 1 and one.box[1] != -1):
-        return None
-    return (shape[0] if one.box[0] == -1 else min(one.box[0], shape[0])), allowed
-
-
-def no_exchange(problem: Problem, solver: Solver) -> str | None:
-    """The refusal of a solver that exchanges weights inside outputs, for a constraint that this can break."""
-    if swap_groups(problem.subject_to, problem.objective.center.shape) is not None:
-        return None
-    return (
-        f"{type(solver).__name__} exchanges weights inside an output, which {problem.subject_to!r} does not allow; "
-        "pass a Cardinality per 'tree', 'leaf', 'out' or run of inputs, NM along the inputs, or those within a Support"
-    )
