@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CONSTRAINTS, MATRIX_CONSTRAINTS, MATRIX_PENALTIES, PENALTIES
 
 import pruneopt as po
 from pruneopt import solvers as s
@@ -231,3 +232,19 @@ def test_active_set_is_optimal_exactly_where_the_gap_proves_it(rank, dtype):
                 assert found.status is po.Status.OPTIMAL
             best = po.solve(task, s.ProximalGradient(iterations=2000, tolerance=1e-9), throw=False).objective
             assert bent or value <= best * (1 + 1e-6) + 1e-7 * weight
+
+
+def test_refusals_print_no_arrays():
+    """What a sentence may name: every set and every penalty, in one line."""
+    named = [row[0] for table in (CONSTRAINTS, MATRIX_CONSTRAINTS, PENALTIES) for row in table.values()]
+    named += list(MATRIX_PENALTIES.values())
+    for thing in named:
+        assert "rray(" not in repr(thing)
+        assert "\n" not in repr(thing)
+    weighted = po.Problem(problem(spectrum(None), None, WIDE).objective, penalty=po.penalties.L1(0.1, np.ones((16, 4))))
+    within = Intersection((Support(WIDE > 0), Slices(-2, Cardinality(count=4))))
+    for task in (weighted, problem(spectrum(None), within, WIDE)):
+        refusal = s.Swap().refuses(task)
+        assert refusal
+        assert len(refusal) < 400
+        assert "[" not in refusal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ class Laid(Constraint):
     """
 
     constraint: Constraint
-    layout: Layout
+    layout: Layout = field(repr=False)
 
     def __post_init__(self) -> None:
         if self.constraint.bounds_values:

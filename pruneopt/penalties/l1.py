@@ -28,7 +28,7 @@ class L1(Penalty):
     """
 
     weight: float
-    factors: Tree | None = None
+    factors: Tree | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
@@ -88,7 +88,7 @@ class ElasticNet(Penalty):
 
     weight: float
     ratio: float = field(default=0.5, metadata={"static": True})
-    factors: Tree | None = None
+    factors: Tree | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_weight(self.weight)

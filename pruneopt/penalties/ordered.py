@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
@@ -32,7 +32,7 @@ class OWL(Penalty):
     """
 
     weight: float
-    factors: Float[Array, " p"]
+    factors: Float[Array, " p"] = field(repr=False)
 
     def __post_init__(self) -> None:
         check_weight(self.weight)

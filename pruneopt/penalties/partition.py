@@ -27,7 +27,7 @@ class Partition:
         leaf or in several, are one group. count: of groups.
     """
 
-    labels: Tree
+    labels: Tree = field(repr=False)
     count: int = field(metadata={"static": True})
 
     @staticmethod
