@@ -11,6 +11,7 @@ from test_obs import best_on, model, parts
 import pruneopt as po
 from pruneopt.constraints import Cardinality, Slices, Support
 from pruneopt.curvature import Identity, LowRank
+from pruneopt.network.network import Network
 from pruneopt.objectives import Quadratic
 from pruneopt.plans import METHODS
 from pruneopt.solvers import CHITA, OBS, Polish, Score, SummedOBS, Then
@@ -83,7 +84,7 @@ def factors(params, batches):
 @pytest.mark.parametrize("row", ["woodfisher", "kfac_obs"])
 def test_the_rows_by_blocks_and_by_factors_are_their_formula(row):
     params, batches = tree(1), tiny_batches()
-    f = METHODS[row].model(tiny_loss, params, batches, None, jax.random.key(0))
+    f = METHODS[row].model(Network.of(tiny_loss, params, batches), jax.random.key(0))
     w0, expected = flat(params), np.zeros((12, 12))
     if row == "woodfisher":  # a leaf is one block
         examples = [(x[None], y[None]) for batch in batches for x, y in zip(*batch, strict=True)]
@@ -114,7 +115,7 @@ def test_the_rows_by_blocks_and_by_factors_are_their_formula(row):
 
 def test_channels_go_by_what_each_costs_as_a_whole_in_the_metric_of_k_fac():
     params, batches = tree(1), tiny_batches()
-    f = METHODS["kfac_channels"].model(tiny_loss, params, batches, None, jax.random.key(0))
+    f = METHODS["kfac_channels"].model(Network.of(tiny_loss, params, batches), jax.random.key(0))
     (a, s), _ = factors(params, batches)
     w = np.asarray(params["a"])
     costs = [0.5 * s[c, c] * w[:, c] @ a @ w[:, c] for c in range(4)]

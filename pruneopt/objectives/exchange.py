@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from pruneopt import _linalg
+
 LEAST = 1e-10  # gain of an exchange, over the error: below it rounding decides
 _LIKELY = 48  # inputs, and kept ones, that are looked at first: a full look costs n k
 _ANEW = 20  # exchanges after which the factors are computed anew: rank-one updates lose about a digit in as many
@@ -33,7 +35,7 @@ class Fit:
 
     def _anew(self) -> None:
         self._columns = self._gram[:, self.support]
-        self._inverse = np.linalg.inv(self._columns[self.support])
+        self._inverse = _linalg.inverse(self._columns[self.support])
         self._across = self._columns @ self._inverse
         self._schur = np.diagonal(self._gram) - np.einsum("ij,ij->i", self._across, self._columns)
         lost = self._w0.copy()

@@ -80,7 +80,7 @@ class ActiveSet(Solver):
         m, n = center.shape
         gram = np.array(f.curvature.matrix, np.float64)
         np.einsum("ii->i", gram)[:] += float(f.ridge())
-        lift = 0.0 if f.is_convex else -2 * float(np.linalg.eigvalsh(gram)[0])
+        lift = 0.0 if f.is_convex else -2 * float(_linalg.eigvalsh(gram)[0])
         np.einsum("ii->i", gram)[:] += lift
         target = center @ gram
         linear, square = (np.broadcast_to(x.T, (m, n)) for x in _weights(penalty))

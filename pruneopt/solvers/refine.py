@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.linalg
 from jaxtyping import Array, Bool, Float
 
+from pruneopt import _linalg
 from pruneopt.constraints import parts
 from pruneopt.objectives.exchange import forward
 from pruneopt.objectives.prepared import Layer
@@ -33,7 +33,7 @@ def is_hard(ready: Layer, support: Bool[Array, "n m"]) -> bool:
     if np.count_nonzero(support) <= _FEW * n * m:
         return True
     gram = np.asarray(ready.gram, np.float32)
-    (factorise,) = scipy.linalg.get_lapack_funcs(("potrf",), (gram,))
+    (factorise,) = _linalg.lapack(("potrf",), gram)
     factor, failed = factorise(gram, lower=True)
     return bool(failed or np.min(np.diagonal(factor)) ** 2 <= n * np.finfo(np.float32).eps * np.max(np.diagonal(gram)))
 
