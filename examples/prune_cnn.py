@@ -122,9 +122,8 @@ left, right = figure.subplots(1, 2)
 for i, name in enumerate([*ONE_SHOT, *STAGED]):
     levels, cuts = [args.sparsity], [before[name]]
     if name in ONE_SHOT:
-        row, levels = plans.METHODS[name], LEVELS
-        model = row.model(loss, dense, calibration, None, jax.random.key(0))  # the loss as it sees it
-        cuts = [po.solve(po.Problem(model, subject_to=to(level)), row.solver) for level in levels]
+        prune = partial(po.prune, loss, dense, calibration, method=name, key=jax.random.key(0), progress=False)
+        levels, cuts = LEVELS, [prune(to(level)) for level in LEVELS]
     scores = [accuracy(po.apply(dense, cut), held_out) for cut in cuts]
     left.plot([100 * level for level in levels], scores, ".-", color=f"C{i}", label=name)
     side = 100 * args.sparsity + 0.7 * (i - 2.5)

@@ -65,7 +65,7 @@ def runs_by_sorting(scores, per, span, budget):
 @pytest.mark.parametrize("span", [3, 9])
 @pytest.mark.slow
 def test_runs_share_a_budget(per, span):
-    for shape in ((8, 7), (2, 4, 7)):  # the same matrix
+    for shape in ((8, 7), (1, 2, 4, 7)):  # a matrix, and a kernel (height, width, in, out) that is the same matrix
         for ties in (True, False):
             scores = (RNG.integers(-2, 3, shape) if ties else RNG.standard_normal(shape)).astype(float)
             scores[RNG.random(shape) < 0.1] = -np.inf
