@@ -732,7 +732,7 @@ def test_retraining_leaves_running_statistics_to_the_updates(network, paths):
 @pytest.mark.parametrize("network", ["linen", "nnx", "keras"], indirect=True)
 def test_gradients_do_not_train_running_statistics(network):
     leaves, statistics = named(network.params), network.moments(network.params, IMAGES[:2])
-    assert not [path for path in statistics if po.structure.leaves.is_trainable(path, leaves[path])]
+    assert not [path for path in statistics if po.structure.is_trainable(path, leaves[path])]
 
 
 # -------------------------------------------------------------------------------------------- recalibration

@@ -620,7 +620,7 @@ def check(network: Network) -> None:
     assert {look.paths: (look.picked, look.rows) for look in graph.lookups} == network.lookups
     assert tuple(graph.others) == network.others
     for name in (*network.operators, *network.others):
-        assert name in str(graph)
+        assert name.rsplit("/", 1)[-1] in str(graph)  # a long path is cut in front
 
 
 def check_way_back(network: Network) -> None:
