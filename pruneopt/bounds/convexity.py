@@ -38,7 +38,7 @@ class StrongConvexity(Evidence):
         fixed = parts.of(constraint)
         if constraint is None or not fixed.fixed:
             return -math.inf
-        modulus = _modulus(f, float(f.ridge()))
+        modulus = _modulus(f, f.exact_ridge())
         if modulus <= 0:
             return -math.inf
         with jax.enable_x64(True):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
-from pruneopt import _linalg, _tree
+from pruneopt import _tree
 from pruneopt.constraints import parts
-from pruneopt.objectives.prepared import layer
+from pruneopt.objectives.exchange import Fit
+from pruneopt.objectives.prepared import exact_layer
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 
@@ -36,37 +37,24 @@ def largest_gain(problem: Problem, support: Tree, outputs: int | None = None) ->
     if found is None:
         raise ValueError(parts.no_exchange("largest_gain", problem.subject_to))
     (run, free), (n, m) = found, mask.shape
-    with jax.enable_x64(True):
-        ready = layer(_tree.float64(f), problem.subject_to)
+    ready = exact_layer(f, problem.subject_to)
     live, runs = ~np.asarray(ready.gone)[:, None], np.arange(n) // run
-    gram, center, ridge = np.asarray(ready.gram), np.asarray(ready.center), DAMPING * float(ready.mean)
+    gram, center = np.asarray(ready.gram) + DAMPING * float(ready.mean) * np.eye(n), np.asarray(ready.center)
     some = np.unique(np.linspace(0, m - 1, m if outputs is None else min(outputs, m)).round().astype(int))
     kept, free = mask & live, free & live
-    return max(_gain(gram, ridge, center[:, o], kept[:, o], free[:, o], runs) for o in some)
+    return max(_gain(gram, center[:, o], kept[:, o], free[:, o], runs) for o in some)
 
 
 def _gain(
-    gram: np.ndarray, ridge: float, w0: np.ndarray, kept: np.ndarray, free: np.ndarray, runs: np.ndarray
+    gram: Float[np.ndarray, "n n"],
+    w0: Float[np.ndarray, " n"],
+    kept: Bool[np.ndarray, " n"],
+    free: Bool[np.ndarray, " n"],
+    runs: Int[np.ndarray, " n"],
 ) -> float:
     """The gain of one output's best exchange, over its error."""
-    s, cut, rest = np.flatnonzero(kept), np.flatnonzero(~kept), np.flatnonzero((free & ~kept)[~kept])
-    if not (s.size and rest.size):
+    fit = Fit.of(gram, w0, kept)
+    if fit is None or not fit.error > 0:
         return 0.0
-    own, across_cut, below = (gram[np.ix_(i, j)] for i, j in ((s, s), (cut, s), (cut, cut)))
-    for square in (own, below):
-        np.einsum("ii->i", square)[:] += ridge
-    inverse = _linalg.inverse_on_host(own)
-    if inverse is None:  # more singular than its damping mends
-        return 0.0
-    moved = inverse @ (w0[cut] @ across_cut)  # w - w0 on the support
-    w, residual = w0[s] + moved, below @ w0[cut] - across_cut @ moved
-    error = float(w0[cut] @ residual)
-    if not error > 0:
-        return 0.0
-    gram_across = across_cut[rest]
-    across, pivot, diagonal = gram_across @ inverse, np.diagonal(inverse), np.diagonal(below)[rest]
-    schur = np.maximum(diagonal - np.einsum("ij,ij->i", across, gram_across), 1e-12 * diagonal)
-    top = residual[rest, None] + across * (w / pivot)
-    gain = top**2 / (schur[:, None] + across**2 / pivot) - w**2 / pivot
-    best = float(np.max(gain, where=runs[cut[rest], None] == runs[s], initial=0.0)) / error
+    best = fit.best(free, runs)[0] / fit.error
     return best if best > LEAST else 0.0

@@ -55,7 +55,7 @@ def _priced(f: QuadraticObjective, budget: int, support: Tree) -> float:
     assert f.curvature is not None
     diagonal, center = jax.tree.leaves(f.curvature.diagonal(f.center)), jax.tree.leaves(f.center)
     with jax.enable_x64(True):
-        ridge = float(f.ridge())
+        ridge = f.exact_ridge()
         price = max(float(x) for x in _dearest_dropped(diagonal, center, jax.tree.leaves(support), ridge))
         return sum(float(x) for x in _capped_costs(diagonal, center, ridge, price)) - price * budget
 

@@ -67,7 +67,7 @@ class QuadraticObjective(Objective):
 
     def value(self, w: Tree) -> float:
         """f(w), in float64."""
-        return self.constant + self._difference(w, float(self.ridge()))
+        return self.constant + self._difference(w, self.exact_ridge())
 
     def change(self, w: Tree) -> float:
         """<g, d> + 1/2 <d, H d>: what the model says of the loss, without the damping that keeps d small."""
@@ -85,7 +85,7 @@ class QuadraticObjective(Objective):
 
     def slope(self, w: Tree) -> Tree:
         """The gradient of f at w, g + (H + lambda I) (w - w0), in float64 NumPy arrays whatever JAX's mode."""
-        ridge = float(self.ridge())
+        ridge = self.exact_ridge()
         with jax.enable_x64(True):
             wide = _tree.float64((self.curvature, w, self.center, self.gradient))
             curvature, w, center, gradient = wide
@@ -95,8 +95,16 @@ class QuadraticObjective(Objective):
                 slope = jax.tree.map(lambda s, hd, d: s + hd + ridge * d, slope, curvature.mv(d), d)
             return jax.tree.map(lambda x: np.asarray(x, np.float64), slope)
 
+    def exact_ridge(self) -> float:
+        """lambda = damping * mean(diag H), the mean in float64 whatever the curvature's dtype and JAX's mode."""
+        if self.curvature is None or self.damping == 0:
+            return 0.0
+        pairs = zip(*map(jax.tree.leaves, (self.curvature.diagonal(self.center), self.center)), strict=True)
+        means = [(np.mean(np.asarray(h, np.float64)), w.size) for h, w in pairs]
+        return float(self.damping * sum(mean * size for mean, size in means) / sum(size for _, size in means))
+
     def ridge(self) -> jax.Array:
-        """lambda = damping * mean(diag H), a scalar in float32, or float64 for a curvature in float64."""
+        """lambda for a program: a scalar in float32, or float64 for a curvature in float64. Traceable by JAX."""
         leaves = jax.tree.leaves(self.center)
         if self.curvature is None or self.damping == 0:
             return jnp.zeros((), _tree.widest(leaves))
@@ -117,7 +125,7 @@ class QuadraticObjective(Objective):
         """Whether H + lambda I is known to be semidefinite: `Curvature.semidefinite`, and what damping makes so."""
         if isinstance(self.curvature, Gram):
             h = np.asarray(self.curvature.matrix, np.float64)
-            return is_semidefinite(h + float(self.ridge()) * np.eye(len(h)))
+            return is_semidefinite(h + self.exact_ridge() * np.eye(len(h)))
         if isinstance(self.curvature, Diagonal):
             ridge = self.ridge()
             return Diagonal(jax.tree.map(lambda h: h + ridge.astype(h.dtype), self.curvature.values)).semidefinite

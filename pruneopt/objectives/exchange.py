@@ -24,8 +24,19 @@ class Fit:
 
     All stands as differences from w0, which loses no digits where w0 nearly fits. n k^2 multiply-adds for a new
     support, about 4 n k for an exchange; 3 n k numbers.
+    Raises np.linalg.LinAlgError where H_SS is not positive definite in float64; `of` gives None there.
     Source: Hassibi and Stork 1993 (equation 5) for what goes, and its reverse for what comes.
     """
+
+    @classmethod
+    def of(
+        cls, gram: Float[np.ndarray, "n n"], w0: Float[np.ndarray, " n"], kept: Bool[np.ndarray, " n"]
+    ) -> Fit | None:
+        """The refit on a mask; None where it keeps nothing, or more than H tells apart."""
+        try:
+            return cls(gram, w0, np.flatnonzero(kept)) if kept.any() else None
+        except np.linalg.LinAlgError:
+            return None
 
     def __init__(self, gram: Float[np.ndarray, "n n"], w0: Float[np.ndarray, " n"], support: Int[np.ndarray, " k"]):
         self._gram, self._w0 = gram, w0
@@ -35,7 +46,10 @@ class Fit:
 
     def _anew(self) -> None:
         self._columns = self._gram[:, self.support]
-        self._inverse = _linalg.inverse(self._columns[self.support])
+        inverse = _linalg.inverse_on_host(self._columns[self.support])
+        if inverse is None:
+            raise np.linalg.LinAlgError("H on the support is not positive definite")
+        self._inverse = inverse
         self._across = self._columns @ self._inverse
         self._schur = np.diagonal(self._gram) - np.einsum("ij,ij->i", self._across, self._columns)
         lost = self._w0.copy()
@@ -117,10 +131,14 @@ class Fit:
             if step == steps:
                 break
             before, error = self.support.copy(), self.error
-            self.exchange(j, c)
-            if (step + 1) % _ANEW == 0:
-                self._anew()
-            if not self.error < error:  # rounding: the exchange did not do what it promised
+            try:
+                self.exchange(j, c)
+                if (step + 1) % _ANEW == 0:
+                    self._anew()
+                helped = self.error < error
+            except np.linalg.LinAlgError:
+                helped = False
+            if not helped:  # rounding: the exchange did not do what it promised
                 self.support = before
                 self._anew()
                 return step, 0.0

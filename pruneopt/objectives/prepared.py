@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -65,6 +66,12 @@ def layer(f: Reconstruction, constraint: Constraint | None) -> Layer:
         if constraint.violation(kept) or not bool(jnp.any(kept)):
             return ready._replace(gone=jnp.zeros_like(ready.dead))
     return ready
+
+
+def exact_layer(f: Reconstruction, constraint: Constraint | None) -> Layer:
+    """The layer in NumPy's float64, of the problem as it was stated, in any mode of JAX."""
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, layer(_tree.float64(f), constraint))
 
 
 @jax.jit

@@ -58,7 +58,7 @@ class Reconstruction(QuadraticObjective):
         """tr(D^T H D), undamped, in float64. value: f(w), where it is known."""
         change = np.asarray(w, np.float64) - np.asarray(self.center, np.float64)
         damped = 2 * (self.value(w) if value is None else value)
-        return max(damped - float(self.ridge()) * float(np.sum(change * change)), 0.0)
+        return max(damped - self.exact_ridge() * float(np.sum(change * change)), 0.0)
 
     @cached_property
     def energy(self) -> float:

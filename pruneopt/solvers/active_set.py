@@ -79,7 +79,7 @@ class ActiveSet(Solver):
         center = np.asarray(f.center, np.float64).T  # an output a row from here on
         m, n = center.shape
         gram = np.array(f.curvature.matrix, np.float64)
-        np.einsum("ii->i", gram)[:] += float(f.ridge())
+        np.einsum("ii->i", gram)[:] += f.exact_ridge()
         lift = 0.0 if f.is_convex else -2 * float(_linalg.eigvalsh(gram)[0])
         np.einsum("ii->i", gram)[:] += lift
         target = center @ gram

@@ -98,7 +98,7 @@ class ADMM(Solver):
         """At each level, on n inputs and m outputs."""
         return round(self.iterations * min(max(1.0, n / (4 * m)) ** 0.5, 4.0))
 
-    def _refines(self, problem: Problem, ready: Layer, support: Bool[Array, "n m"]) -> bool:
+    def _refines(self, problem: Problem, ready: Layer, support: Bool[np.ndarray, "n m"]) -> bool:
         if self.refine == "never" or ready.blank or not is_small(problem, support.shape):
             return False
         return self.refine == "always" or is_hard(ready, support)
@@ -132,8 +132,8 @@ class ADMM(Solver):
             start = ready.started(init.value)
             found = [(value, support), (refitted(start, init.support), init.support), (start, init.support)]
             value, support = min(found, key=lambda pair: float(_error(ready, *pair)))
-        if self._refines(problem, ready, support):
-            value, support, more = refined(problem, ready, support, key, starts=self.refine == "always")
+        if self._refines(problem, ready, np.asarray(support)):
+            value, support, more = refined(problem, ready, np.asarray(support), key, starts=self.refine == "always")
             facts |= more
         facts |= {"dead_inputs": int(np.count_nonzero(np.asarray(ready.dead))), "products": factors.products.name}
         return outcome(problem, ready, value, support, stats=facts)

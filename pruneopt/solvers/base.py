@@ -212,7 +212,7 @@ def check_bends(solver: Solver, f: QuadraticObjective, damped: Float[np.ndarray,
             float(np.sum((np.asarray(x, np.float64) - np.asarray(c, np.float64)) ** 2))
             for x, c in zip(*map(jax.tree.leaves, (w, f.center)), strict=True)
         )
-        least = f.curvature.form(w, f.center, float(f.ridge())) / size if size else 0.0
+        least = f.curvature.form(w, f.center, f.exact_ridge()) / size if size else 0.0
     if least < -beyond:
         raise indefinite(solver, f, least)
 
@@ -225,7 +225,11 @@ def prepared(problem: Problem) -> Layer:
 
 
 def outcome(
-    problem: Problem, ready: Layer, value: Float[Array, "n m"], support: Bool[Array, "n m"], **facts: Any
+    problem: Problem,
+    ready: Layer,
+    value: Float[Array | np.ndarray, "n m"],
+    support: Bool[Array | np.ndarray, "n m"],
+    **facts: Any,
 ) -> Outcome:
     """What a layer's solver returns for `value` in the units of `ready`: in the weights' own units and dtype."""
     return Outcome(_restored(ready, value, support, problem.objective.center), jnp.asarray(support), **facts)

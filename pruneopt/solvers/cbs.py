@@ -167,7 +167,7 @@ class _Model(NamedTuple):
     @staticmethod
     def of(f: QuadraticObjective) -> _Model:
         """The parts of f."""
-        layout, ridge = _tree.Layout.of(f.center), float(f.ridge())
+        layout, ridge = _tree.Layout.of(f.center), f.exact_ridge()
         center = layout.host(f.center)
         gradient = np.zeros_like(center) if f.gradient is None else layout.host(f.gradient)
         diagonal: Any = f.curvature.diagonal(f.center)  # type: ignore[union-attr]

@@ -54,7 +54,7 @@ def factored(problem: Problem, ready: Layer, wanted: Wanted) -> tuple[Factors, d
     """
     f = problem.objective
     assert isinstance(f, Reconstruction)
-    kept, asked = f.curvature.kept, (float(f.ridge()), wanted._replace(rho=tuple(wanted.rho)), ready.gram.dtype)
+    kept, asked = f.curvature.kept, (f.exact_ridge(), wanted._replace(rho=tuple(wanted.rho)), ready.gram.dtype)
     if asked not in kept:
         kept.clear()
         factors, facts = _factored(ready, wanted)

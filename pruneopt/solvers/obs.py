@@ -78,7 +78,7 @@ class OBS(Solver):
         assert f.curvature is not None
         with jax.enable_x64(True):  # what a small ridge stands for is lost in a float32 matrix
             h = np.asarray(_tree.float64(f.curvature).dense(self.memory), np.float64)
-        inverse = _inverse(h, float(f.ridge()), f.curvature)
+        inverse = _inverse(h, f.exact_ridge(), f.curvature)
         if f.gradient is not None:
             w = w - inverse @ _flat(f.gradient)
         w, removed, rises = _removed(inverse, w, quota)

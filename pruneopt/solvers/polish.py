@@ -70,7 +70,7 @@ class Polish(Solver):
         support = _support(problem, init)
         proof = StrongConvexity() if _is_fixed(problem) and f.damping > 0 else None
         if isinstance(f.curvature, Gram):
-            w, singular = refit(f.curvature.matrix, f.center, support, float(f.ridge()))
+            w, singular = refit(f.curvature.matrix, f.center, support, f.exact_ridge())
             return Outcome(
                 jnp.asarray(w, f.center.dtype), support, evidence=proof, stats={"singular_outputs": singular}
             )
@@ -107,7 +107,7 @@ def _newton(f: QuadraticObjective) -> Tree:
 
 def _low_rank_refit(f: QuadraticObjective, h: LowRank, support: Tree) -> Tree:
     """The refit on the support, never worse than the trained weights on it; in the weights' dtypes."""
-    layout, r = h.layout, h.ridge + float(f.ridge())
+    layout, r = h.layout, h.ridge + f.exact_ridge()
     flat = lambda tree, dtype: np.concatenate([np.asarray(x, dtype).reshape(-1) for x in jax.tree.leaves(tree)])  # noqa: E731
     mask, w0 = flat(support, bool), flat(f.center, np.float64)
     slope = np.zeros_like(w0) if f.gradient is None else np.where(mask, flat(f.gradient, np.float64), 0.0)

@@ -92,7 +92,7 @@ class ProximalGradient(Solver):
 
     def _on_quadratic(self, problem: Problem, start: Tree, key: jax.Array) -> Outcome:
         f: Any = problem.objective
-        model = _Model(_float64(f.curvature), _float64(f.center), _float64(f.gradient), jnp.float64(f.ridge()))
+        model = _Model(_float64(f.curvature), _float64(f.center), _float64(f.gradient), jnp.float64(f.exact_ridge()))
         penalty, w = _float64(_proximal(problem)), _float64(start)
         streamed = _is_streamed(f.curvature)
         step = self.step or 1 / float(_streamed_curvature(model, key) if streamed else _curvature(model, key))

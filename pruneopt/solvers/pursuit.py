@@ -131,7 +131,7 @@ class _Model(NamedTuple):
         """The parts of f for the weights that are `free`."""
         rows = np.asarray(h.gradients)
         rows = (rows if free.all() else rows[:, free]).astype(_tree.wide(rows.dtype), copy=False)
-        center, ridge = h.layout.host(f.center)[free], h.ridge + float(f.ridge())
+        center, ridge = h.layout.host(f.center)[free], h.ridge + f.exact_ridge()
         gradient = np.zeros_like(center) if f.gradient is None else h.layout.host(f.gradient)[free]
         return _Model(rows, center, gradient, ridge, center - gradient / ridge)
 

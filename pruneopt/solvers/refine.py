@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from pruneopt import _linalg
 from pruneopt.constraints import parts
 from pruneopt.objectives.exchange import forward
-from pruneopt.objectives.prepared import Layer
+from pruneopt.objectives.prepared import Layer, exact_layer
+from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solvers.greedy_obs import GreedyOBS
 from pruneopt.solvers.swap import Swap, exchanged, refitted
@@ -27,7 +28,7 @@ def is_small(problem: Problem, shape: tuple[int, ...]) -> bool:
     return n <= INPUTS and m <= OUTPUTS and parts.exchanges(problem.subject_to, shape) is not None
 
 
-def is_hard(ready: Layer, support: Bool[Array, "n m"]) -> bool:
+def is_hard(ready: Layer, support: Bool[np.ndarray, "n m"]) -> bool:
     """Whether at most a 16th of the inputs is kept, or H is singular to float32: splitting is far off there."""
     n, m = support.shape
     if np.count_nonzero(support) <= _FEW * n * m:
@@ -39,20 +40,24 @@ def is_hard(ready: Layer, support: Bool[Array, "n m"]) -> bool:
 
 
 def refined(
-    problem: Problem, ready: Layer, support: Bool[Array, "n m"], key: jax.Array, *, starts: bool
-) -> tuple[Float[Array, "n m"], Bool[Array, "n m"], dict[str, Any]]:
+    problem: Problem, ready: Layer, support: Bool[np.ndarray, "n m"], key: jax.Array, *, starts: bool
+) -> tuple[Float[np.ndarray, "n m"], Bool[np.ndarray, "n m"], dict[str, Any]]:
     """(value, support, stats) after exchanges from `support`: optimal against every single one, refitted exactly.
 
+    All in float64 on the problem as it was stated; the value in the units and dtype of `ready`.
     starts: from the supports of forward selection and of `GreedyOBS` as well, the best of the three.
     """
-    supports = [np.asarray(support)]
+    f = problem.objective
+    assert isinstance(f, Reconstruction)
+    exact, supports = exact_layer(f, problem.subject_to), [support]
     if starts:
-        supports.append(_forward(problem, ready, supports[0]))
+        supports.append(_forward(problem, exact, support))
         if GreedyOBS().refuses(problem) is None:
             supports.append(np.asarray(GreedyOBS().run(problem, None, key).support))
-    found = [exchanged(problem, ready, start, _STEPS, Swap.damping) for start in supports]
-    value, best = refitted(ready, [*(f.support for f in found), supports[0] & ~np.asarray(ready.gone)[:, None]])
-    return value, best, {"swaps": int(sum(f.swaps.sum() for f in found))}
+    found = [exchanged(problem, exact, start, _STEPS, Swap.damping) for start in supports]
+    value, best = refitted(exact, [*(one.support for one in found), support & ~np.asarray(exact.gone)[:, None]])
+    unit = float(ready.unit) / float(exact.unit)
+    return (value * unit).astype(ready.center.dtype), best, {"swaps": int(sum(one.swaps.sum() for one in found))}
 
 
 def _forward(problem: Problem, ready: Layer, like: Bool[np.ndarray, "n m"]) -> Bool[np.ndarray, "n m"]:
@@ -60,8 +65,8 @@ def _forward(problem: Problem, ready: Layer, like: Bool[np.ndarray, "n m"]) -> B
     groups = parts.exchanges(problem.subject_to, like.shape)
     assert groups is not None
     run, free = groups
-    live, runs = ~np.asarray(ready.gone)[:, None], np.arange(len(like)) // run
-    gram, center, support = np.asarray(ready.gram, np.float64), np.asarray(ready.center, np.float64), like & False
+    live, runs, support = ~np.asarray(ready.gone)[:, None], np.arange(len(like)) // run, like & False
+    gram, center = np.asarray(ready.gram), np.asarray(ready.center)
     for o, (kept, may) in enumerate(zip((like & live).T, (free & live).T, strict=True)):
         counts = np.bincount(runs[kept], minlength=runs[-1] + 1)
         support[forward(gram, center[:, o], may, runs, counts), o] = True

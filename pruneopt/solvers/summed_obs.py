@@ -52,7 +52,7 @@ class SummedOBS(Solver):
         """Rank, select, move."""
         f: Any = problem.objective
         assert problem.subject_to is not None
-        ridge = float(f.ridge())
+        ridge = f.exact_ridge()
         inverse = f.curvature.inverse_diagonal(ridge)
         dtype = max((_tree.wide(x.dtype) for x in jax.tree.leaves(f.center)), key=lambda d: d.itemsize)
         single = jax.tree.map(lambda w, c: np.asarray(w, np.float64) / c, f.center, inverse)

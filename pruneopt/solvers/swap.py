@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pruneopt.bounds.exchange import DAMPING
 from pruneopt.constraints import parts
 from pruneopt.objectives.exchange import Fit
-from pruneopt.objectives.prepared import Layer
+from pruneopt.objectives.prepared import Layer, exact_layer
+from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import (
     Outcome,
@@ -24,7 +24,6 @@ from pruneopt.solvers.base import (
     layer_only,
     no_exchange,
     outcome,
-    prepared,
 )
 from pruneopt.solvers.polish import refit
 
@@ -67,7 +66,9 @@ class Swap(Solver):
         found = parts.of(problem.subject_to)
         if init is None and not found.fixed:
             raise ValueError("init is None, but Swap improves a given support; pass init=, or Then(another, Swap())")
-        ready = prepared(problem)
+        f = problem.objective
+        assert isinstance(f, Reconstruction)
+        ready = exact_layer(f, problem.subject_to)
         start = problem.full_support() if init is None else init.support
         if found.fixed:
             start = start & found.allowed(start)
@@ -75,7 +76,8 @@ class Swap(Solver):
         value, support = refitted(ready, [swapped.support, np.asarray(start) & ~np.asarray(ready.gone)[:, None]])
         stats = {"swaps": int(swapped.swaps.sum()), "largest_gain": float(np.max(swapped.gains, initial=0.0))}
         limit = bool(np.any((swapped.swaps >= self.steps) & (swapped.gains > 0)))
-        return outcome(problem, ready, value, support, hit_limit=limit, stats=stats)
+        with jax.enable_x64(True):
+            return outcome(problem, ready, value, support, hit_limit=limit, stats=stats)
 
 
 class Exchanged(NamedTuple):
@@ -87,16 +89,19 @@ class Exchanged(NamedTuple):
 
 
 def exchanged(problem: Problem, ready: Layer, start: Bool[np.ndarray, "n m"], steps: int, damping: float) -> Exchanged:
-    """The best exchanges of every output from `start`, at most `steps` an output."""
+    """The best exchanges of every output from `start`, at most `steps` an output; `ready` in float64."""
     groups = parts.exchanges(problem.subject_to, start.shape)
     assert groups is not None
     (n, m), (run, free) = start.shape, groups
     live = ~np.asarray(ready.gone)[:, None]
-    gram = np.asarray(ready.gram, np.float64) + damping * float(ready.mean) * np.eye(n)
-    center, kept, free = np.asarray(ready.center, np.float64), start & live, free & live
+    gram = np.asarray(ready.gram) + damping * float(ready.mean) * np.eye(n)
+    center = np.asarray(ready.center)
+    kept, free = start & live, free & live
     support, runs, swaps, gains = kept.copy(), np.arange(n) // run, np.zeros(m, int), np.zeros(m)
-    for o in np.flatnonzero(kept.any(axis=0)):
-        fit = Fit(gram, center[:, o], np.flatnonzero(kept[:, o]))
+    for o in range(m):
+        fit = Fit.of(gram, center[:, o], kept[:, o])
+        if fit is None:
+            continue
         swaps[o], gain = fit.improved(free[:, o], runs, steps)
         gains[o] = gain / fit.error if gain else 0.0
         support[:, o] = False
@@ -104,13 +109,14 @@ def exchanged(problem: Problem, ready: Layer, start: Bool[np.ndarray, "n m"], st
     return Exchanged(support, swaps, gains)
 
 
-def refitted(ready: Layer, supports: list[Bool[np.ndarray, "n m"]]) -> tuple[Float[Array, "n m"], Bool[Array, "n m"]]:
-    """The exact refit of the support that has the least error with it, and that support."""
-    gram, center = np.asarray(ready.gram, np.float64), np.asarray(ready.center, np.float64)
-    found = []
+def refitted(
+    ready: Layer, supports: list[Bool[np.ndarray, "n m"]]
+) -> tuple[Float[np.ndarray, "n m"], Bool[np.ndarray, "n m"]]:
+    """The exact refit of the support that has the least error with it, and that support; `ready` in float64."""
+    found, (gram, center) = [], (np.asarray(ready.gram), np.asarray(ready.center))
     for support in supports:
         value, _ = refit(gram, center, support, 0.0)
         change = value - center
         found.append((float(np.sum(change * (gram @ change))), value, support))
     _, value, support = min(found, key=lambda row: row[0])
-    return jnp.asarray(value, ready.center.dtype), jnp.asarray(support)
+    return value, support
