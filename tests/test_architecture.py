@@ -199,6 +199,26 @@ def test_no_public_function_takes_more_than_ten_arguments():
     assert found == WIDE
 
 
+LONGEST = 60  # lines of a function's body, what is nested in it counted, its docstring not
+
+
+def body_lines(function):
+    """Lines from the first statement after the docstring to the last."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def test_lines_of_a_body_are_counted_with_what_is_nested_and_without_the_docstring():
+    tree = ast.parse('def f():\n    """One.\n\n    Two.\n    """\n    def g():\n        return 1\n\n    return g')
+    assert [body_lines(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)] == [4, 1]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_no_body_is_long(file):
+    functions = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef)]
+    assert not {n.name: body_lines(n) for n in functions if body_lines(n) > LONGEST}, "split it into named functions"
+
+
 def test_every_room_stands_on_the_ladder():
     rooms = {place(file)[0] for file in FILES}
     assert rooms <= set().union(*LADDER)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint, check_cut, check_orientation
@@ -210,63 +210,87 @@ def _improved(
     pass share no node and are taken together. A tile is done when its potentials stand still.
     """
     m, _, t = value.shape
-    hub, nothing = 2 * m, 2 * m + 1
-    barred = jnp.asarray(-jnp.inf, value.dtype)
     eps = float(jnp.finfo(value.dtype).eps)
-    index = jnp.arange(m, dtype=jnp.int32)
-    source_row, source_column = index[:, None, None], m + index[None, :, None]
-    source_hub, none = jnp.full((1, 1, 1), hub, jnp.int32), jnp.asarray(nothing, jnp.int32)
-
-    def raised(node, *ways):
-        potential, parent = node
-        for gains, source, axis in ways:
-            gain = jnp.max(gains, axis=axis)
-            first = jnp.min(jnp.where(gains == jnp.expand_dims(gain, axis), source, none), axis=axis)
-            better = gain > potential + 8 * eps
-            potential, parent = jnp.where(better, gain, potential), jnp.where(better, first, parent)
-        return potential, parent
-
-    def one_pass(nodes, chosen):
-        rows, columns, center = nodes
-        in_row, in_column = (jnp.sum(chosen, axis=a, dtype=jnp.int32)[None] for a in (1, 0))
-        to_column = jnp.where(live & ~chosen, value, barred)
-        to_row = jnp.where(chosen & ~forced, -value, barred)
-        columns = raised(
-            columns,
-            (rows[0][:, None] + to_column, source_row, 0),
-            (jnp.where(in_column > 0, center[0][None], barred), source_hub, 0),
-        )
-        center = raised(
-            center,
-            (jnp.where(in_row > 0, rows[0][None], barred), jnp.swapaxes(source_row, 0, 1), 1),
-            (jnp.where(in_column < n, columns[0][None], barred), source_column, 1),
-        )
-        rows = raised(
-            rows,
-            (columns[0][None] + to_row, source_column, 1),
-            (jnp.where(in_row < n, center[0][None], barred), source_hub, 0),
-        )
-        return rows, columns, center
 
     def start():
-        return tuple((jnp.zeros((k, t), value.dtype), jnp.full((k, t), nothing, jnp.int32)) for k in (m, m, 1))
+        return tuple((jnp.zeros((k, t), value.dtype), jnp.full((k, t), 2 * m + 1, jnp.int32)) for k in (m, m, 1))
 
     def step(state):
         chosen, nodes, _ = state
-        before, nodes = lax.fori_loop(0, 3, lambda _, last: (last[1], one_pass(last[1], chosen)), (nodes, nodes))
+        one_pass = partial(_one_pass, value=value, barred=(~live | chosen, ~chosen | forced), chosen=chosen, n=n)
+        before, nodes = lax.fori_loop(0, 3, lambda _, last: (last[1], one_pass(last[1])), (nodes, nodes))
         moved = jnp.any(jnp.concatenate([a[0] != b[0] for a, b in zip(before, nodes, strict=True)]), axis=0)
-        (_, row_from), (_, column_from), (_, hub_from) = nodes
-        ancestor = jnp.concatenate([row_from, column_from, hub_from, jnp.full((1, t), nothing, jnp.int32)])
-        for _ in range(hub.bit_length()):  # of the 2^k-th generation, past which only cycles have any
-            ancestor = jnp.take_along_axis(ancestor, ancestor, axis=0)
-        cyclic = jnp.any(ancestor[None] == jnp.arange(hub, dtype=jnp.int32)[:, None, None], axis=1)
-        change = (cyclic[None, m:] & (column_from[None] == source_row)) | (
-            cyclic[:m, None] & (row_from[:, None] == source_column)
-        )
+        change, cyclic = _cycles(*(parent for _, parent in nodes))
         gain = jnp.sum(jnp.where(change, jnp.where(chosen, -value, value), 0), axis=(0, 1))
         gains = gain > 4 * m * eps  # above the rounding of this sum, so that no tile can go round in circles
         nodes = jax.tree.map(lambda new, old: jnp.where(gains[None], new, old), start(), nodes)
-        return chosen ^ (change & gains[None, None]), nodes, gains | (moved & ~jnp.any(cyclic, axis=0))
+        return chosen ^ (change & gains[None, None]), nodes, gains | (moved & ~cyclic)
 
     state = (chosen, start(), jnp.ones((t,), bool))
     return lax.while_loop(lambda state: jnp.any(state[2]), step, state)[0]
+
+
+# (potential, parent) of some nodes of each tile. Nodes are numbered: rows, columns, the hub; 2 m + 1 is none.
+_Node = tuple[Float[Array, "k t"], Int[Array, "k t"]]
+
+
+def _one_pass(
+    nodes: tuple[_Node, _Node, _Node],
+    value: Float[Array, "m m t"],
+    barred: tuple[Bool[Array, "m m t"], Bool[Array, "m m t"]],
+    chosen: Bool[Array, "m m t"],
+    n: int,
+) -> tuple[_Node, _Node, _Node]:
+    """A pass of Bellman-Ford over columns, hub and rows; barred: the cells with no way to the column, to the row."""
+    rows, columns, center = nodes
+    m = value.shape[0]
+    index, none = jnp.arange(m, dtype=jnp.int32), jnp.asarray(-jnp.inf, value.dtype)
+    from_row, from_column = index[:, None, None], m + index[None, :, None]
+    from_hub = jnp.full((1, 1, 1), 2 * m, jnp.int32)
+    in_row, in_column = (jnp.sum(chosen, axis=a, dtype=jnp.int32)[None] for a in (1, 0))
+    to_column, to_row = (jnp.where(b, none, sign * value) for b, sign in zip(barred, (1, -1), strict=True))
+    columns = _raised(
+        columns,
+        (rows[0][:, None] + to_column, from_row, 0),
+        (jnp.where(in_column > 0, center[0][None], none), from_hub, 0),
+    )
+    center = _raised(
+        center,
+        (jnp.where(in_row > 0, rows[0][None], none), jnp.swapaxes(from_row, 0, 1), 1),
+        (jnp.where(in_column < n, columns[0][None], none), from_column, 1),
+    )
+    rows = _raised(
+        rows,
+        (columns[0][None] + to_row, from_column, 1),
+        (jnp.where(in_row < n, center[0][None], none), from_hub, 0),
+    )
+    return rows, columns, center
+
+
+def _raised(node: _Node, *ways: tuple[Float[Array, "a b t"], Int[Array, "a b 1"], int]) -> _Node:
+    """The larger of a node's potential and what the best of each way (gains, sources, axis of sources) leads to."""
+    potential, parent = node
+    eps = float(jnp.finfo(potential.dtype).eps)
+    last = jnp.asarray(jnp.iinfo(jnp.int32).max, jnp.int32)
+    for gains, source, axis in ways:
+        gain = jnp.max(gains, axis=axis)
+        first = jnp.min(jnp.where(gains == jnp.expand_dims(gain, axis), source, last), axis=axis)
+        better = gain > potential + 8 * eps
+        potential, parent = jnp.where(better, gain, potential), jnp.where(better, first, parent)
+    return potential, parent
+
+
+def _cycles(
+    row_from: Int[Array, "m t"], column_from: Int[Array, "m t"], hub_from: Int[Array, "1 t"]
+) -> tuple[Bool[Array, "m m t"], Bool[Array, "t"]]:
+    """The cells that cycles of parents change, and the tiles that have any."""
+    m, t = row_from.shape
+    index = jnp.arange(m, dtype=jnp.int32)
+    ancestor = jnp.concatenate([row_from, column_from, hub_from, jnp.full((1, t), 2 * m + 1, jnp.int32)])
+    for _ in range((2 * m).bit_length()):  # of the 2^k-th generation, past which only cycles have any
+        ancestor = jnp.take_along_axis(ancestor, ancestor, axis=0)
+    cyclic = jnp.any(ancestor[None] == jnp.arange(2 * m, dtype=jnp.int32)[:, None, None], axis=1)
+    change = (cyclic[None, m:] & (column_from[None] == index[:, None, None])) | (
+        cyclic[:m, None] & (row_from[:, None] == m + index[None, :, None])
+    )
+    return change, jnp.any(cyclic, axis=0)

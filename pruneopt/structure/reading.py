@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from pruneopt.program.keys import Literal
 from pruneopt.program.primitives import row_of
 from pruneopt.program.program import Equation, Program
-from pruneopt.program.row import Bounds
+from pruneopt.program.row import Bounds, Layout
 from pruneopt.program.segment import Segment, closure
 
 
@@ -43,81 +43,104 @@ class Reading:
 
 def read_operand(program: Program, operand: Any) -> Reading:
     """How `operand` is made of leaves. Raises Unreadable, saying which primitive computes with them."""
-    leaves: dict[str, int] = {}
-    scaled: list[str] = []
-    through: list[str] = []
-    parts: list[str] = []
-    slabs: list[str] = []
-    reads: list[str] = []
-    alias: dict[int, Any] = {}
-    named = program.names
+    trail = _Trail(program)
+    repeated = trail.follow(operand)
+    if itself := [p for p in trail.scaled if p in trail.leaves]:
+        raise Unreadable(f"its weights are scaled by a function of '{itself[0]}' itself, as weight normalisation does")
+    whole = closure(program, [operand], set())
+    target = trail.resolved(operand)
+    return Reading(
+        trail.leaves,
+        tuple(dict.fromkeys(trail.scaled)),
+        tuple(dict.fromkeys(trail.through)),
+        repeated,
+        "".join(p for p in reversed(trail.parts) if p),
+        trail.slabs[0] if trail.slabs else None,
+        len(trail.reads) > len(trail.leaves),
+        Segment(program, _only(trail.unscaled(whole), target), [target]),
+        Segment(program, whole, [operand]),
+    )
 
-    def follow(var: Any) -> frozenset[int]:
+
+@dataclass(eq=False)
+class _Trail:
+    """What is met on the way from an operand back to its leaves.
+
+    leaves: their variables by path. reads: paths, once for each time that they are met. scaled: paths of what scales
+    them. through: primitives passed. parts, slabs: slices taken, and those that cut a leaf into layers. alias: the
+    weights that a scaled variable stands for.
+    """
+
+    program: Program
+    leaves: dict[str, int] = field(default_factory=dict)
+    reads: list[str] = field(default_factory=list)
+    scaled: list[str] = field(default_factory=list)
+    through: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+    slabs: list[str] = field(default_factory=list)
+    alias: dict[int, Any] = field(default_factory=dict)
+
+    def follow(self, var: Any) -> frozenset[int]:
         """The axes of `var` along which it repeats itself."""
-        if var in named:
-            if np.dtype(program.shapes[var].dtype).kind != "f" and not jnp.issubdtype(
-                program.shapes[var].dtype, jnp.floating
-            ):
-                raise Unreadable(f"leaf '{named[var]}' is {program.shapes[var].dtype}, not floating point")
-            leaves[named[var]] = var
-            reads.append(named[var])
-            return frozenset()
-        equation = program.equations[program.maker[var]]
-        name, row = equation.primitive.name, row_of(equation)
+        if var in self.program.names:
+            return self._at_leaf(var)
+        equation = self.program.equations[self.program.maker[var]]
+        row = row_of(equation)
         if row.scales is not None:
-            kept = _scaled_side(program, equation)
-            scaled.extend(p for a in equation.inputs if a != kept for p in leaves_of(program, a))
-            through.append("scale")
-            alias[var] = kept
-            return follow(kept)
+            return self._through_scale(equation, var)
         if row.layout is None:
-            raise Unreadable(f"its weights are computed from {', '.join(leaves_of(program, var))} by {name}")
-        arrays = equation.inputs if row.layout.joins else equation.inputs[:1]
+            paths = ", ".join(leaves_of(self.program, var))
+            raise Unreadable(f"its weights are computed from {paths} by {equation.primitive.name}")
+        return self._through_layout(equation, row.layout, var)
+
+    def _at_leaf(self, var: Any) -> frozenset[int]:
+        path, dtype = self.program.names[var], self.program.shapes[var].dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise Unreadable(f"leaf '{path}' is {dtype}, not floating point")
+        self.leaves[path] = var
+        self.reads.append(path)
+        return frozenset()
+
+    def _through_scale(self, equation: Equation, var: Any) -> frozenset[int]:
+        kept = _scaled_side(self.program, equation)
+        self.scaled.extend(p for a in equation.inputs if a != kept for p in leaves_of(self.program, a))
+        self.through.append("scale")
+        self.alias[var] = kept
+        return self.follow(kept)
+
+    def _through_layout(self, equation: Equation, layout: Layout, var: Any) -> frozenset[int]:
+        program, name = self.program, equation.primitive.name
+        arrays = equation.inputs if layout.joins else equation.inputs[:1]
         if not all(map(program.is_parametric, arrays)):
             raise Unreadable(f"its weights are joined with constants by {name}")
         if name != "convert_element_type" or program.type_of(arrays[0]).dtype != program.type_of(var).dtype:
-            through.append(name)
-        if row.layout.cut is not None:
-            parts.append(_part(program, equation, row.layout.cut(program, equation, var)))
-            if re.fullmatch(r"\[\d+\]", parts[-1]) and _is_leaf(program, arrays[0]):
-                slabs.append(parts[-1])
-        repeated = [follow(a) for a in arrays]
+            self.through.append(name)
+        if layout.cut is not None:
+            self.parts.append(_part(program, equation, layout.cut(program, equation, var)))
+            if re.fullmatch(r"\[\d+\]", self.parts[-1]) and _is_leaf(program, arrays[0]):
+                self.slabs.append(self.parts[-1])
+        repeated = [self.follow(a) for a in arrays]
         if len(set(repeated)) > 1:
             raise Unreadable(f"some of its entries are repeated by broadcasting, then joined with others by {name}")
-        before, repeats = repeated[0], row.layout.repeats
+        before, repeats = repeated[0], layout.repeats
         after = repeats(program, equation, before) if repeats else None if before else before
         if after is None:
             raise Unreadable(f"its entries are repeated by broadcasting, then go through {name}")
         return after
 
-    repeated = follow(operand)
-    if itself := [p for p in scaled if p in leaves]:
-        raise Unreadable(f"its weights are scaled by a function of '{itself[0]}' itself, as weight normalisation does")
-
-    def resolved(atom: Any) -> Any:
-        while atom in alias:
-            atom = alias[atom]
+    def resolved(self, atom: Any) -> Any:
+        """The weights that a scaled atom stands for."""
+        while atom in self.alias:
+            atom = self.alias[atom]
         return atom
 
-    whole = closure(program, [operand], set())
-    laid = [
-        e._replace(inputs=tuple(a if isinstance(a, Literal) else resolved(a) for a in e.inputs))
-        for e in whole
-        if not set(e.outputs) & alias.keys()
-    ]
-    target = resolved(operand)
-    needed = _only(laid, target)
-    return Reading(
-        leaves,
-        tuple(dict.fromkeys(scaled)),
-        tuple(dict.fromkeys(through)),
-        repeated,
-        "".join(p for p in reversed(parts) if p),
-        slabs[0] if slabs else None,
-        len(reads) > len(leaves),
-        Segment(program, needed, [target]),
-        Segment(program, whole, [operand]),
-    )
+    def unscaled(self, equations: list[Equation]) -> list[Equation]:
+        """The equations without those that scale."""
+        return [
+            e._replace(inputs=tuple(a if isinstance(a, Literal) else self.resolved(a) for a in e.inputs))
+            for e in equations
+            if not set(e.outputs) & self.alias.keys()
+        ]
 
 
 def _only(equations: list[Equation], target: int) -> list[Equation]:

@@ -86,120 +86,127 @@ def l0(
     def price(_: jax.Array, living: jax.Array, theta: Tree) -> jax.Array:
         return jnp.asarray(weight, living.dtype)
 
-    make = Gating(optimizer, gate_optimizer, per, open_, end, leaves, key)
-    return make.optimizer("l0", None, weight, price, lambda estimate: jax.tree.map(lambda w: w != 0, estimate))
+    def select(estimate: Tree) -> Tree:
+        return jax.tree.map(lambda w: w != 0, estimate)
+
+    gate_inner = optimizer if gate_optimizer is None else gate_optimizer
+    return Gating("l0", optimizer, gate_inner, per, open_, end, leaves, key, None, weight, price, select).optimizer()
 
 
 class Gating(NamedTuple):
-    """What methods with gates share: `l0` has a fixed price, `lagrangian` a constraint that sets it."""
+    """What methods with gates share: `l0` has a fixed price, `lagrangian` a constraint that sets it.
 
+    priced(price, E|z|_0, theta) is the next price; select(theta z) the support at the end.
+    """
+
+    name: str
     inner: optax.GradientTransformation
-    gate_inner: optax.GradientTransformation | None
+    gate_inner: optax.GradientTransformation
     per: Scope
     open_: float
     end: int | None
     leaves: Choice
     key: jax.Array | int
+    constraint: Constraint | None
+    first_price: float
+    priced: Callable[[jax.Array, jax.Array, Tree], jax.Array]
+    select: Callable[[Tree], Tree]
 
-    def optimizer(
-        self,
-        name: str,
-        constraint: Constraint | None,
-        first_price: float,
-        priced: Callable[[jax.Array, jax.Array, Tree], jax.Array],
-        select: Callable[[Tree], Tree],
-    ) -> SparseOptimizer:
-        """priced(price, E|z|_0, theta) is the next price; select(theta z) the support at the end."""
-        inner = as_optimizer(self.inner, name)
-        gate_inner = inner if self.gate_inner is None else as_optimizer(self.gate_inner, name)
+    def optimizer(self) -> SparseOptimizer:
+        """The transformation. Raises ValueError or TypeError for arguments that are none of those named in `l0`."""
+        inner, gate_inner = as_optimizer(self.inner, self.name), as_optimizer(self.gate_inner, self.name)
         if self.end is not None:
             check_steps("end", self.end)
         if self.per not in ("weight", "in", "out"):
             raise ValueError(f"per={self.per!r} is unknown; pass 'weight', 'in' or 'out'")
         if not 0 < self.open_ < 1:
             raise ValueError(f"open_={self.open_!r} is outside (0, 1); pass the first probability of an open gate")
+        made = self._replace(inner=inner, gate_inner=gate_inner)
+        return SparseOptimizer(
+            made.init, made.update, made.finish, "" if self.constraint is None else self.constraint.scope()
+        )
 
-        def draw(step: Any, log_alpha: Tree) -> Tree:
-            key = jax.random.fold_in(jax.random.key(self.key) if isinstance(self.key, int) else self.key, step)
+    def init(self, params: Tree) -> GatedState:
+        """Every gate open with probability `open_`."""
+        theta = jax.tree.map(jnp.array, chosen(params, self.leaves, self.constraint))
+        if self.per != "weight":
+            check_orientation(f"per={self.per!r}", theta, "pass per='weight', or leave it out with leaves=")
+        first = math.log(self.open_ / (1 - self.open_))
+        log_alpha = jax.tree.map(lambda w: jnp.full(gate_shape(w.shape, self.per), first, _tree.wide(w.dtype)), theta)
+        dtype = _tree.wide(jax.tree.leaves(theta)[0].dtype)
+        return GatedState(
+            jnp.zeros((), jnp.int32), theta, log_alpha, jax.tree.map(jnp.ones_like, log_alpha), everywhere(theta),
+            jnp.asarray(self.first_price, dtype), self.inner.init(params), self.gate_inner.init(log_alpha),
+        )  # fmt: skip
+
+    def update(
+        self, gradient: Tree, state: GatedState, params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, GatedState]:
+        """One step of the gates, one of the weights, and gates for the next batch."""
+        params = checked(params, gradient, state.weights)
+        log_alpha, gate_inner, price = self._gates_moved(gradient, state)
+        through = jax.tree.map(
+            lambda z, m, g: g if z is None else gated(g, z, m), state.gates, state.masks, gradient, is_leaf=is_hole
+        )
+        updates, inner = self.inner.update(through, state.inner, filled(state.weights, params), **extra)
+        theta = jax.tree.map(
+            lambda w, u: None if w is None else w + u.astype(w.dtype), state.weights, updates, is_leaf=is_hole
+        )
+        theta, gates, masks = self._drawn(state, theta, log_alpha)
+        sparse = jax.tree.map(gated, theta, gates, masks)
+        state = GatedState(state.step + 1, theta, log_alpha, gates, masks, price, inner, gate_inner)
+        return towards(sparse, params, updates), state
+
+    def _gates_moved(self, gradient: Tree, state: GatedState) -> tuple[Tree, Any, jax.Array]:
+        """log_alpha after a step, its optimiser's state, and the price: the chain rule through z, and being open."""
+        theta, log_alpha = state.weights, state.log_alpha
+
+        def gate_gradient(a: jax.Array, g: jax.Array, w: jax.Array, z: jax.Array) -> jax.Array:
+            axes = tuple(i for i, (n, m) in enumerate(zip(a.shape, w.shape, strict=True)) if n < m)
+            p = open_probability(a)
+            along = jnp.sum((g * w).astype(a.dtype), axis=axes, keepdims=True)
+            return along * slope(z) + price * (w.size // a.size) * p * (1 - p)
+
+        living = sum(
+            jnp.sum(open_probability(a)) * (w.size // a.size)
+            for a, w in zip(jax.tree.leaves(log_alpha), jax.tree.leaves(theta), strict=True)
+        )
+        price = self.priced(state.price, jnp.asarray(living, state.price.dtype), theta)
+        picked = jax.tree.map(lambda w, g: None if w is None else g, theta, gradient, is_leaf=is_hole)
+        slopes = jax.tree.map(gate_gradient, log_alpha, picked, theta, state.gates)
+        step, new = self.gate_inner.update(slopes, state.gate_inner, log_alpha)
+        return optax.apply_updates(log_alpha, step), new, price
+
+    def _drawn(self, state: GatedState, theta: Tree, log_alpha: Tree) -> tuple[Tree, Tree, Tree]:
+        """theta, gates and masks for the next batch: drawn before `end`, fixed at it, as they are after it."""
+
+        def draw(w: Tree, z: Tree, m: Tree) -> tuple[Tree, Tree, Tree]:
+            key = jax.random.fold_in(jax.random.key(self.key) if isinstance(self.key, int) else self.key, state.step)
             leaves, structure = jax.tree.flatten(log_alpha)
             keys = jax.random.split(key, len(leaves))
-            return jax.tree.unflatten(structure, [sample(k, a) for k, a in zip(keys, leaves, strict=True)])
+            return w, jax.tree.unflatten(structure, [sample(k, a) for k, a in zip(keys, leaves, strict=True)]), m
 
-        def init(params: Tree) -> GatedState:
-            theta = jax.tree.map(jnp.array, chosen(params, self.leaves, constraint))
-            if self.per != "weight":
-                check_orientation(f"per={self.per!r}", theta, "pass per='weight', or leave it out with leaves=")
-            first = math.log(self.open_ / (1 - self.open_))
-            log_alpha = jax.tree.map(
-                lambda w: jnp.full(gate_shape(w.shape, self.per), first, _tree.wide(w.dtype)), theta
-            )
-            dtype = _tree.wide(jax.tree.leaves(theta)[0].dtype)
-            return GatedState(
-                jnp.zeros((), jnp.int32), theta, log_alpha, jax.tree.map(jnp.ones_like, log_alpha), everywhere(theta),
-                jnp.asarray(first_price, dtype), inner.init(params), gate_inner.init(log_alpha),
-            )  # fmt: skip
+        def fix(w: Tree, z: Tree, m: Tree) -> tuple[Tree, Tree, Tree]:
+            w = jax.tree.map(estimated, log_alpha, w)
+            return w, jax.tree.map(jnp.ones_like, z), self.select(w)
 
-        def update(
-            gradient: Tree, state: GatedState, params: Tree | None = None, **extra: Any
-        ) -> tuple[Tree, GatedState]:
-            params, theta, log_alpha = checked(params, gradient, state.weights), state.weights, state.log_alpha
-            gates, masks = state.gates, state.masks
+        if self.end is None:
+            return draw(theta, state.gates, state.masks)
+        phase = jnp.sign(state.step - self.end) + 1
+        return lax.switch(phase, [draw, fix, lambda w, z, m: (w, z, m)], theta, state.gates, state.masks)
 
-            # Gates: the chain rule through z, and the price of being open.
-            def gate_gradient(a: jax.Array, g: jax.Array, w: jax.Array, z: jax.Array) -> jax.Array:
-                axes = tuple(i for i, (n, m) in enumerate(zip(a.shape, w.shape, strict=True)) if n < m)
-                p = open_probability(a)
-                along = jnp.sum((g * w).astype(a.dtype), axis=axes, keepdims=True)
-                return along * slope(z) + price * (w.size // a.size) * p * (1 - p)
-
-            living = sum(
-                jnp.sum(open_probability(a)) * (w.size // a.size)
-                for a, w in zip(jax.tree.leaves(log_alpha), jax.tree.leaves(theta), strict=True)
-            )
-            price = priced(state.price, jnp.asarray(living, state.price.dtype), theta)
-            picked = jax.tree.map(lambda w, g: None if w is None else g, theta, gradient, is_leaf=is_hole)
-            gate_step, gate_new = gate_inner.update(
-                jax.tree.map(gate_gradient, log_alpha, picked, theta, gates), state.gate_inner, log_alpha
-            )
-            log_alpha = optax.apply_updates(log_alpha, gate_step)
-
-            # Weights: the same rule.
-            through = jax.tree.map(
-                lambda z, m, g: g if z is None else gated(g, z, m), gates, masks, gradient, is_leaf=is_hole
-            )
-            updates, new = inner.update(through, state.inner, filled(theta, params), **extra)
-            theta = jax.tree.map(
-                lambda w, u: None if w is None else w + u.astype(w.dtype), theta, updates, is_leaf=is_hole
-            )
-
-            if self.end is None:
-                gates = draw(state.step, log_alpha)
-            else:
-
-                def fixed(w: Tree, z: Tree, m: Tree) -> tuple[Tree, Tree, Tree]:
-                    w = jax.tree.map(estimated, log_alpha, w)
-                    return w, jax.tree.map(jnp.ones_like, z), select(w)
-
-                phases = [lambda w, z, m: (w, draw(state.step, log_alpha), m), fixed, lambda w, z, m: (w, z, m)]
-                phase = jnp.sign(state.step - self.end) + 1
-                theta, gates, masks = lax.switch(phase, phases, theta, gates, masks)
-            sparse = jax.tree.map(gated, theta, gates, masks)
-            state = GatedState(state.step + 1, theta, log_alpha, gates, masks, price, new, gate_new)
-            return towards(sparse, params, updates), state
-
-        def finish(params: Tree, state: Any) -> Pruned:
-            own = own_state(state, GatedState, params)
-            sparse = jax.tree.map(gated, own.weights, own.gates, own.masks)
-            check_trained(params, sparse, own.weights, own.step, name)
-            if self.end is not None and int(own.step) > self.end:
-                kept, masks = own.weights, own.masks
-            else:
-                kept = jax.tree.map(estimated, own.log_alpha, own.weights)
-                masks = select(kept)
-            done = Pruned(filled(_tree.masked(kept, masks), params), masks)
-            return done if constraint is None else check_alive(done, constraint)
-
-        return SparseOptimizer(init, update, finish, "" if constraint is None else constraint.scope())
+    def finish(self, params: Tree, state: Any) -> Pruned:
+        """theta times the gates without noise, on what `select` keeps of it; what training left of it after `end`."""
+        own = own_state(state, GatedState, params)
+        sparse = jax.tree.map(gated, own.weights, own.gates, own.masks)
+        check_trained(params, sparse, own.weights, own.step, self.name)
+        if self.end is not None and int(own.step) > self.end:
+            kept, masks = own.weights, own.masks
+        else:
+            kept = jax.tree.map(estimated, own.log_alpha, own.weights)
+            masks = self.select(kept)
+        done = Pruned(filled(_tree.masked(kept, masks), params), masks)
+        return done if self.constraint is None else check_alive(done, self.constraint)
 
 
 def open_probability(log_alpha: jax.Array) -> jax.Array:

@@ -58,5 +58,8 @@ def lagrangian(
     def select(estimate: Tree) -> Tree:
         return constraint.select(jax.tree.map(jnp.abs, estimate))
 
-    make = Gating(optimizer, gate_optimizer, per, open_, end, leaves, key)
-    return make.optimizer("lagrangian", constraint, 0.0, priced, select)
+    name, price = "lagrangian", 0.0
+    gate_inner = optimizer if gate_optimizer is None else gate_optimizer
+    return Gating(
+        name, optimizer, gate_inner, per, open_, end, leaves, key, constraint, price, priced, select
+    ).optimizer()
