@@ -22,6 +22,21 @@ def tree(seed, shapes=SHAPES, dtype=None):
     return {k: jnp.asarray(rng.standard_normal(shape), dtype or jnp.zeros(()).dtype) for k, shape in shapes.items()}
 
 
+def flat(tree):
+    """The leaves of a tree as one row."""
+    return np.concatenate([np.asarray(x).reshape(-1) for x in jax.tree.leaves(tree)])
+
+
+def unflat(row, like):
+    """A row as a tree like another, in its dtypes."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([x.size for x in leaves])
+    return jax.tree.unflatten(
+        structure,
+        [jnp.asarray(row[e - x.size : e].reshape(x.shape), x.dtype) for x, e in zip(leaves, ends, strict=True)],
+    )
+
+
 def masks(seed, shapes=SHAPES, density=0.6):
     rng = np.random.default_rng(seed)
     return {k: jnp.asarray(rng.random(shape) < density) for k, shape in shapes.items()}
