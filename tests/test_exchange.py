@@ -93,3 +93,26 @@ def test_forward_lets_in_what_lowers_the_refitted_error_most(seed):
         choice = [j for j in range(N) if free[j] and j not in support and room[runs[j]] > 0]
         support.append(min(choice, key=lambda j: error(gram, w0, [*support, j])))
     assert forward(gram, w0, free, runs, counts).tolist() == support
+
+
+def test_inputs_that_are_noise_or_copies_gain_nothing():
+    """The second input is noise whose row is not semidefinite to rounding; the third copies the first."""
+    gram = np.diag([1.0, 1e-310, 1.0, 0.25])
+    gram[0, 2] = gram[2, 0] = 1.0
+    gram[3, 1] = gram[1, 3] = 1e-100
+    free, runs = np.ones(4, bool), np.zeros(4, int)
+    assert forward(gram, np.ones(4), free, runs, np.array([2])).tolist() == [0, 3]
+
+
+def test_an_exchange_that_rounding_spoils_is_taken_back(monkeypatch):
+    gram, w0, support = problem(0, 40)
+    fit, free, runs = Fit(gram, w0, support), np.ones(N, bool), np.zeros(N, int)
+
+    def spoiled():
+        raise np.linalg.LinAlgError("singular to rounding")
+
+    monkeypatch.setattr(fit, "_refit", spoiled)
+    before = fit.support.copy(), fit.error, fit.gains().copy()
+    assert fit.improved(free, runs, 5) == (0, 0.0)
+    for then, now in zip(before, (fit.support, fit.error, fit.gains()), strict=True):
+        np.testing.assert_array_equal(then, now)

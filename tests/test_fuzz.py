@@ -1,4 +1,4 @@
-"""400 seeded problems of one layer, over constraints, solvers, spectra, dtypes and scales: every promise of `solve`.
+"""2,000 seeded problems of one layer, over constraints, solvers, spectra, dtypes and scales: every promise of `solve`.
 
 Each is judged by NumPy in float64 alone: values finite and of the weights' dtype, the constraint's NumPy twin met, the
 objective equal to the formula, the bound below it, `certify` of one mind, `optimal` only where enumeration agrees, a
@@ -18,7 +18,7 @@ from pruneopt import constraints as c
 from pruneopt import solvers as s
 
 pytestmark = pytest.mark.slow
-PROBLEMS, CHUNKS = 400, 8
+PROBLEMS, CHUNKS = 2000, 8
 SHAPES = ((6, 2), (8, 3))
 
 

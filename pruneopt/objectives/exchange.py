@@ -40,7 +40,7 @@ class Fit:
 
     def __init__(self, gram: Float[np.ndarray, "n n"], w0: Float[np.ndarray, " n"], support: Int[np.ndarray, " k"]):
         self._gram, self._w0 = gram, w0
-        self._floor = 1e-12 * np.diagonal(gram)
+        self._floor = _floor(gram)
         self.support = np.array(support)
         self._anew()
 
@@ -87,7 +87,7 @@ class Fit:
         outside[self.support] = False
         rows, columns = np.flatnonzero(outside), np.arange(len(self.support))
         if among is not None:
-            alone = self._residual**2 / np.maximum(self._schur, self._floor)
+            alone = _alone(self._residual, self._schur, self._floor)
             cost = self.weights**2 / np.diagonal(self._inverse)
             rows, columns = rows[np.argsort(-alone[rows])[:among]], np.argsort(cost)[:among]
         if not (rows.size and columns.size):
@@ -130,19 +130,33 @@ class Fit:
                 return step, 0.0
             if step == steps:
                 break
-            before, error = self.support.copy(), self.error
+            before = vars(self) | {name: getattr(self, name).copy() for name in ("support", "_columns", "_pull")}
             try:
                 self.exchange(j, c)
                 if (step + 1) % _ANEW == 0:
                     self._anew()
-                helped = self.error < error
+                helped = self.error < before["error"]
             except np.linalg.LinAlgError:
                 helped = False
             if not helped:  # rounding: the exchange did not do what it promised
-                self.support = before
-                self._anew()
+                vars(self).update(before)
                 return step, 0.0
         return steps, gain
+
+
+def _floor(gram: Float[np.ndarray, "n n"]) -> Float[np.ndarray, " n"]:
+    """What is left of each input's H_jj beside a support that explains it, to rounding; of inputs that are noise, that
+    of the largest.
+    """
+    diagonal = np.diagonal(gram)
+    return np.maximum(1e-12 * diagonal, np.finfo(np.float64).eps ** 2 * np.max(diagonal))
+
+
+def _alone(
+    residual: Float[np.ndarray, " n"], schur: Float[np.ndarray, " n"], floor: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    """What each input gains alone: nothing where the support explains it."""
+    return np.where(schur > floor, residual**2 / np.maximum(schur, floor), 0.0)
 
 
 def forward(
@@ -157,10 +171,10 @@ def forward(
     n k multiply-adds a step. Source: orthogonal least squares (Chen, Billings and Luo 1989, section 4).
     """
     residual, schur, room = gram @ w0, np.diagonal(gram).copy(), np.array(counts)
-    floor, open_ = 1e-12 * schur, free.copy()
+    floor, open_ = _floor(gram), free.copy()
     rows, support = np.zeros((int(room.sum()), len(gram))), []
     for k in range(len(rows)):
-        gain = np.where(open_ & (room[runs] > 0), residual**2 / np.maximum(schur, floor), -1.0)
+        gain = np.where(open_ & (room[runs] > 0), _alone(residual, schur, floor), -1.0)
         j = int(np.argmax(gain))
         if gain[j] < 0:
             break
