@@ -141,6 +141,14 @@ def test_solve_and_the_inverse_diagonal_are_those_of_the_dense_inverse(n, p, rid
     np.testing.assert_allclose(ravel_pytree(h.inverse_diagonal(ridge / 2))[0], np.diag(inverse), rtol=precision)
 
 
+def test_solve_holds_where_the_rounding_of_the_gram_exceeds_the_ridge():
+    g = np.random.default_rng(0).standard_normal((50, 800)).astype(np.float32)
+    wide, b = g.astype(np.float64), np.random.default_rng(1).standard_normal(800)
+    found = LowRank.checked(jnp.asarray(g), np.zeros(800)).solve(jnp.asarray(b), 1e-7)
+    expected = np.linalg.solve(wide.T @ wide / 50 + 1e-7 * np.eye(800), b)
+    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+
+
 def test_inverse_diagonal_over_several_blocks_of_columns(monkeypatch):
     from pruneopt.curvature import low_rank
 

@@ -45,7 +45,21 @@ def test_a_solver_alone_aims_at_the_networks_outputs_and_published_rows_at_each_
     }  # fmt: skip
 
 
-def test_sensitivity_and_lossless_take_layer_methods():
+@pytest.mark.parametrize("method", ["wanda", Then(Score(), Polish())], ids=["row", "solver"])
+def test_lossless_takes_layer_methods(method):
+    """Half of each layer is zero already and all else is seen: exactly that half goes."""
+    dense = {name: w * (np.argsort(np.argsort(np.abs(w).ravel())).reshape(w.shape) >= w.size // 2)
+             for name, w in PARAMS.items()}  # fmt: skip
+    misfit = lambda p, x: jnp.mean((forward(p, x) - forward(dense, x)) ** 2)  # noqa: E731
+    found = po.plans.lossless(misfit, dense, BATCHES, tolerance=1e-20, method=method, progress=False)
+    for name, w in dense.items():
+        np.testing.assert_array_equal(found.support[name], w != 0)
+        np.testing.assert_allclose(found.params[name], w, rtol=1e-9)
+    assert all(entry["rise"] > 1e-9 for entry in found.history if entry["count"] < 36)
+    assert found.kept == 36
+
+
+def test_sensitivity_takes_layer_methods():
     refit = Then(Score(), Polish())
     found = po.plans.sensitivity(loss, PARAMS, BATCHES, (0.5,), method=refit, progress=False)
     for name in PARAMS:

@@ -17,7 +17,8 @@ from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.curvature.low_rank import LowRank
 from pruneopt.network import calls
 from pruneopt.network.batches import Batches, Source, each, explained
-from pruneopt.network.leaves import Choice, Rest, partition
+from pruneopt.network.leaves import Choice, Rest
+from pruneopt.network.network import Network
 from pruneopt.program.per_example import Separable
 
 Tree = Any
@@ -52,10 +53,7 @@ def empirical_fisher(
     Source: Martens 2020, section 11; Singh and Alistarh 2020 (WoodFisher).
     """
     check_ridge(ridge)
-    chosen, rest = partition(params, leaves)
-    stream = Batches(batches)
-    calls.check_scalar(loss, chosen, rest, stream)
-    calls.check_seen(loss, chosen, rest, stream)
+    _, chosen, rest, stream = Network.of_loss(loss, params, batches, leaves).parts
     layout = _tree.Layout.of(chosen)
     dtype = _dtype(chosen, dtype)
     n = sum(each(batch, f"{stream.name}: batch {index}")[1] for index, batch in enumerate(stream))
@@ -89,10 +87,7 @@ def empirical_fisher_diagonal(loss: calls.Loss, params: Tree, batches: Source, l
     Raises ValueError for a loss that is not scalar, a NaN or an infinity in a gradient, unusable batches.
     Source: the diagonal of the empirical Fisher, Martens 2020, section 11.
     """
-    chosen, rest = partition(params, leaves)
-    stream = Batches(batches)
-    calls.check_scalar(loss, chosen, rest, stream)
-    calls.check_seen(loss, chosen, rest, stream)
+    _, chosen, rest, stream = Network.of_loss(loss, params, batches, leaves).parts
     layout, n = _tree.Layout.of(chosen), 0
     total = jnp.zeros(layout.size, _dtype(chosen, None))
     for chunk, origin, new in _chunks(stream, _at_once(layout)):

@@ -18,7 +18,8 @@ from pruneopt import _linalg, _tree
 from pruneopt.curvature.streamed import Streamed, over_rows
 from pruneopt.network import calls
 from pruneopt.network.batches import Batches, Source
-from pruneopt.network.leaves import Choice, Rest, combine, partition
+from pruneopt.network.leaves import Choice, Rest, combine
+from pruneopt.network.network import Network
 
 Tree = Any
 Outputs = Callable[[Tree, Any], Any]
@@ -52,20 +53,16 @@ class GaussNewton(Streamed):
         leaves: default the prunable ones; None elsewhere. Raises as `prune` does for a loss that is not scalar, for
         leaves or batches that cannot be used.
         """
-        chosen, rest = partition(params, leaves)
-        stream = Batches(batches)
         for fn in (model, loss):
             if not callable(fn):
                 raise TypeError(f"{fn!r} is no function; pass model(params, batch) and loss(outputs, batch)")
-        made = GaussNewton(chosen, rest, model, loss, stream)
-        calls.check_scalar(made.mean_loss, chosen, rest, stream)
-        calls.check_seen(made.mean_loss, chosen, rest, stream)
-        return made
+        _, chosen, rest, stream = Network.of_loss(_composed(model, loss), params, batches, leaves).parts
+        return GaussNewton(chosen, rest, model, loss, stream)
 
     @property
     def mean_loss(self) -> calls.Loss:
         """The loss of the model's outputs."""
-        return lambda params, batch: self.loss(self.model(params, batch), batch)
+        return _composed(self.model, self.loss)
 
     @cached_property
     def semidefinite(self) -> bool:
@@ -99,6 +96,10 @@ class GaussNewton(Streamed):
     def on_batch(self, chosen: Tree, rest: Rest, batch: Any, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
         """Products on one batch: forward through the network, through H_L, and back."""
         return _products(self.model, self.loss, chosen, rest, batch, rows)
+
+
+def _composed(model: Outputs, loss: Outputs) -> calls.Loss:
+    return lambda params, batch: loss(model(params, batch), batch)
 
 
 @partial(jax.jit, static_argnames=("model", "loss"))

@@ -15,7 +15,8 @@ from pruneopt.curvature.diagonal import Diagonal
 from pruneopt.curvature.streamed import Streamed, over_rows
 from pruneopt.network import calls
 from pruneopt.network.batches import Batches, Source
-from pruneopt.network.leaves import Choice, Rest, partition
+from pruneopt.network.leaves import Choice, Rest
+from pruneopt.network.network import Network
 
 Tree = Any
 
@@ -47,10 +48,7 @@ class Hessian(Streamed):
         leaves: default the prunable ones; None elsewhere. Raises as `prune` does for a loss that is not scalar, for
         leaves or batches that cannot be used.
         """
-        chosen, rest = partition(params, leaves)
-        stream = Batches(batches)
-        calls.check_scalar(loss, chosen, rest, stream)
-        calls.check_seen(loss, chosen, rest, stream)
+        _, chosen, rest, stream = Network.of_loss(loss, params, batches, leaves).parts
         return Hessian(chosen, rest, loss, stream)
 
     @property

@@ -16,11 +16,13 @@ from pruneopt import _linalg, _tree
 from pruneopt.capture.statistics import capture
 from pruneopt.curvature.base import Curvature, check_memory, check_ridge, is_semidefinite
 from pruneopt.network import calls
-from pruneopt.network.batches import Batches, Source
-from pruneopt.network.leaves import Choice, partition
+from pruneopt.network.batches import Source
+from pruneopt.network.leaves import Choice
+from pruneopt.network.network import Network
 from pruneopt.structure.graph import trace
 
 Tree = Any
+_SINGULAR = 1e-14  # of the largest eigenvalue: 45 roundings of float64, to which `eigh` does not know them
 
 
 @jax.tree_util.register_dataclass
@@ -52,10 +54,8 @@ class Kronecker(Curvature):
         too; as `capture`.
         """
         check_ridge(ridge)
-        stream = Batches(batches)
-        chosen, rest = partition(params, leaves)
-        calls.check_scalar(loss, chosen, rest, stream)
-        calls.check_seen(loss, chosen, rest, stream)
+        network = Network.of_loss(loss, params, batches, leaves)
+        chosen, stream = network.chosen, network.batches
         layout = _tree.Layout.of(chosen)
         found = capture(loss, params, stream, leaves=leaves, output_gradients=True)
         n = sum(map(stream.examples, stream))
@@ -148,7 +148,7 @@ class Kronecker(Curvature):
         check_ridge(ridge)
         for ((a, u), (s, v)), at in zip(self._spectra, self.entries, strict=True):
             bend = np.maximum(a, 0)[:, :, None] * np.maximum(s, 0)[:, None] + self.ridge + ridge
-            if np.min(bend) <= 1e-14 * np.max(bend):
+            if np.min(bend) <= _SINGULAR * np.max(bend):
                 raise ValueError(
                     f"ridge={ridge!r}, with which the Kronecker factors have no inverse; pass ridge > 0, such as 1e-3 "
                     "times the mean of the diagonal"

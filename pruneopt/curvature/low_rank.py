@@ -20,6 +20,9 @@ from pruneopt.network.leaves import check_finite
 Tree = Any
 _HIGHEST = lax.Precision.HIGHEST
 _COLUMNS = 1 << 12  # columns of G that are held in float64 at a time
+# Of `solve`. Measured on 200 float32 vectors of 3,000 unit normal entries: a refinement divides the residual by 40,000
+# for a ridge of 0.1 and by 300 for 1e-3, where five leave 3e-12; for 1e-5 by 3, and for 1e-7 it grows.
+_REFINEMENTS, _RESIDUAL, _DIVERGED = 5, 1e-12, 1e-9
 
 
 @jax.tree_util.register_dataclass
@@ -80,8 +83,12 @@ class LowRank(Curvature):
     @cached_property
     def gram(self) -> Float[np.ndarray, "n n"]:
         """G G^T, summed in float64 over blocks of columns. Made once; n^2 p / 2 multiply-adds."""
+        return self._summed(_tree.wide(self.gradients.dtype))
+
+    def _summed(self, dtype: Any) -> Float[np.ndarray, "n n"]:
+        """G G^T from products of columns in `dtype`."""
         total = np.zeros((self.n, self.n))
-        for _, block in self._columns():
+        for _, block in self._columns(dtype):
             total += block @ block.T  # NumPy computes half of it
         return total
 
@@ -126,7 +133,7 @@ class LowRank(Curvature):
         if self._is_tall:
             return self.layout.tree(np.diagonal(_linalg.inverse(self._square(r))))
         factor, out = self._factor(r).astype(_tree.wide(self.gradients.dtype)), np.empty(self.layout.size)
-        for at, block in self._columns():
+        for at, block in self._columns(factor.dtype):
             half = _linalg.triangular_solve(factor, block)
             out[at] = (1 - np.einsum("ij,ij->j", half, half, dtype=np.float64)) / r
         return self.layout.tree(out)
@@ -154,27 +161,37 @@ class LowRank(Curvature):
         return total / self.n
 
     def _woodbury(self, b: Float[np.ndarray, " p"], r: float) -> Float[np.ndarray, " p"]:
-        """(H + r I)^-1 b, refined until the residual is 1e-12 of b: that removes the rounding of the Gram."""
-        factor, found, residual = self._factor(r), np.zeros_like(b), b
+        """(H + r I)^-1 b by the factor of the Gram as it is, or of one made in float64 where refinement diverges."""
+        found, left = self._refined(self._factor(r), b, r)
+        if left > _DIVERGED:
+            found, _ = self._refined(_linalg.cholesky(self._summed(np.float64) + self.n * r * np.eye(self.n)), b, r)
+        return found
+
+    def _refined(
+        self, factor: Float[np.ndarray, "n n"], b: Float[np.ndarray, " p"], r: float
+    ) -> tuple[Float[np.ndarray, " p"], float]:
+        """(H + r I)^-1 b and its relative residual, refined in float64: that removes the rounding of the factor."""
+        found, residual, left = np.zeros_like(b), b, 1.0
         with jax.enable_x64(True):
-            for _ in range(5):
+            for _ in range(_REFINEMENTS):
                 short = _linalg.cholesky_solve(factor, np.asarray(_times(self.gradients, residual)))
                 found += (residual - np.asarray(_transposed_times(self.gradients, short))) / r
                 along = np.asarray(_times(self.gradients, found)) / self.n
                 residual = b - np.asarray(_transposed_times(self.gradients, along)) - r * found
-                if np.linalg.norm(residual) <= 1e-12 * np.linalg.norm(b):
+                left = float(np.linalg.norm(residual) / max(np.linalg.norm(b), np.finfo(float).tiny))
+                if left <= _RESIDUAL:
                     break
-        return found
+        return found, left
 
     def _factor(self, r: float) -> Float[np.ndarray, "n n"]:
         return _linalg.cholesky(self.gram + self.n * r * np.eye(self.n))
 
-    def _columns(self) -> Any:
-        """(where, the columns of G there), a view on a CPU."""
-        gradients, wide = np.asarray(self.gradients), _tree.wide(self.gradients.dtype)
+    def _columns(self, dtype: Any) -> Any:
+        """(where, the columns of G there in `dtype`), a view on a CPU where that is G's own."""
+        gradients = np.asarray(self.gradients)
         for start in range(0, self.layout.size, _COLUMNS):
             at = slice(start, min(start + _COLUMNS, self.layout.size))
-            yield at, gradients[:, at].astype(wide, copy=False)
+            yield at, gradients[:, at].astype(dtype, copy=False)
 
 
 @jax.jit

@@ -21,6 +21,7 @@ from pruneopt.network.leaves import Rest, as_key, check_like
 
 Tree = Any
 _COLUMNS = 16  # products in one pass over the data
+_LARGEST = 1e15  # of a direction: from there a curvature of 1e23 overflows float32, from less the data are to blame
 
 
 class Streamed(Curvature):
@@ -169,9 +170,9 @@ class Streamed(Curvature):
 
     def _blame(self, rows: Float[Array, "k p"], cast: Callable[[Tree], Tree]) -> NoReturn:
         """Raise ValueError for products that are not finite: `rows`, or the first batch that makes them so."""
-        if not bool(jnp.all(jnp.abs(rows) < 1e15)):
+        if not bool(jnp.all(jnp.abs(rows) < _LARGEST)):
             raise ValueError(
-                f"direction: it holds a NaN or entries above 1e15, and its product with the {self.name} is not "
+                f"direction: it holds a NaN or entries above {_LARGEST:g}, and its product with the {self.name} is not "
                 f"finite: a solver that diverges along an indefinite matrix asks for that; {self.instead}"
             )
         chosen, rest = cast(self.chosen), cast(self.rest)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pruneopt.network import calls
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, Rest, check_finite, combine, partition
 
@@ -34,6 +35,18 @@ class Network:
         check_finite(chosen, "params")
         source = None if batches is None else Batches(batches)
         return cls(fn, params, leaves, source, chosen, rest)
+
+    @classmethod
+    def of_loss(cls, fn: Any, params: Tree, batches: Source | Batches, leaves: Choice = None) -> Network:
+        """Of a loss that sees every chosen leaf. Raises what `of` and `check_loss` raise."""
+        network = cls.of(fn, params, batches, leaves)
+        network.check_loss()
+        return network
+
+    def check_loss(self) -> None:
+        """Raise TypeError or ValueError unless fn gives a scalar, and its derivative sees every chosen leaf."""
+        calls.check_scalar(*self.parts)
+        calls.check_seen(*self.parts)
 
     @property
     def batches(self) -> Batches:

@@ -35,6 +35,8 @@ def lottery(
 
     params: the initial weights. train: (params, support) -> params, all of training with what is pruned held at zero;
         `plans.retrain` makes one. It is called with support None for the dense network.
+    There is no method=: tickets are found by magnitude, and nothing here knows fn. For another criterion, `prune` with
+    schedule=Iterative(rounds) and fine_tune=lambda w, support: train(apply(start, support), support).
     early: params -> params, the first steps of training: then `start` is early(params), rewinding to an early step
         (Frankle et al. 2020, section 4), else `params` themselves. constraint, leaves: as in `prune`.
     Source: Frankle and Carbin 2019, section 1, the iterative strategy with resetting. Raises as `prune`.

@@ -38,9 +38,8 @@ def weights_alone(network: Network, key: jax.Array) -> Quadratic:
 
 def linear(network: Network, key: jax.Array) -> Quadratic:
     """<g, w - w0>, g the gradient of the mean loss."""
+    network.check_loss()
     fn, chosen, rest, stream = network.parts
-    calls.check_scalar(fn, chosen, rest, stream)
-    calls.check_seen(fn, chosen, rest, stream)
     gradient = calls.mean_gradient(fn, chosen, rest, stream)
     return Quadratic(chosen, None, _not_zero(gradient, "the gradient of fn", "obd"))
 
@@ -145,9 +144,8 @@ def gradient_flow(network: Network, key: jax.Array) -> Quadratic:
     H g is the Hessian of the mean loss times its gradient, each over all batches.
     Source: Wang, Zhang and Grosse 2020 (GraSP), equation 8, its sign turned.
     """
+    network.check_loss()
     fn, chosen, rest, stream = network.parts
-    calls.check_scalar(fn, chosen, rest, stream)
-    calls.check_seen(fn, chosen, rest, stream)
     gradient = _not_zero(calls.mean_gradient(fn, chosen, rest, stream), "the gradient of fn", "obd")
     flow = stream.finite_mean(lambda batch: _negative_product(fn, chosen, rest, batch, gradient), "the Hessian of fn")
     return Quadratic(chosen, None, _not_zero(flow, "the Hessian of fn times its gradient", "snip"))

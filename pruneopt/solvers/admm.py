@@ -47,8 +47,9 @@ class ADMM(Solver):
 
     From `init` it starts where its weights would be a fixed point; the result is never worse than a feasible init.
     Cost: (levels * iterations + refit + 1) products of n^2 m, (levels + 1) inverses of about 0.7 n^3, on n inputs and m
-    outputs; memory 4 n^2 + 8 n m numbers, and the inverses where they take up to 2 (n^2 + n m): layers that share a
-    Gram, solved in turn, then share them.
+    outputs; memory 4 n^2 + 8 n m numbers. Where levels n <= 2 (n + m) the inverses, levels n^2 numbers (half the bytes
+    in bfloat16), stay with the Gram until it goes or is solved with other settings: layers that share a Gram, solved in
+    turn, share them. Others are made one at a time.
     stats: condition (of the damped H, estimated from below), dead_inputs, factors ("float32", "float64" where the probe
     of the first failed, with more damping where that failed too), factor_damping, products.
     Source: ALPS (Meng et al. 2024, algorithm 1), with the metric of OBS (Hassibi and Stork 1993) in place of diag(H),

@@ -18,6 +18,10 @@ from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.threshold import selected
 
+# rho's factor where more than a share of the support changed: as in the published code, like the numbers in `run`.
+_FACTORS, _LEAST_FACTOR = ((0.1, 1.3), (0.005, 1.2)), 1.1
+_LEAST_RHO = 1e-6  # ours, where nothing ever changes: W0 is in the constraint
+
 
 @dataclass(frozen=True)
 class ALPS(Solver):
@@ -73,13 +77,13 @@ class ALPS(Solver):
             changed = int(jnp.sum(now != support))
             support = now
             if changed:
-                factor = 1.3 if changed > 0.1 * kept else 1.2 if changed > 0.005 * kept else 1.1
-                if factor == 1.1 and not moved:
+                factor = next((by for share, by in _FACTORS if changed > share * kept), _LEAST_FACTOR)
+                if factor == _LEAST_FACTOR and not moved:
                     rho, state = rho / 5, start
                 else:
                     rho, moved = rho * factor, True
                 settled = done > 30 and changed < 3e-4 * kept
-            elif moved or rho < 1e-6:
+            elif moved or rho < _LEAST_RHO:
                 settled = True
             else:
                 rho = rho / 5

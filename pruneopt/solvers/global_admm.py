@@ -19,6 +19,7 @@ from pruneopt.solvers.polish import Polish
 
 Tree = Any
 Product = Callable[[Tree], Tree]
+_FLOOR = 1e-6  # of the mean diagonal; twice and half give the same objective to 7 digits on MLPNet at 80 %
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _scaled(center: Tree, diagonal: Tree, gradient: Tree | None, ridge: Array) -
     leaves = jax.tree.leaves(s)
     mean = sum(jnp.sum(x) for x in leaves) / jnp.asarray(sum(x.size for x in leaves), leaves[0].dtype)
     mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
-    scale = jax.tree.map(lambda x: jnp.sqrt(jnp.maximum(x, jnp.asarray(1e-6, x.dtype) * mean.astype(x.dtype))), s)
+    scale = jax.tree.map(lambda x: jnp.sqrt(jnp.maximum(x, jnp.asarray(_FLOOR, x.dtype) * mean.astype(x.dtype))), s)
     slope = (
         jax.tree.map(jnp.zeros_like, wide)
         if gradient is None

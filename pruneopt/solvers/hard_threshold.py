@@ -17,6 +17,10 @@ from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, layer_only, outcome, prepared
 
+# Measured on minilm_l2_attn_out, mlpnet_fc1 and resnet20_l3_conv at 50 and 90 %.
+_MARGIN = 0.01  # the source's c, small: half changes nothing, twice moves one of six errors by 2 %
+_LEAST_GAIN = 1e-3  # half: up to 1.4 times the iterations, errors 0 to 2 % lower; twice: 0.6 of them, 0 to 5 % higher
+
 
 @dataclass(frozen=True)
 class HardThresholding(Solver):
@@ -103,7 +107,7 @@ def _iterated(
             length, point, support = trial
             change = point - state.point
             size, curved = jnp.sum(change * change), jnp.sum(change * product(change))
-            return jnp.all(support == state.support) | (length * curved <= 0.99 * size)
+            return jnp.all(support == state.support) | (length * curved <= (1 - _MARGIN) * size)
 
         def halved(trial):
             length = trial[0] / 2
@@ -113,7 +117,7 @@ def _iterated(
         _, point, support = lax.while_loop(lambda t: ~admissible(t), halved, trial)
         after = error(point)
         better = after <= before
-        settled = jnp.all(support == state.support) & (after >= 0.999 * before) | ~better
+        settled = jnp.all(support == state.support) & (after >= (1 - _LEAST_GAIN) * before) | ~better
         return _State(
             jnp.where(better, point, state.point),
             jnp.where(better, support, state.support),

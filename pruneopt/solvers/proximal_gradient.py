@@ -26,6 +26,9 @@ from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, ch
 Tree = Any
 _CHECKED = 20  # iterations between two looks at the gap
 _HALVINGS = 60  # of one step, on the true loss
+_NOISE = 1e-6  # of a loss in float32: 8 of its roundings
+_POWERS, _MARGIN = 12, 1.05
+_ROUNDING = 1e-9  # of a squared length in float64: what may fail the test of a step that is exactly 1 / curvature
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class ProximalGradient(Solver):
             for _ in range(_HALVINGS):
                 moved = _moved(penalty, y, gradient, step)
                 model, change, size, turned = (float(x) for x in _compared(moved, y, w, gradient, step))
-                if f.value(moved) <= height + model + 1e-6 * abs(height):  # float32's noise
+                if f.value(moved) <= height + model + _NOISE * abs(height):
                     break
                 step, halvings = step / 2, halvings + 1
             else:
@@ -216,9 +219,9 @@ def _slope(model: _Model, w: Tree) -> Tree:
 
 @jax.jit
 def _curvature(model: _Model, key: jax.Array) -> Float[Array, ""]:
-    """The largest eigenvalue of H + ridge I, from below, by 12 power iterations, plus a twentieth."""
+    """The largest eigenvalue of H + ridge I, from below by power iterations, plus a margin."""
     flat, start = _flat(model), _random(model.center, key)
-    return _raised(lax.fori_loop(0, 12, lambda _, v: _slope(flat, _unit(v)), start))
+    return _raised(lax.fori_loop(0, _POWERS, lambda _, v: _slope(flat, _unit(v)), start))
 
 
 def _is_streamed(curvature: Curvature) -> bool:
@@ -228,7 +231,7 @@ def _is_streamed(curvature: Curvature) -> bool:
 def _streamed_curvature(model: _Model, key: jax.Array) -> Float[Array, ""]:
     """`_curvature` of products over the data, which no trace can hold."""
     flat, v = _flat(model), _random(model.center, key)
-    for _ in range(12):
+    for _ in range(_POWERS):
         v = _slope(flat, _unit(v))
     return _raised(v)
 
@@ -252,7 +255,7 @@ def _unit(v: Tree) -> Tree:
 
 def _raised(v: Tree) -> Float[Array, ""]:
     largest = jnp.sqrt(_dot(v, v))
-    return jnp.where(largest > 0, 1.05 * largest, 1.0)
+    return jnp.where(largest > 0, _MARGIN * largest, 1.0)
 
 
 def _dot(a: Tree, b: Tree) -> Array:
@@ -295,7 +298,7 @@ def _judged(s: _State, y: Tree, slope: Tree, moved: Tree, slope_moved: Tree) -> 
     """The state at `moved` where the step was short enough, else where it was with half the step."""
     change, bend = (jax.tree.map(jnp.subtract, a, b) for a, b in ((moved, y), (slope_moved, slope)))
     square = _dot(change, change)
-    fits = _dot(change, bend) * s.step <= square * (1 + 1e-9)
+    fits = _dot(change, bend) * s.step <= square * (1 + _ROUNDING)
     turned = _dot(change, jax.tree.map(jnp.subtract, moved, s.w)) < 0
     size = jnp.sqrt(_dot(moved, moved))
     taken = _State(

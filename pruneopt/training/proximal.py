@@ -27,6 +27,9 @@ from pruneopt.training.base import (
 from pruneopt.training.metric import Metric, adam_metric, rms_metric
 
 Tree = Any
+# Two first steps on gradients a decade apart tell a metric of the optimiser's own: their ratios to the gradient agree
+# for SGD and differ by ten for Adam. Nesterov's first step is up to twice SGD's.
+_GRADIENTS, _AGREEING, _STEPS = (0.01, 0.1), (0.9, 1.1), (0.5, 2.5)
 
 
 class ProximalState(NamedTuple):
@@ -152,19 +155,19 @@ def _check_step(
             return
         tiny = jax.tree.map(lambda x: jnp.zeros((1,) * x.ndim, x.dtype) if _tree.is_array(x) else x, params)
         ratios = []
-        for size in (0.01, 0.1):
+        for size in _GRADIENTS:
             gradient = jax.tree.map(lambda x, size=size: jnp.full_like(x, size) if _tree.is_array(x) else x, tiny)
             updates, state = optimizer.update(gradient, optimizer.init(tiny), tiny)
             d = jax.tree.leaves(tiny if metric is None else metric(state))[0].reshape(-1)[0]
             step = abs(float(jax.tree.leaves(updates)[0].reshape(-1)[0]))
             ratios.append(step / (a * size * (1.0 if metric is None else float(d))))
-    if metric is None and not 0.9 < ratios[1] / ratios[0] < 1.1:
+    if metric is None and not _AGREEING[0] < ratios[1] / ratios[0] < _AGREEING[1]:
         raise ValueError(
             "optimizer steps in a metric of its own (its step is not proportional to the gradient), and a plain "
             "proximal step after it solves another problem: a weight's threshold would not be scaled as its step is; "
             "pass metric=adam_metric() (or rms_metric(), or your own) with the optimiser's constants"
         )
-    if not all(0.5 < r < 2.5 for r in ratios):
+    if not all(_STEPS[0] < r < _STEPS[1] for r in ratios):
         raise ValueError(
             f"optimizer's first step is {ratios[0]:.3g} times learning_rate * metric * gradient, learning_rate={a}; "
             "pass the optimiser's own learning rate, and the metric of its own constants"
