@@ -17,6 +17,7 @@ from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole
 
 _ROUNDING = 1e-9  # by which a gradient may exceed its bound, relative
+# A tenth of these and half and twice them change neither systems nor objective on those layers of `ActiveSet`.
 _NOTHING = 1e-12  # of the largest target: what a product in float64 rounds, over 1,000 inputs
 _RIDGE = 1e-10  # the first, of the largest diagonal entry, for a singular system; ten times that where it does not do
 _STEPS = 10_000  # of one output in one round; each lowers its objective

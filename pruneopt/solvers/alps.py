@@ -18,7 +18,8 @@ from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.threshold import selected
 
-# rho's factor where more than a share of the support changed: as in the published code, like the numbers in `run`.
+# rho's factor where more than a share of the support changed: as in the published code, like the numbers in `run`. Half
+# and twice the shares move the error at 70 % by 0.1 % on two layers, by 1.4 and -3.4 % on the singular mlpnet_fc1.
 _FACTORS, _LEAST_FACTOR = ((0.1, 1.3), (0.005, 1.2)), 1.1
 _LEAST_RHO = 1e-6  # ours, where nothing ever changes: W0 is in the constraint
 

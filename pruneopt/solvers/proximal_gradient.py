@@ -27,6 +27,8 @@ Tree = Any
 _CHECKED = 20  # iterations between two looks at the gap
 _HALVINGS = 60  # of one step, on the true loss
 _NOISE = 1e-6  # of a loss in float32: 8 of its roundings
+# Power iterations, and what is added to their estimate; a step that is too long for all that is halved. On five of the
+# real layers 6 reach the largest eigenvalue to 1e-4 already; 6, 12 and 24 lead to the same iterations and no halving.
 _POWERS, _MARGIN = 12, 1.05
 _ROUNDING = 1e-9  # of a squared length in float64: what may fail the test of a step that is exactly 1 / curvature
 
