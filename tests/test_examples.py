@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,3 +226,28 @@ def test_damaged_npz(datasets, tmp_path):
     write_npz(tmp_path, images=np.zeros((6, 3072), np.uint8))
     with pytest.raises(ValueError, match="damaged"):
         datasets.cifar10(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_ten_lines_of_the_readme_print_what_it_shows(tmp_path):
+    text = (EXAMPLES.parent / "README.md").read_text()
+    code, shown = re.search(r"```python\n(.*?)```.*?```\n(.*?)```", text, re.DOTALL).groups()
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    for line, other in zip(found.stdout.splitlines(), shown.splitlines(), strict=True):
+        words, others = line.split(), other.split()
+        assert [w for w in words if number(w) is None] == [w for w in others if number(w) is None]
+        digits, expected = ([n for n in map(number, side) if n is not None] for side in (words, others))
+        if "sparsity" in line or "kernel" in line:  # seconds stand last
+            digits, expected = digits[:-1], expected[:-1]
+        np.testing.assert_allclose(digits, expected, rtol=0.1)
+    assert (tmp_path / "pruned.safetensors").exists()
+
+
+def number(word):
+    """The number that a word of a table is, None for other words."""
+    try:
+        return float(word.strip("%,").replace(",", ""))
+    except ValueError:
+        return None
