@@ -144,9 +144,10 @@ class Pruned(_Supported):
         size, seconds = _tree.size(self.support), [record.get("seconds", 0.0) for record in self.history]
         title = f"Pruned {'; '.join(said)}".rstrip()
         total = f"kept {self.kept:,} of {size:,} weights, sparsity {self.sparsity:.4f}"
-        return "\n".join(
-            [title, *_table(self.to_records()), total + (f", {sum(seconds):.3g} s" if any(seconds) else "")]
-        )
+        left = [f"left out: {path}: {why}"[:120] for path, why in last.get("left_out", {}).items()]
+        left = left if len(left) <= 4 else [*left[:3], f"... {len(left) - 3} more left out"]
+        total += f", {sum(seconds):.3g} s" if any(seconds) else ""
+        return "\n".join([title, *_table(self.to_records()), *left, total])
 
 
 def _counted(record: dict[str, Any]) -> dict[str, Any]:

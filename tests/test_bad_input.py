@@ -553,9 +553,9 @@ def test_a_solver_refuses_what_it_cannot_solve(solver, problem, words):
 def test_arguments_are_checked_before_data_is_read():
     Tracked.reads = 0
     with pytest.raises(ValueError, match=r"count=99"):
-        prune(constraint=Cardinality(count=99), data=Tracked(), method="fisher")
+        prune(constraint=Cardinality(count=99), data=Tracked(), method="fisher", leaves=["w1", "w2"])
     with pytest.raises(ValueError, match="NaN"):
-        prune(nan_at(params(), "w1"), data=Tracked(), method="fisher")
+        prune(nan_at(params(), "w1"), data=Tracked(), method="fisher", leaves=["w1", "w2"])
     assert Tracked.reads == 0
     with pytest.raises(ValueError, match=r"m=5"):  # which axis is `in` takes one batch to know
         prune(constraint=NM(2, 5), data=Tracked(), method="fisher")

@@ -838,3 +838,53 @@ def test_importing_pruneopt_imports_no_framework():
     loaded = set(run.stdout.split())
     assert "pruneopt" in loaded
     assert not loaded & {"equinox", "flax", "haiku", "keras", "tensorflow", "torch"}
+
+
+# ------------------------------------------------------------------------------------------------- abstract parameters
+
+
+def linen_shapes():
+    import flax.linen as nn
+
+    model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True), nn.Dense(3)])
+    made = functools.partial(model.init, KEY, jnp.ones((2, 5)))
+    return made(), jax.eval_shape(made)
+
+
+def nnx_shapes():
+    from flax import nnx
+
+    def made():
+        rngs = nnx.Rngs(0)
+        return nnx.Sequential(nnx.Linear(5, 4, rngs=rngs), nnx.Dropout(0.1, rngs=rngs), nnx.Linear(4, 3, rngs=rngs))
+
+    return nnx.split(made())[1], nnx.split(nnx.eval_shape(made))[1]
+
+
+def equinox_shapes():
+    import equinox as eqx
+
+    made = functools.partial(eqx.nn.MLP, 5, 3, 4, 1, key=jax.random.key(0))
+    return made(), eqx.filter_eval_shape(made)
+
+
+def keras_shapes():
+    import keras
+
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4), keras.layers.Dense(3)])
+    shapes = {v.path: jax.ShapeDtypeStruct(v.shape, v.dtype) for v in model.variables}
+    return {v.path: v.value for v in model.variables}, shapes
+
+
+@pytest.mark.parametrize("made", [linen_shapes, nnx_shapes, equinox_shapes, keras_shapes])
+def test_abstract_parameters_are_enough_to_load_into(made, tmp_path):
+    """Arrays, random keys and masks come back bit for bit in the structure of a framework's own shapes."""
+    params, shapes = made()
+    before = po.prune(None, params, None, po.constraints.Cardinality(sparsity=SPARSITY), progress=False)
+    po.save(before, tmp_path / "x")
+    after = po.load(tmp_path / "x", shapes)
+    assert jax.tree.structure(after.params) == jax.tree.structure(params)
+    for old, new in ((before.params, after.params), (before.support, after.support)):
+        one, two = snapshot(old), snapshot(new)
+        assert one.keys() == two.keys()
+        assert all(same(one[path], two[path]) for path in one)

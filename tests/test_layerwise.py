@@ -401,8 +401,8 @@ def test_leaves_that_no_operator_reads_are_listed_or_refused():
         return mlp(p, jnp.asarray(x) + p["position"])
 
     pruned = run(fn, params)
-    assert pruned.layers[-1]["layer"] == "position"
-    assert "meets data in add" in pruned.layers[-1]["skipped"]
+    assert pruned.history[0]["left_out"].keys() == {"position"}
+    assert "left out: position" in repr(pruned)
     assert pruned.support["position"] is None
     with pytest.raises(ValueError, match=r"no operator can be captured for 'position': it meets data in add"):
         run(fn, params, leaves=["a", "position"])

@@ -32,7 +32,7 @@ rng = np.random.default_rng(0)
 weights = {"a": jnp.asarray(rng.standard_normal((16, 24))), "b": jnp.asarray(rng.standard_normal((24, 16)))}
 places = {"a": NamedSharding(mesh, P(None, "m")), "b": NamedSharding(mesh, P("m"))}
 sharded = {name: jax.device_put(leaf, places[name]) for name, leaf in weights.items()}
-x = rng.standard_normal((12, 16))  # fewer positions than inputs: H is singular
+x = rng.standard_normal((8, 16))  # fewer positions than inputs: H is singular
 masks = {name: rng.random(leaf.shape) < 0.5 for name, leaf in weights.items()}
 fn = lambda p, x: jnp.tanh(jnp.asarray(x) @ p["a"]) @ p["b"]
 loss = lambda p, x: jnp.mean(fn(p, x) ** 2)
@@ -40,9 +40,13 @@ half = po.constraints.Cardinality(sparsity=0.5)
 by_method = lambda method: lambda p: po.prune(
     loss if method in ("taylor", "woodfisher") else fn, p, [x], half, method=method, progress=False
 )
+spread = jax.device_put(x, NamedSharding(mesh, P("m")))
+network = po.plans.LayerMethod(po.solvers.BALANCED, target="network")
+of = lambda p: spread if p is sharded else x
 file = sys.argv[1]
 po.save(po.from_masks(weights, masks), file)
 calls = {method: by_method(method) for method in ("magnitude", "taylor", "wanda", "sparsegpt", "balanced")}
+calls |= {"network": lambda p: po.plans.layerwise(fn, p, [of(p), 2 * of(p)], half, network, progress=False)}
 calls |= {"from_masks": lambda p: po.from_masks(p, masks), "load": lambda p: po.load(file, p)}
 shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None)
 calls |= {"load of shapes": lambda p: po.load(file, jax.tree.map(shape, p))}

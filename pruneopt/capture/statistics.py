@@ -26,6 +26,7 @@ from pruneopt.network.network import Network
 from pruneopt.program.forms import Form
 from pruneopt.program.keys import Literal
 from pruneopt.program.program import Program
+from pruneopt.structure.defaults import network_of
 from pruneopt.structure.graph import Graph
 from pruneopt.structure.operators import Operator, Use
 from pruneopt.structure.traced import Traced
@@ -81,7 +82,7 @@ def capture(
     Raises ValueError for a leaf that no operator reads (with the reason), weights that no array begins
     with or that cannot be followed to an operator, and sums that are not finite, naming the batch.
     """
-    network = Network.of(fn, params, batches, leaves)
+    network = network_of(fn, params, batches, leaves)
     stream, traced, slopes = network.batches, Traced(network), _Slopes(network)
     floats = dict(_tree.named_leaves(params))
     want = tuple(n for n, on in (("gram", gram), ("means", means), ("activations", activations)) if on)

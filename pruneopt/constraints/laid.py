@@ -118,5 +118,5 @@ def as_multiplied(constraint: Constraint, network: Network) -> Constraint:
     """
     if not constraint.is_oriented or network.fn is None or network.source is None:
         return constraint
-    graph = Traced(network).of(next(iter(network.batches)))
+    graph = Traced(network).of(network.batches.first)
     return laid(constraint, layout_of(graph, network.params))

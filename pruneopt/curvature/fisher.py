@@ -18,8 +18,8 @@ from pruneopt.curvature.low_rank import LowRank
 from pruneopt.network import calls
 from pruneopt.network.batches import Batches, Source, each, explained
 from pruneopt.network.leaves import Choice, Rest
-from pruneopt.network.network import Network
 from pruneopt.program.per_example import Separable
+from pruneopt.structure.defaults import loss_network
 
 Tree = Any
 # Per-example gradients computed at a time, in bytes and in examples: more do not fit a CPU's cache.
@@ -53,7 +53,7 @@ def empirical_fisher(
     Source: Martens 2020, section 11; Singh and Alistarh 2020 (WoodFisher).
     """
     check_ridge(ridge)
-    _, chosen, rest, stream = Network.of_loss(loss, params, batches, leaves).parts
+    _, chosen, rest, stream = loss_network(loss, params, batches, leaves).parts
     layout = _tree.Layout.of(chosen)
     dtype = _dtype(chosen, dtype)
     n = sum(each(batch, f"{stream.name}: batch {index}")[1] for index, batch in enumerate(stream))
@@ -87,7 +87,7 @@ def empirical_fisher_diagonal(loss: calls.Loss, params: Tree, batches: Source, l
     Raises ValueError for a loss that is not scalar, a NaN or an infinity in a gradient, unusable batches.
     Source: the diagonal of the empirical Fisher, Martens 2020, section 11.
     """
-    _, chosen, rest, stream = Network.of_loss(loss, params, batches, leaves).parts
+    _, chosen, rest, stream = loss_network(loss, params, batches, leaves).parts
     layout, n = _tree.Layout.of(chosen), 0
     total = jnp.zeros(layout.size, _dtype(chosen, None))
     for chunk, origin, new in _chunks(stream, _at_once(layout)):

@@ -19,7 +19,7 @@ from pruneopt.curvature.streamed import Streamed, over_rows
 from pruneopt.network import calls
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, Rest, combine
-from pruneopt.network.network import Network
+from pruneopt.structure.defaults import loss_network
 
 Tree = Any
 Outputs = Callable[[Tree, Any], Any]
@@ -56,7 +56,7 @@ class GaussNewton(Streamed):
         for fn in (model, loss):
             if not callable(fn):
                 raise TypeError(f"{fn!r} is no function; pass model(params, batch) and loss(outputs, batch)")
-        _, chosen, rest, stream = Network.of_loss(_composed(model, loss), params, batches, leaves).parts
+        _, chosen, rest, stream = loss_network(_composed(model, loss), params, batches, leaves).parts
         return GaussNewton(chosen, rest, model, loss, stream)
 
     @property

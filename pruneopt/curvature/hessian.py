@@ -16,7 +16,7 @@ from pruneopt.curvature.streamed import Streamed, over_rows
 from pruneopt.network import calls
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, Rest
-from pruneopt.network.network import Network
+from pruneopt.structure.defaults import loss_network
 
 Tree = Any
 
@@ -48,7 +48,7 @@ class Hessian(Streamed):
         leaves: default the prunable ones; None elsewhere. Raises as `prune` does for a loss that is not scalar, for
         leaves or batches that cannot be used.
         """
-        _, chosen, rest, stream = Network.of_loss(loss, params, batches, leaves).parts
+        _, chosen, rest, stream = loss_network(loss, params, batches, leaves).parts
         return Hessian(chosen, rest, loss, stream)
 
     @property

@@ -18,7 +18,7 @@ from pruneopt.curvature.base import Curvature, check_memory, check_ridge, is_sem
 from pruneopt.network import calls
 from pruneopt.network.batches import Source
 from pruneopt.network.leaves import Choice
-from pruneopt.network.network import Network
+from pruneopt.structure.defaults import loss_network
 from pruneopt.structure.graph import trace
 
 Tree = Any
@@ -54,10 +54,10 @@ class Kronecker(Curvature):
         too; as `capture`.
         """
         check_ridge(ridge)
-        network = Network.of_loss(loss, params, batches, leaves)
+        network = loss_network(loss, params, batches, leaves)
         chosen, stream = network.chosen, network.batches
         layout = _tree.Layout.of(chosen)
-        found = capture(loss, params, stream, leaves=leaves, output_gradients=True)
+        found = capture(loss, params, stream, leaves=network.leaves, output_gradients=True)
         n = sum(map(stream.examples, stream))
         graph = trace(loss, params, next(iter(stream)))
         looked_up = {path for look in graph.lookups for path in look.paths} & set(layout.paths)

@@ -70,6 +70,7 @@ class Batches:
         self._checked, self._structure, self._first = 0, None, {}
         self._name, self._count = name, count
         self._last: Any = None
+        self._begun: tuple[Batch, Iterator[Batch]] | None = None
         self._source: Any = source
         if count is not None and not callable(count):
             raise TypeError(f"count is {count!r}; pass a function, batch -> number of examples")
@@ -77,6 +78,7 @@ class Batches:
             self._known, self._source, self._first = source._known, source._source, source._first
             self._checked, self._structure = source._checked, source._structure
             self._name, self._count = source._name if name == "batches" else name, count or source._count
+            self._begun, source._begun = source._begun, None
             return
         if source is None:
             raise TypeError(f"{name} is None, but this method reads data; pass a list of batches")
@@ -91,7 +93,23 @@ class Batches:
                 f"{name} is one {type(source).__name__}, not a sequence of batches; pass [batch] for a single one"
             )
 
+    @property
+    def first(self) -> Batch:
+        """The first batch. The next pass goes on from there and does not read it again."""
+        if self._begun is None:
+            rest = self._pass()
+            self._begun = next(rest), rest
+        return self._begun[0]
+
     def __iter__(self) -> Iterator[Batch]:
+        if self._begun is not None:
+            (first, rest), self._begun = self._begun, None
+            yield first
+            yield from rest
+        else:
+            yield from self._pass()
+
+    def _pass(self) -> Iterator[Batch]:
         given: Any = self._source() if callable(self._source) else self._source
         stream = _stream(given)
         if stream is None:

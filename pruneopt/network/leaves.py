@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,8 +23,9 @@ _STATISTIC = re.compile(r"batch_stats|running|moving|(^|/)(mean|var)(/|$)", re.I
 
 
 def is_prunable(path: str, leaf: Any) -> bool:
-    """The default choice: floating arrays of two or more axes, neither the leaf nor its layer named after a bias, norm,
-    scale or embedding (the last two names of the path count; a block called PreNorm holds prunable layers).
+    """The default choice where fn is unknown: floating arrays of two or more axes, neither the leaf nor its layer named
+    after a bias, norm, scale or embedding (the last two names of the path count; a block called PreNorm holds prunable
+    layers).
     """
     own = "/".join(path.removesuffix("/value").split("/")[-2:])
     return is_floating(path, leaf) and leaf.ndim >= 2 and not _NOT_WEIGHTS.search(own)
@@ -37,6 +39,26 @@ def is_trainable(path: str, leaf: Any) -> bool:
 def is_floating(path: str, leaf: Any) -> bool:
     """Floating arrays."""
     return _tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+@dataclass(frozen=True)
+class Default:
+    """The default choice where fn is known, for leaves=: those of these paths.
+
+    left_out: {path: why} of the leaves that the choice by shape and name would have taken.
+    """
+
+    paths: frozenset[str]
+    left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __call__(self, path: str, leaf: Any) -> bool:
+        """Whether a leaf is chosen."""
+        return path in self.paths
+
+
+def is_default(leaves: Choice) -> bool:
+    """Whether a choice is the library's and not the user's."""
+    return leaves is None or leaves is is_prunable or isinstance(leaves, Default)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -8,7 +8,7 @@ from typing import Any
 
 from pruneopt.network import calls
 from pruneopt.network.batches import Batches, Source
-from pruneopt.network.leaves import Choice, Rest, check_finite, combine, partition
+from pruneopt.network.leaves import Choice, Default, Rest, check_finite, combine, partition
 
 Tree = Any
 
@@ -36,13 +36,6 @@ class Network:
         source = None if batches is None else Batches(batches)
         return cls(fn, params, leaves, source, chosen, rest)
 
-    @classmethod
-    def of_loss(cls, fn: Any, params: Tree, batches: Source | Batches, leaves: Choice = None) -> Network:
-        """Of a loss that sees every chosen leaf. Raises what `of` and `check_loss` raise."""
-        network = cls.of(fn, params, batches, leaves)
-        network.check_loss()
-        return network
-
     def check_loss(self) -> None:
         """Raise TypeError or ValueError unless fn gives a scalar, and its derivative sees every chosen leaf."""
         calls.check_scalar(*self.parts)
@@ -57,6 +50,11 @@ class Network:
     def given(self) -> tuple[Any, Tree, Batches, Choice]:
         """(fn, params, batches, leaves), as public calls take them."""
         return self.fn, self.params, self.batches, self.leaves
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """{path: why} of the leaves that look prunable and are not chosen by default."""
+        return dict(self.leaves.left_out) if isinstance(self.leaves, Default) else {}
 
     @property
     def parts(self) -> tuple[Any, Tree, Rest, Batches]:

@@ -14,6 +14,7 @@ from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, Rest, partition
 from pruneopt.network.network import Network
 from pruneopt.objectives.base import Objective, check_center
+from pruneopt.structure.defaults import settled
 
 Tree = Any
 
@@ -40,10 +41,13 @@ class Loss(Objective):
     stream: Batches = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        center, rest = partition(self.params, self.leaves)
+        stream = Batches(self.batches)
+        leaves = settled(self.leaves, self.fn, self.params, stream)
+        center, rest = partition(self.params, leaves)
+        object.__setattr__(self, "leaves", leaves)
         object.__setattr__(self, "center", center)
         object.__setattr__(self, "rest", rest)
-        object.__setattr__(self, "stream", Batches(self.batches))
+        object.__setattr__(self, "stream", stream)
         calls.check_scalar(self.fn, center, rest, self.stream, self.has_updates)
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from pruneopt import _tree
 from pruneopt.certify import verify
 from pruneopt.constraints.base import Constraint
+from pruneopt.network.network import Network
 from pruneopt.objectives.base import Objective, QuadraticObjective
 from pruneopt.objectives.loss import Loss
 from pruneopt.objectives.quadratic import Quadratic
@@ -109,6 +110,11 @@ def as_dampings(name: str, given: Any) -> tuple[float, ...]:
     if not values or not all(0 <= d < math.inf for d in values):
         raise ValueError(f"{name}={given!r} is no number >= 0 and no sequence of them; pass one, such as 0.01")
     return values
+
+
+def left_out(network: Network) -> dict[str, Any]:
+    """What a history says of leaves that look prunable and were not chosen by default."""
+    return {"left_out": network.left_out} if network.left_out else {}
 
 
 def standing(support: Any, solutions: Mapping[str, Solution]) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from pruneopt.constraints.base import Constraint
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, as_key
 from pruneopt.network.network import Network
-from pruneopt.plans.judged import standing
+from pruneopt.plans.judged import left_out, standing
 from pruneopt.plans.layer_task import LayerTask, packed, problem_name
 from pruneopt.plans.methods import LayerMethod, layer_row, name_of
 from pruneopt.plans.run_folder import RunFolder
 from pruneopt.solution import Pruned, Solution
 from pruneopt.solvers.base import Solver
+from pruneopt.structure.defaults import network_of
 from pruneopt.structure.traced import Traced
 
 Tree = Any
@@ -73,7 +74,7 @@ def layerwise(
     """
     if not isinstance(constraint, Constraint):
         raise TypeError(f"constraint is {constraint!r}; pass a pruneopt Constraint")
-    clock, row, network = time.perf_counter(), layer_row(method), Network.of(fn, params, batches, leaves)
+    clock, row, network = time.perf_counter(), layer_row(method), network_of(fn, params, batches, leaves)
     run = _Pass(network, constraint, row, held_out, weights, as_key(key))
     if run_dir is not None:
         run.folder = RunFolder(run_dir, run.identity())
@@ -81,7 +82,7 @@ def layerwise(
     support = _tree.map_named(lambda path, x: _tree.placed(run.supports.get(path), x), params)
     scope = constraint.scope(by_layer=True)
     record = {"stage": 0, "cut": 1.0, "method": name_of(method), "scope": scope} | standing(support, run.solutions)
-    record |= {"seconds": time.perf_counter() - clock, "layers": run.account()}
+    record |= {"seconds": time.perf_counter() - clock, "layers": run.account()} | left_out(network)
     values = _tree.map_named(lambda p, x: _tree.like(run.now[p], x), params)
     return Pruned(values, support, run.solutions, [record], scope)
 

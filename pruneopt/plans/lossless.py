@@ -14,13 +14,13 @@ from pruneopt import _tree
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.network.batches import Source
 from pruneopt.network.leaves import Choice, as_key
-from pruneopt.network.network import Network
 from pruneopt.objectives.loss import Loss
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.methods import Asked, LayerMethod, Method, row_of
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned
 from pruneopt.solve import solve
+from pruneopt.structure.defaults import network_of
 
 Tree = Any
 
@@ -49,7 +49,7 @@ def lossless(
     """
     if not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance={tolerance!r} is not a finite number >= 0; pass the rise of the loss to accept")
-    network, row, key = Network.of(fn, params, batches, leaves), row_of(method), as_key(key)
+    network, row, key = network_of(fn, params, batches, leaves), row_of(method), as_key(key)
     loss = Loss(*network.given)
     model = row.model(network, key) if isinstance(row, Method) else None
     dense = loss.finite_value(network.chosen)
@@ -57,7 +57,7 @@ def lossless(
     def at(count: int) -> Pruned:
         constraint = Cardinality(count=count, floor=floor)
         if isinstance(row, LayerMethod):
-            return layerwise(*network.given[:3], constraint, row, leaves=leaves, key=key, progress=False)
+            return layerwise(*network.given[:3], constraint, row, leaves=network.leaves, key=key, progress=False)
         assert model is not None
         solution = solve(Problem(model, subject_to=constraint), row.solver, key=key)
         return Pruned(network.put(solution.value), solution.support, {"*": solution}, scope=constraint.scope())

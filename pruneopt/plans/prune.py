@@ -19,13 +19,14 @@ from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, as_key, check_finite, check_like
 from pruneopt.network.network import Network
 from pruneopt.objectives.loss import Loss
-from pruneopt.plans.judged import FACTS, damped, judged, standing
+from pruneopt.plans.judged import FACTS, damped, judged, left_out, standing
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.methods import Asked, LayerMethod, Method, name_of, row_of
 from pruneopt.plans.schedules import OneShot, Schedule, stages_of
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution
 from pruneopt.solve import solve
+from pruneopt.structure.defaults import network_of
 
 Tree = Any
 FineTune = Callable[[Tree, Tree], Tree]
@@ -64,14 +65,16 @@ def prune(
         zero. evaluate: params -> anything, kept in `history` after pruning ("pruned") and fine-tuning ("tuned").
     held_out: examples that the method does not read. On them the damping of a method that has one is chosen, out of
         the `dampings` of its row, at one solve each.
-    leaves: which leaves are pruned: a predicate (path, leaf), glob patterns over paths, or None for floating arrays of
+    leaves: which leaves are pruned: a predicate (path, leaf), glob patterns over paths, or None for those of two or
+        more axes that fn multiplies (`structure.default_leaves`); where fn or batches are None, for floating arrays of
         two or more axes whose path does not say bias, norm, scale or embed. key: defaults to seed 0.
     progress: show a bar with the time left.
 
     Returns a Pruned; every other leaf is the very object that was given. `params` is never changed. `history` has for
-    each stage cut, method, scope (what shared one budget), sparsity, kept, objective, status, seconds; layer by layer
-    "layers" (see `layerwise`); for a method that models the loss `predicted`, the change of it that the model foresaw,
-    and `measured`, that on `held_out` or else on the first batch.
+    each stage cut, method, scope (what shared one budget), sparsity, kept, objective, status, seconds; `left_out`,
+    {path: why} of leaves that look like weights and that fn does not multiply; layer by layer "layers" (see
+    `layerwise`); for a method that models the loss `predicted`, the change of it that the model foresaw, and
+    `measured`, that on `held_out` or else on the first batch.
     Raises ValueError or TypeError, naming the argument, before any work where arguments do not fit.
     """
     row = row_of(method)
@@ -80,7 +83,7 @@ def prune(
     for name, call in (("fine_tune", fine_tune), ("evaluate", evaluate)):
         if call is not None and not callable(call):
             raise TypeError(f"{name} is {call!r}; pass a function")
-    network = Network.of(fn, params, batches, leaves)
+    network = network_of(fn, params, batches, leaves)
     stages = stages_of(schedule or OneShot(), constraint, network.chosen)
     methods = [method if stage.method is None else stage.method for stage in stages]
     rows = [row_of(m) for m in methods]
@@ -104,7 +107,7 @@ def prune(
         record: dict[str, Any] = {"stage": i, "cut": stage.cut, "method": name_of(methods[i]), "scope": scope}
         drawn = key if i == 0 else jax.random.fold_in(key, i)  # so that one stage is `layerwise` to the bit
         if isinstance(row, LayerMethod):
-            words: dict[str, Any] = {"held_out": aside, "leaves": leaves, "key": drawn, "progress": progress}
+            words: dict[str, Any] = {"held_out": aside, "leaves": network.leaves, "key": drawn, "progress": progress}
             done = layerwise(*network.given[:3], allowed, row, **words)
             values, solutions, record["layers"] = done.params, done.solutions, done.history[0]["layers"]
             support = _together(params, done.support, support)
@@ -113,7 +116,7 @@ def prune(
             solutions, support = {"*": solution}, solution.support
             values = network.put(solution.value)
             record |= {name: solution.stats[name] for name in FACTS if name in solution.stats}
-        record |= standing(support, solutions)
+        record |= standing(support, solutions) | left_out(network)
         if evaluate is not None:
             record["pruned"] = evaluate(values)
         if fine_tune is not None:

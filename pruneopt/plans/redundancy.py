@@ -14,7 +14,7 @@ from pruneopt import _linalg, _tree
 from pruneopt.curvature.fisher import empirical_fisher_diagonal
 from pruneopt.network.batches import Source
 from pruneopt.network.leaves import Choice
-from pruneopt.network.network import Network
+from pruneopt.structure.defaults import network_of
 
 Tree = Any
 
@@ -91,7 +91,7 @@ def redundancy(
         raise ValueError(f"similarity={similarity!r} is outside (0, 1]; pass a cosine such as 0.99")
     if (fn is None) != (batches is None):
         raise ValueError("fn and batches: only one given; pass both, or neither")
-    network = Network.of(fn, params, batches, leaves)
+    network = network_of(fn, params, batches, leaves)
     chosen = network.chosen
     fisher: list[Any] = [None] * len(jax.tree.leaves(chosen))
     if fn is not None and batches is not None:

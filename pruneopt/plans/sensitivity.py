@@ -20,6 +20,7 @@ from pruneopt.plans.methods import Asked, LayerMethod, Method, row_of
 from pruneopt.problem import Problem
 from pruneopt.solve import solve
 from pruneopt.solvers.score import Score
+from pruneopt.structure.defaults import network_of
 
 Tree = Any
 
@@ -78,7 +79,7 @@ def sensitivity(
     if not levels:
         raise ValueError("levels is empty; pass sparsities such as (0.5, 0.9)")
     constraints = [Cardinality(sparsity=level, per="leaf", floor=0) for level in levels]
-    network, row, key = Network.of(fn, params, batches, leaves), row_of(method), as_key(key)
+    network, row, key = network_of(fn, params, batches, leaves), row_of(method), as_key(key)
     chosen, loss = network.chosen, Loss(*network.given)
     dense = loss.finite_value(chosen)
 
@@ -93,7 +94,7 @@ def sensitivity(
 
     paths = [path for path, _ in _tree.named_leaves(chosen)]
     ranks = isinstance(row, Method) and isinstance(row.solver, Score)
-    together = pruned(leaves) if ranks else None
+    together = pruned(network.leaves) if ranks else None
     losses: dict[str, tuple[float, ...]] = {}
     for path in tqdm(paths, desc="sensitivity", unit="leaf", disable=not progress):
         cut = pruned(lambda name, _, p=path: name == p) if together is None else together

@@ -88,9 +88,8 @@ def staged(
         )
     if not isinstance(constraint, Constraint):
         raise TypeError(f"constraint is {constraint!r}; pass a constraint such as Cardinality(sparsity=0.9)")
-    row, network = loss_row(method), Network.of(fn, params, None, leaves)
-    chosen, rest = network.chosen, network.rest
-    judge = Loss(fn, params, Batches(held_out, "held_out"), leaves)
+    row, judge = loss_row(method), Loss(fn, params, Batches(held_out, "held_out"), leaves)
+    leaves, chosen, rest = judge.leaves, judge.center, judge.rest
     constraint = judge.on_matrices(constraint)
     constraint.check(chosen)
     before = judge.finite_value(chosen)

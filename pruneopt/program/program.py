@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -190,13 +190,13 @@ def flatten(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, *, keep_de
             program.data.add(number)
     program.parametric.update(program.leaves.values())
     program.names = {var: path for path, var in program.leaves.items()}
-    program.masks = partial(_is_mask, dict(_tree.named_leaves(params)))
+    program.masks = partial(is_mask, dict(_tree.named_leaves(params)))
     constants = tuple(program.constant(value) for value in closed.consts)
     program.outputs = list(_inline(program, closed.jaxpr, constants, tuple(inputs), True))
     return program
 
 
-def _is_mask(leaves: dict[str, Any], path: str) -> bool:
+def is_mask(leaves: Mapping[str, Any], path: str) -> bool:
     """Whether a leaf is an array of zeros and ones with a one in it."""
     leaf = leaves[path]
     return _tree.is_array(leaf) and bool(np.all((leaf == 0) | (leaf == 1)) and np.any(leaf == 1))

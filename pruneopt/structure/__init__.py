@@ -4,6 +4,7 @@ from pruneopt.capture.statistics import Statistics, capture
 from pruneopt.network.leaves import combine, is_prunable, is_trainable, partition
 from pruneopt.network.network import Network
 from pruneopt.structure.cost import Cost, cost, differences
+from pruneopt.structure.defaults import default_leaves
 from pruneopt.structure.graph import Graph, trace
 from pruneopt.structure.layout import Layout, layout
 from pruneopt.structure.operators import Operator
@@ -21,6 +22,7 @@ __all__ = [
     "capture",
     "combine",
     "cost",
+    "default_leaves",
     "differences",
     "is_prunable",
     "is_trainable",

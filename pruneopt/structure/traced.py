@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from pruneopt import _tree
+from pruneopt.network.leaves import is_default
 from pruneopt.network.network import Network
 from pruneopt.program.program import flatten
 from pruneopt.structure.graph import Graph, read
@@ -52,7 +53,7 @@ class Traced:
         paths = {path for path, _ in _tree.named_leaves(self._network.chosen)}
         chosen = [op for op in graph.operators if paths.issuperset(op.paths)]
         unread = paths - {p for op in chosen for p in op.paths}
-        if unread and (self._network.leaves is not None or not chosen):
+        if unread and (not is_default(self._network.leaves) or not chosen):
             reasons = "; ".join(f"'{p}': {graph.why_not(p)}" for p in sorted(unread)[:8])
             raise ValueError(f"leaves: no operator can be captured for {reasons}")
         return chosen
