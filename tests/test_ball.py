@@ -77,7 +77,14 @@ def test_a_group_ball_is_proven_too_and_a_point_outside_is_infeasible():
 
 
 @pytest.mark.default_flags
-@pytest.mark.parametrize("ball", [L1Ball(2.0), L1Ball(0.3), GroupBall(0.5, axis=0), GroupBall(1.5)], ids=str)
+@pytest.mark.parametrize(
+    "ball",
+    [
+        L1Ball(0.3),
+        *(pytest.param(b, marks=pytest.mark.slow) for b in (L1Ball(2.0), GroupBall(0.5, axis=0), GroupBall(1.5))),
+    ],
+    ids=str,
+)
 def test_balls_hold_and_are_proven_in_float32(ball):
     f = Reconstruction(
         jnp.asarray(matrix(1), jnp.float32), Gram.checked(jnp.asarray(gram(), jnp.float32)), damping=0.01
@@ -94,6 +101,7 @@ def test_balls_hold_and_are_proven_in_float32(ball):
     assert min(values) >= solution.objective - 1e-6 * abs(solution.objective)
 
 
+@pytest.mark.slow
 @pytest.mark.default_flags
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("ball", [L1Ball(2.0), GroupBall(1.5)], ids=str)
@@ -175,6 +183,7 @@ def test_a_ball_within_a_support_has_scipys_optimum():
     assert ball.value_violation(3 * solution.value) == pytest.approx(2.4, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_each_path_has_a_ball_of_its_own():
     h = jax.tree.map(jnp.square, tree(2))
     sets = {"a": L1Ball(1.0), "b": GroupBall(0.5, axis=0)}

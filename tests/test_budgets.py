@@ -71,7 +71,14 @@ def test_a_depthwise_kernel_has_one_budget(sparsity, kept, per):
     np.testing.assert_array_equal(np.asarray(pruned.support["kernel"]), mask)
 
 
-@pytest.mark.parametrize("solver", [BlockOBS(), GreedyOBS(), po.solvers.BALANCED], ids=["block", "greedy", "ADMM"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        pytest.param(BlockOBS(), id="block", marks=pytest.mark.slow),
+        pytest.param(GreedyOBS(), id="greedy"),
+        pytest.param(po.solvers.BALANCED, id="ADMM", marks=pytest.mark.slow),
+    ],
+)
 def test_solvers_keep_each_problems_share(solver):
     by_score = layer(GROUPED, WIDE, Cardinality(sparsity=0.9))
     pruned = layer(GROUPED, WIDE, Cardinality(sparsity=0.9), solver)
@@ -125,7 +132,7 @@ def mlp(p, x):
     return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.77, 0.9])
+@pytest.mark.parametrize("sparsity", [0.77, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.5, 0.9))])
 def test_a_tree_budget_is_one_total_layer_by_layer(sparsity):
     pruned = layer(MLP, draw(20, 7), Cardinality(sparsity=sparsity), fn=mlp)
     sizes = np.asarray([35, 55, 33])
@@ -162,6 +169,7 @@ def test_layers_of_a_stacked_leaf_share_its_budget():
     np.testing.assert_array_equal(np.asarray(pruned.support["w"]).sum((1, 2)), [7, 7, 6])
 
 
+@pytest.mark.slow
 def test_numbered_axes_are_those_of_the_leaf():
     turned, x = {"w": draw(3, 7)}, draw(20, 7)  # (n_out, n_in)
 
@@ -240,7 +248,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("scope", GROUPS)
+@pytest.mark.parametrize("scope", ["out", *(pytest.param(s, marks=pytest.mark.slow) for s in ("NM", "in", "span"))])
 def test_matrices_are_the_networks_whatever_the_layout(scope):
     constraint, n, groups = GROUPS[scope]
     masks = po.prune(attention, LEAVES, [POSITIONS], constraint, progress=False).support

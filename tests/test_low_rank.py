@@ -53,7 +53,7 @@ def image_batch(n=5):
     return {"x": rng.standard_normal((n, 6, 6, 2)), "y": rng.integers(0, 3, n)}
 
 
-@pytest.mark.parametrize("leaves", [["*"], ["stem", "bias"]])
+@pytest.mark.parametrize("leaves", [["*"], pytest.param(["stem", "bias"], marks=pytest.mark.slow)])
 def test_gradients_of_a_network_of_convolutions_are_those_of_autodiff(leaves):
     params, batch = image_params(), image_batch()
     h = empirical_fisher(image_net, params, [batch], leaves)

@@ -70,7 +70,9 @@ DEAD = {
 }
 
 
-@pytest.mark.parametrize("name", DEAD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "2:4" in name or "inputs" in name else name for name in DEAD]
+)
 def test_dead_inputs_are_free_only_where_the_problem_as_stated_says_so(name):
     h, constraint, damping = DEAD[name]
     task = problem(h, constraint, damping=damping)
@@ -127,7 +129,9 @@ def exact_refit(task, support):
     return objective(task, value)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.default_flags)])
+@pytest.mark.parametrize(
+    "dtype", [np.float64, pytest.param(np.float32, marks=[pytest.mark.default_flags, pytest.mark.slow])]
+)
 @pytest.mark.parametrize("rank", [None, "falling", 12, 5])
 def test_never_worse_than_what_each_solver_promises(rank, dtype):
     for constraint in (Cardinality(sparsity=0.8, per="leaf", floor=0), NM(2, 4)):
@@ -153,7 +157,9 @@ def test_never_worse_than_what_each_solver_promises(rank, dtype):
                     assert value <= exact_refit(task, found.support) * (1 + 1e-6) + rounding, case
 
 
-@pytest.mark.parametrize("dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.default_flags)])
+@pytest.mark.parametrize(
+    "dtype", [np.float64, pytest.param(np.float32, marks=[pytest.mark.default_flags, pytest.mark.slow])]
+)
 def test_global_admm_is_never_worse_than_the_refit_of_its_support_or_zero(dtype):
     """Few rows and a small ridge: conjugate gradients end far from the refit, and a large gradient makes zero good."""
     rng = np.random.default_rng(5)
@@ -210,7 +216,9 @@ def test_an_infeasible_init_is_refused_with_its_units(name):
 
 
 @pytest.mark.parametrize("rank", [None, "falling", 5, 1])
-@pytest.mark.parametrize("dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.default_flags)])
+@pytest.mark.parametrize(
+    "dtype", [np.float64, pytest.param(np.float32, marks=[pytest.mark.default_flags, pytest.mark.slow])]
+)
 def test_active_set_is_optimal_exactly_where_the_gap_proves_it(rank, dtype):
     """A Gram of rank 1 that float32 has made indefinite sent it to infinity."""
     h = np.asarray(spectrum(rank), dtype)

@@ -74,7 +74,10 @@ def made(name, sizes=(10,)):
 
 
 # Batches of different sizes for one of them: how they are weighted is the same code for all, and each size compiles.
-@pytest.mark.parametrize(("name", "sizes"), [("Hessian", (4, 4, 2)), ("squares", (5, 5)), ("softmax", (5, 5))])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [pytest.param("Hessian", (4, 4, 2), marks=pytest.mark.slow), ("squares", (5, 5)), ("softmax", (5, 5))],
+)
 def test_products_diagonal_blocks_and_form_are_those_of_the_dense_matrix(name, sizes):
     h, expected = made(name, sizes)
     p, close = len(expected), {"rtol": 1e-11, "atol": 1e-12}
@@ -133,6 +136,7 @@ def test_the_exact_diagonal_of_half_precision_weights_is_not_rounded_to_them(dty
     np.testing.assert_allclose(flat(got)[0], flat(want)[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_proximal_gradient_on_products_over_the_data_is_that_on_the_same_matrix_in_memory():
     center, params = tree(3, SHAPES), tree(1, SHAPES)
     streamed = GaussNewton.of(logits, entropy, params, tiny_batches((10,)), BOTH)
@@ -145,6 +149,7 @@ def test_proximal_gradient_on_products_over_the_data_is_that_on_the_same_matrix_
     np.testing.assert_allclose(flat(found[0].value)[0], flat(found[1].value)[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.default_flags
 def test_an_indefinite_hessian_is_minimised_over_a_ball_and_can_be_used_afterwards():
     center = tree(1, dtype=jnp.float32)

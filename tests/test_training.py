@@ -623,7 +623,7 @@ def test_gates_have_the_published_law():
     assert gates.estimate(jnp.asarray(10.0)) == 1
 
 
-@pytest.mark.parametrize("per", ["weight", "in"])
+@pytest.mark.parametrize("per", ["weight", pytest.param("in", marks=pytest.mark.slow)])
 def test_l0_is_the_gradient_of_the_reparameterised_loss(per):
     """Against autodiff through the gates, the loss written with them, in the user's place."""
     from pruneopt.training import gates
