@@ -308,6 +308,7 @@ def test_ambiguous_leaves_are_refused_without_a_trace(constraint):
         po.Problem(po.objectives.Quadratic(leaves), subject_to=constraint)
 
 
+@pytest.mark.slow
 def test_budgets_that_need_no_orientation_are_taken_without_a_trace():
     leaves = {"query": jnp.asarray(LEAVES["query"])}
     for constraint, kept in (

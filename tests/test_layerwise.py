@@ -193,6 +193,7 @@ def test_operators_with_one_input_share_one_gram(monkeypatch):
     assert [entry["layer"] for entry in pruned.layers] == ["q", "k", "v", "o"]
 
 
+@pytest.mark.slow
 def test_operators_with_one_input_share_its_factors(monkeypatch):
     seen, inner = [], factors._metric_on_host
     monkeypatch.setattr(
@@ -214,6 +215,7 @@ def test_operators_with_one_input_share_its_factors(monkeypatch):
         np.testing.assert_allclose(pruned.params[name], found.value, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_repeated_blocks_are_compiled_once():
     params = {str(i): {"up": jnp.asarray(draw(6, 9)), "down": jnp.asarray(draw(9, 6))} for i in range(6)}
 

@@ -100,6 +100,7 @@ def network(p, x):
     return jax.nn.relu(hidden) @ p["second"]["kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.default_flags
 def test_coupled_channels_of_a_network_are_groups_over_all_leaves_they_tie():
     rng = np.random.default_rng(2)

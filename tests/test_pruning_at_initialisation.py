@@ -39,6 +39,7 @@ def test_snip_and_grasp_are_their_formulas():
     np.testing.assert_array_equal(flat(pruned("grasp", params, 7).support), support_of(np.asarray(w * (h @ g)), 7))
 
 
+@pytest.mark.slow
 def test_grasp_keeps_the_weights_whose_loss_would_lower_the_gradient_most():
     params, (whole,) = tree(1, SHAPES), tiny_batches()
     model = METHODS["grasp"].model(Network.of(tiny_loss, params, [whole]), jax.random.key(0))

@@ -174,6 +174,7 @@ def test_an_indefinite_hessian_is_refused_where_a_minimum_is_sought(solver):
         assert word in str(caught.value), str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.default_flags
 def test_a_function_that_fixes_float32_within_is_taken_in_its_own_precision():
     def recurrent(params, batch):  # its state is float32 whatever comes in
@@ -234,6 +235,7 @@ def repeated(copies):
     return [jax.tree.map(lambda x: jnp.tile(x, (copies, 1)), tiny_batches()[0])]
 
 
+@pytest.mark.slow
 def test_the_sampled_fisher_is_unbiased_and_the_same_however_the_data_is_cut():
     params, copies = tree(1, SHAPES), 400
     many = repeated(copies)
@@ -454,6 +456,7 @@ def test_certify_proves_the_gap_of_a_gauss_newton_where_the_loss_is_convex_and_n
         assert problem.value(jax.tree.map(lambda x, d, s=size: x + s * d, solution.value, step)) >= bound - 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.default_flags
 def test_damping_proves_what_rounding_made_indefinite():
     """A Gram of fewer tokens than inputs, accumulated in float32."""
