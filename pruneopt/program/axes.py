@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from pruneopt.program.keys import Literal
 from pruneopt.program.program import Atom, Equation, Program
 
 _STACKS = "it stacks layers: one entry of it is read at a time"
-_CONSTANT = "it meets an array of numbers that fn closed over"
 _PARTS = 64  # parts of one axis; beyond it the axis is blocked, not split further
 Ids = tuple[int, ...]
 AxisRule = Callable[["Reader", Equation], list[Ids] | None]  # the axes of each output, or None for no rule
@@ -60,6 +60,20 @@ class Axes:
         """The classes of units that an axis is made of, in order."""
         kind, parts = self.parts(axis)
         return tuple(a for part in parts for a in self.atoms(part)) if kind else (self.find(axis),)
+
+    def owned(self, axis: int, atom: int) -> Bool[np.ndarray, "units entries"]:
+        """True where a unit of a class owns an entry of an axis."""
+        kind, parts = self.parts(axis)
+        if not kind:
+            whole = np.eye(self.size[atom], dtype=bool)
+            return whole if self.find(axis) == atom else np.zeros((self.size[atom], self.size[axis]), bool)
+        inside = [self.owned(part, atom) for part in parts]
+        if kind == "sum":
+            return np.concatenate(inside, axis=1)
+        whole = np.zeros((self.size[atom], 1), bool)
+        for one in inside:
+            whole = (whole[:, :, None] | one[:, None, :]).reshape(len(whole), -1)
+        return whole
 
     def block(self, axis: int, reason: str) -> None:
         """No unit of this axis can be cut, for this reason."""
@@ -150,13 +164,17 @@ class Axes:
 class Reader:
     """The axes of every variable of a program, by the rules of its primitives; `whole` says why some have none.
 
-    leaves: {path: axes}. contractions: (axis of left, axis of right, left, right, primitive). roles: {axis: words}, of
-    axes of parameters. unknown: [(primitive, reason, axes that it touches)], without a rule.
+    leaves: {path: axes}. contractions: (axis of left, axis of right, left, right, primitive). sums: (summed variable,
+    its summed axes). roles: {axis: words}, of axes of parameters. unknown: [(primitive, reason, axes that it touches)],
+    without a rule. read: for each equation, the axes of each input as it reads them: `of`, with axes of its own for
+    copies.
     """
 
     def __init__(self, program: Program, rules: Mapping[str, AxisRule], whole: Mapping[str, str]):
         self.program, self.axes, self._rules, self._whole = program, Axes(), rules, whole
         self.contractions: list[tuple[int, int, Atom, Atom, str]] = []
+        self.sums: list[tuple[Atom, Ids]] = []
+        self.read: list[tuple[Ids, ...]] = []
         self.roles: dict[int, list[str]] = {}
         self.unknown: list[tuple[str, str, Ids]] = []
         self.copies: set[int] = set()  # axes along which all entries are equal
@@ -170,6 +188,7 @@ class Reader:
             self._of[var] = self.made(program.shapes[var].shape, "it is an axis of the batch")
         for equation in program.equations:
             self._now, self._fresh, links = {}, set(), len(self.axes.links)
+            self.read.append(tuple(self.of(atom) for atom in equation.inputs))
             outputs = self._read(equation)
             self._of.update(zip(equation.outputs, outputs, strict=True))
             met = {axis for a, b, _ in self.axes.links[links:] for axis in (a, b)}
@@ -193,9 +212,7 @@ class Reader:
         if axes is None:
             value = atom.value if isinstance(atom, Literal) else self.program.constants[atom]
             uniform = [_uniform(value, k) for k in range(len(self.shape(atom)))]
-            axes = tuple(
-                self.made((n,), "" if u else _CONSTANT)[0] for n, u in zip(self.shape(atom), uniform, strict=True)
-            )
+            axes = self.made(self.shape(atom))
             self.copies.update(axis for axis, u in zip(axes, uniform, strict=True) if u)
             if isinstance(atom, int):
                 self._of[atom] = axes
@@ -222,14 +239,20 @@ class Reader:
         axis, n, length = self.of(atom)[k], self.shape(atom)[k], -(-(stop - start) // stride)
         if length == n:
             return axis
-        why = self.axes.why_blocked(axis)
-        if not why and stride == 1 and length > 1:
+        if not length:
+            return self.made((0,))[0]
+        why, stacked = self.axes.why_blocked(axis), length == 1 and self.program.is_parametric(atom)
+        if not why and stride > 1 and n % stride == 0 and length == n // stride:
+            outer, inner = self.axes.new(length), self.axes.new(stride, f"one in {stride} entries is read by {name}")
+            self.axes.split("product", (axis,), (outer, inner), f"cut by {name}")
+            return outer
+        if not why and stride == 1 and not stacked:
             pieces = [self.axes.new(size) for size in (start, length, n - stop) if size]
             self.axes.split("sum", (axis,), tuple(pieces), f"cut by {name}")
             return pieces[bool(start)]
         amount = "one entry" if length == 1 else "a part" if stride == 1 else f"one in {stride} entries"
         why = why or f"{amount} of it is read by {name}"
-        if length == 1 and self.program.is_parametric(atom):
+        if stacked:
             self.role(atom, (axis,), "layer")
             self.axes.block(axis, _STACKS)
         else:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pruneopt.program import axes, zeros
+from pruneopt.program import axes, rewrite, zeros
 from pruneopt.program.forms import Form
 from pruneopt.program.program import Atom, Equation, Program
 
@@ -49,6 +49,7 @@ class Row:
     product: what it multiplies.
     axes: which axes index the same units, which fall into parts, which cannot be cut.
     zeros: where its outputs are zero. infinite: the inputs at whose zeros a value may be infinite or not a number.
+    resize: how its parameters take other sizes, where its inputs do not say it all.
     inlined: whether it is read as if its body stood in its place. whole: in words, why its body is evaluated whole.
     """
 
@@ -59,6 +60,7 @@ class Row:
     axes: axes.AxisRule | None = None
     zeros: zeros.ZeroRule | None = None
     infinite: zeros.Infinite | None = None
+    resize: rewrite.Resize | None = None
     inlined: bool = False
     whole: str = ""
 

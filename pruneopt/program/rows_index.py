@@ -9,6 +9,7 @@ import numpy as np
 from pruneopt.program.axes import Ids, Reader
 from pruneopt.program.keys import Literal
 from pruneopt.program.program import Equation, Program
+from pruneopt.program.rewrite import dynamic_slice, gathered
 from pruneopt.program.row import Bounds, Layout, Row, rows
 from pruneopt.program.zeros import keeps, writes
 
@@ -95,8 +96,10 @@ def _dynamic_slice_cut(program: Program, equation: Equation, var: int) -> Bounds
 
 
 ROWS: dict[str, Row] = {
-    "dynamic_slice": Row(layout=Layout(cut=_dynamic_slice_cut), picks=True, axes=_dynamic_slice, zeros=keeps),
+    "dynamic_slice": Row(
+        layout=Layout(cut=_dynamic_slice_cut), picks=True, axes=_dynamic_slice, zeros=keeps, resize=dynamic_slice
+    ),
     "dynamic_update_slice": Row(axes=_dynamic_update_slice, zeros=writes),
-    "gather": Row(picks=True, axes=_gather, zeros=keeps),
+    "gather": Row(picks=True, axes=_gather, zeros=keeps, resize=gathered),
     **rows("scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub", axes=_scatter),
 }

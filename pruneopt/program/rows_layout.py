@@ -8,6 +8,7 @@ import numpy as np
 
 from pruneopt.program.axes import Ids, Reader
 from pruneopt.program.program import Equation, Program
+from pruneopt.program.rewrite import cut, reshaped, split, to_shape
 from pruneopt.program.row import Bounds, Layout, Row
 from pruneopt.program.rows_reduce import along
 from pruneopt.program.zeros import joins, keeps, pads, spread
@@ -24,12 +25,15 @@ def _broadcast(reader: Reader, equation: Equation) -> list[Ids]:
     return [tuple(made)]
 
 
-def _reshape(reader: Reader, equation: Equation) -> list[Ids] | None:
-    """Row-major: stretches of axes with one product are the same index, merged or split."""
-    axes, ids = reader.axes, reader.of(equation.inputs[0])
+def _reshape(reader: Reader, equation: Equation) -> list[Ids]:
+    """Row-major, after a transposition where `dimensions` asks for one: stretches of axes with one product are the same
+    index, merged or split.
+    """
+    axes, ids, first = reader.axes, reader.of(equation.inputs[0]), equation.params["dimensions"]
+    ids = ids if first is None else tuple(ids[k] for k in first)
     made = list(reader.made(reader.shape(equation.outputs[0])))
-    if 0 in (axes.size[i] for i in ids) or equation.params["dimensions"] is not None:
-        return None if equation.params["dimensions"] is not None else [tuple(made)]
+    if 0 in (axes.size[i] for i in ids):
+        return [tuple(made)]
     old, new = [i for i in ids if axes.size[i] != 1], [k for k, i in enumerate(made) if axes.size[i] != 1]
     while old:
         left, right = [old.pop(0)], [new.pop(0)]
@@ -177,14 +181,16 @@ def _unstack_cut(program: Program, equation: Equation, var: int) -> Bounds:
 
 
 ROWS: dict[str, Row] = {
-    "broadcast_in_dim": Row(layout=Layout(repeats=_broadcast_repeats), axes=_broadcast, zeros=spread),
+    "broadcast_in_dim": Row(
+        layout=Layout(repeats=_broadcast_repeats), axes=_broadcast, zeros=spread, resize=to_shape("shape")
+    ),
     "concatenate": Row(layout=Layout(joins=True, repeats=_concatenate_repeats), axes=_concatenate, zeros=joins),
-    "iota": Row(axes=_iota),
+    "iota": Row(axes=_iota, resize=to_shape("shape")),
     "pad": Row(axes=_pad, zeros=pads),
-    "reshape": Row(layout=Layout(), axes=_reshape, zeros=keeps),
+    "reshape": Row(layout=Layout(), axes=_reshape, zeros=keeps, resize=reshaped),
     "rev": Row(layout=Layout(), axes=along("dimensions", "reversed"), zeros=keeps),
-    "slice": Row(layout=Layout(cut=_slice_cut), axes=_slice, zeros=keeps),
-    "split": Row(layout=Layout(cut=_split_cut), axes=_split, zeros=keeps),
+    "slice": Row(layout=Layout(cut=_slice_cut), axes=_slice, zeros=keeps, resize=cut),
+    "split": Row(layout=Layout(cut=_split_cut), axes=_split, zeros=keeps, resize=split),
     "squeeze": Row(layout=Layout(), axes=_squeeze, zeros=keeps),
     "stack": Row(layout=Layout(joins=True, repeats=_stack_repeats), axes=_stack, zeros=joins),
     "tile": Row(axes=_tile, zeros=keeps),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pruneopt.program.axes import Ids, Reader
 from pruneopt.program.forms import Conv, Dot, Form, Ragged
 from pruneopt.program.program import Equation
+from pruneopt.program.rewrite import convolved
 from pruneopt.program.row import Product, Row
 from pruneopt.program.zeros import multiplied
 
@@ -122,7 +123,7 @@ def _ragged_form(equation: Equation, shapes: list[tuple[int, ...]], side: int, r
 
 
 ROWS: dict[str, Row] = {
-    "conv_general_dilated": Row(product=Product("conv", _conv_form), axes=_conv, zeros=multiplied),
+    "conv_general_dilated": Row(product=Product("conv", _conv_form), axes=_conv, zeros=multiplied, resize=convolved),
     "dot_general": Row(product=Product("dot", _dot_form), axes=_dot_general, zeros=multiplied),
     "ragged_dot_general": Row(product=Product("ragged dot", _ragged_form), axes=_ragged, zeros=multiplied),
 }

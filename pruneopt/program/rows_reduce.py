@@ -12,7 +12,6 @@ from pruneopt.program.row import Row, rows
 from pruneopt.program.zeros import keeps
 
 _REDUCED = {
-    "reduce_sum": "it is reduced by sum (reduce_sum): a mean, norm or softmax over it would change",
     "reduce_max": "it is reduced by max (reduce_max)",
     "reduce_min": "it is reduced by min (reduce_min)",
     "argmax": "it is reduced by argmax",
@@ -44,8 +43,16 @@ def along(param: str, word: str) -> AxisRule:
     return rule
 
 
+def _sum(reader: Reader, equation: Equation) -> list[Ids]:
+    """What is summed may go where it is zero; `Zeros` decides."""
+    (atom,), dims = equation.inputs, equation.params["axes"]
+    ids = reader.of(atom)
+    reader.sums.append((atom, tuple(ids[k] for k in dims)))
+    return [tuple(a for k, a in enumerate(ids) if k not in dims)]
+
+
 def _reduce(reader: Reader, equation: Equation) -> list[Ids] | None:
-    """A reduced axis is blocked: the divisor of a mean, the statistic of a norm or a softmax would change."""
+    """A reduced axis is blocked: a maximum over units at zero is not one without them."""
     name, (atom, *rest) = equation.primitive.name, equation.inputs
     dims = equation.params["dimensions"] if name == "reduce" else equation.params["axes"]
     if any(reader.shape(a) for a in rest):
@@ -66,7 +73,8 @@ def _window(reader: Reader, equation: Equation) -> list[Ids] | None:
 
 
 ROWS: dict[str, Row] = {
-    **rows("reduce_max reduce_min reduce_sum", axes=_reduce, zeros=keeps),
+    "reduce_sum": Row(axes=_sum, zeros=keeps),
+    **rows("reduce_max reduce_min", axes=_reduce, zeros=keeps),
     **rows("argmax argmin reduce reduce_and reduce_or reduce_prod reduce_xor", axes=_reduce),
     "cumsum": Row(axes=along("axis", "accumulated"), zeros=keeps),
     **rows("cumlogsumexp cummax cummin cumprod", axes=along("axis", "accumulated")),

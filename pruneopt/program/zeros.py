@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,33 +16,42 @@ ZeroRule = Callable[["Zeros", Equation, int, int], Found]  # units at which axis
 Infinite = Callable[[Equation], tuple[Atom, ...]]  # the inputs at whose zeros a value may be infinite or not a number
 
 _NONE: Found = frozenset()
+_SUMMED = "it is summed where a unit at zero is not zero (reduce_sum), as in a softmax or in a variance taken of x less its mean"
 
 
 class Zeros:
-    """For each axis of each variable, the units whose entries are zero once they are zeroed in every leaf.
+    """For each axis of each variable, the units whose entries are zero once they are zeroed in the leaves.
 
-    Blocks the units for which zeroing is no deletion: a product sums what is left of them, or a value may be infinite.
-    rules: {primitive: where its outputs are zero}; without one nowhere. infinite: {primitive: inputs}.
+    left: (unit, why) where zeroing is no deletion: a product or sum takes what is left of it, or a value may be infinite.
+    rules: {primitive: where its outputs are zero}; without one nowhere. infinite: {primitive: inputs}. start: {path: the
+    units zeroed in it along each axis}; all by default, in every leaf.
     """
 
-    def __init__(self, reader: Reader, rules: Mapping[str, ZeroRule], infinite: Mapping[str, Infinite]):
+    def __init__(
+        self,
+        reader: Reader,
+        rules: Mapping[str, ZeroRule],
+        infinite: Mapping[str, Infinite],
+        start: Mapping[str, Sequence[Found]] | None = None,
+    ):
         self._reader, self._rules, self._infinite = reader, rules, infinite
         self._of: dict[int, tuple[Found, ...]] = {}
         self._null: set[int] = set()
+        self.left: list[tuple[int, str]] = []
         axes, program = reader.axes, reader.program
         atoms = {axis: frozenset(axes.atoms(axis)) for axis in range(len(axes.size))}
         self._everything = frozenset().union(*atoms.values())
         self._atoms = lambda atom: [atoms[axis] for axis in reader.of(atom)]
-        self._of.update({var: tuple(self._atoms(var)) for var in program.leaves.values()})
+        for path, var in program.leaves.items():
+            self._of[var] = tuple(self._atoms(var) if start is None else start[path])
         for equation in program.equations:
             self._read(equation)
+        for atom, summed in reader.sums:
+            for axis in summed:
+                self.left += [(unit, _SUMMED) for unit in atoms[axis] - self.along(atom, axis)]
         for a, b, left, right, name in reader.contractions:
-            if program.is_data(left) and program.is_data(right):
-                axes.block(a, f"it is contracted between two activations in {name}: a scale by its size would change")
-            elif not all(program.is_data(x) or program.is_parametric(x) for x in (left, right)):
-                axes.block(a, f"it is contracted with numbers that fn closed over in {name}")
-            for atom in atoms[a] - self.along(left, a) - self.along(right, b):
-                axes.block(atom, f"zeroing it in its leaves is no deletion: {name} sums what is left of it")
+            why = f"zeroing it in its leaves is no deletion: {name} sums what is left of it"
+            self.left += [(unit, why) for unit in atoms[a] - self.along(left, a) - self.along(right, b)]
 
     def of(self, atom: Atom) -> tuple[Found, ...]:
         """For each axis, the units at which a variable is zero."""
@@ -91,7 +100,7 @@ class Zeros:
         name = equation.primitive.name
         for atom in self._infinite[name](equation) if name in self._infinite else ():
             for unit in _NONE if self.is_null(atom) else _NONE.union(*self.of(atom)):
-                self._reader.axes.block(unit, f"{name} of a unit at zero may be infinite or not a number")
+                self.left.append((unit, f"{name} of a unit at zero may be infinite or not a number"))
         rule = self._rules.get(name)
         if rule is None:
             return

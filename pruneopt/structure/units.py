@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from pruneopt.network.leaves import nearest
-from pruneopt.program.axes import Axes, Reader
+from pruneopt.program.axes import Reader
 from pruneopt.program.primitives import column
 from pruneopt.program.program import Program
+from pruneopt.program.rewrite import Rewritten, gone_units
 from pruneopt.program.zeros import Zeros
 from pruneopt.structure.operators import Lookup, Operator, Refusal
 
@@ -48,7 +50,8 @@ class Units:
             if var not in read and var not in program.outputs:
                 for axis in reader.leaves[path]:
                     axes.block(axis, "fn does not use it")
-        Zeros(reader, column("zeros"), column("infinite"))
+        for unit, why in self.zeros().left:
+            axes.block(unit, why)
         members: dict[int, list[tuple[str, int]]] = {}
         for path, ids in reader.leaves.items():
             for k, axis in enumerate(ids):
@@ -74,6 +77,10 @@ class Units:
             reached.setdefault((name, why), {}).update(dict.fromkeys(paths))
         self.refusals = [Refusal(name, tuple(paths), why) for (name, why), paths in reached.items()]
 
+    def zeros(self, start: Mapping[str, Sequence[frozenset[int]]] | None = None) -> Zeros:
+        """Where variables are zero once units are zeroed in leaves: {path: the units along each axis}, all by default."""
+        return Zeros(self._reader, column("zeros"), column("infinite"), start)
+
     def type_of(self, path: str) -> Any:
         """Shape and dtype of a leaf."""
         return self._reader.program.type_of(self._reader.program.leaves[path])
@@ -89,8 +96,34 @@ class Units:
         atom = next((a for a, g in self._groups.items() if g is group), None)
         if atom is None or (path, axis) not in group.members:
             raise ValueError(f"axis {axis} of '{path}' is no member of that group; its members are {group.members}")
-        owned = _owned(self._axes, self._axis(path, axis), atom)
+        owned = self._axes.owned(self._axis(path, axis), atom)
         return np.nonzero(owned)[1].reshape(group.size, -1)
+
+    def gone(self, lost: Mapping[str, Sequence[Bool[np.ndarray, " n"]]]) -> dict[int, Bool[np.ndarray, " units"]]:
+        """The units that go with these entries: {path: for each axis, which of its entries}.
+
+        Raises ValueError where entries are not whole units, or units that cannot be cut, with the reason.
+        """
+        entries = [
+            (f"axis {k} of '{path}'", self._axis(path, k), one)
+            for path, every in lost.items()
+            if path in self._reader.leaves
+            for k, one in enumerate(every)
+        ]
+        gone = gone_units(self._axes, entries)
+        for atom in gone:
+            if why := self._groups[atom].blocked:
+                members = ", ".join(f"axis {k} of '{path}'" for path, k in self._groups[atom].members[:_SHOWN])
+                raise ValueError(f"units of {members} cannot be cut: {why[0]}")
+        return gone
+
+    def rewritten(self, gone: Mapping[int, Bool[np.ndarray, " units"]]) -> Rewritten:
+        """The program without these units."""
+        return Rewritten(self._reader, gone, column("resize"))
+
+    def atom(self, group: Group) -> int:
+        """The class of axes that a group stands for."""
+        return next(a for a, g in self._groups.items() if g is group)
 
     def _axis(self, path: str, axis: int) -> int:
         ids = self._reader.leaves.get(path)
@@ -179,21 +212,3 @@ def _axis_text(found: Units, path: str, k: int, n: int) -> list[str]:
 
 def _count(n: int, one: str, many: str = "") -> str:
     return f"{n} {one if n == 1 else many or one + 's'}"
-
-
-def _owned(axes: Axes, axis: int, atom: int) -> np.ndarray:
-    """(units, entries), True where the unit owns the entry of the axis."""
-    kind, parts = axes.parts(axis)
-    if not kind:
-        return np.eye(axes.size[atom], dtype=bool) if axes.find(axis) == atom else _nothing(axes, axis, atom)
-    inside = [_owned(axes, part, atom) for part in parts]
-    if kind == "sum":
-        return np.concatenate(inside, axis=1)
-    whole = np.zeros((axes.size[atom], 1), bool)
-    for one in inside:
-        whole = (whole[:, :, None] | one[:, None, :]).reshape(len(whole), -1)
-    return whole
-
-
-def _nothing(axes: Axes, axis: int, atom: int) -> np.ndarray:
-    return np.zeros((axes.size[atom], axes.size[axis]), bool)

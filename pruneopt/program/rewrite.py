@@ -1,0 +1,214 @@
+"""A program with entries of its axes deleted: the same equations at the sizes that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool
+
+from pruneopt.program.axes import Axes, Ids, Reader
+from pruneopt.program.keys import Literal
+from pruneopt.program.program import Atom, Equation
+
+Gone = Mapping[int, Bool[np.ndarray, " units"]]  # {class of units: which of them are deleted}
+Resize = Callable[["Site", list[Any]], tuple[dict[str, Any], list[Any]]]  # (changed parameters, changed inputs)
+
+
+class Misaligned(ValueError):
+    """Entries that are to go and are not whole units of a program."""
+
+
+def gone_units(axes: Axes, entries: Sequence[tuple[str, int, Bool[np.ndarray, " n"]]]) -> dict[int, np.ndarray]:
+    """{class: units deleted} of (name, axis, its deleted entries).
+
+    Raises Misaligned where an axis loses part of a unit, or two axes of one class disagree.
+    """
+    found: dict[int, np.ndarray] = {}
+    for name, axis, lost in entries:
+        explained = np.zeros(len(lost), bool)
+        for atom in dict.fromkeys(axes.atoms(axis)):
+            owned = axes.owned(axis, atom)
+            units = np.array([bool(np.any(own)) and bool(np.all(lost[own])) for own in owned])
+            if np.any(units != found.setdefault(atom, units)):
+                raise Misaligned(f"the entries cut from {name} are not those of what it is tied to")
+            explained |= np.any(owned[units], axis=0)
+        if np.any(explained != lost):
+            raise Misaligned(f"the entries cut from {name} are no whole units here")
+    return {atom: units for atom, units in found.items() if units.any()}
+
+
+class Rewritten:
+    """A program whose units `gone` are deleted from every array.
+
+    Numbers that fn computed from shapes stay as they were traced. resize: {primitive: how it takes other sizes}.
+    """
+
+    def __init__(self, reader: Reader, gone: Gone, resize: Mapping[str, Resize]):
+        self.reader, self._gone, self._resize = reader, gone, resize
+        self._kept: dict[int, Bool[np.ndarray, " n"]] = {}
+        self._last: dict[Atom, int] = {}
+        for i, equation in enumerate(reader.program.equations):
+            self._last.update({atom: i for atom in equation.inputs if isinstance(atom, int)})
+
+    def kept(self, axis: int) -> Bool[np.ndarray, " n"]:
+        """Which entries of an axis are left."""
+        if axis not in self._kept:
+            axes = self.reader.axes
+            kept = np.ones(axes.size[axis], bool)
+            for atom in self._gone.keys() & set(axes.atoms(axis)):
+                kept &= ~np.any(axes.owned(axis, atom)[self._gone[atom]], axis=0)
+            self._kept[axis] = kept
+        return self._kept[axis]
+
+    def sizes(self, ids: Ids) -> tuple[int, ...]:
+        """How many entries of each axis are left; all of an axis of copies, which each reader cuts for itself."""
+        return tuple(
+            self.reader.axes.size[axis] if axis in self.reader.copies else int(self.kept(axis).sum()) for axis in ids
+        )
+
+    def sliced(self, value: Any, ids: Ids) -> Any:
+        """An array without the deleted entries of these axes."""
+        for k, axis in enumerate(ids):
+            kept = self.kept(axis)
+            if not kept.all():
+                value = taken(value, np.flatnonzero(kept), k)
+        return value
+
+    def __call__(self, leaves: Mapping[str, Any], batch: Sequence[Any]) -> list[Any]:
+        """The outputs, of leaves without the deleted entries."""
+        reader, program = self.reader, self.reader.program
+        env: dict[Atom, Any] = {var: leaves[path] for path, var in program.leaves.items()}
+        env.update(zip(program.batch, batch, strict=True))
+        wanted = {atom for atom in program.outputs if isinstance(atom, int)}
+        for i, (equation, read) in enumerate(zip(program.equations, reader.read, strict=True)):
+            values = [self._value(env, atom, ids) for atom, ids in zip(equation.inputs, read, strict=True)]
+            env.update(zip(equation.outputs, self._run(equation, read, values), strict=True))
+            for atom in {a for a in equation.inputs if isinstance(a, int) and self._last[a] == i} - wanted:
+                env.pop(atom, None)
+        return [self._value(env, atom, reader.of(atom)) for atom in program.outputs]
+
+    def _value(self, env: Mapping[Atom, Any], atom: Atom, read: Ids) -> Any:
+        """An atom as an equation reads it: copies cut to as many as it needs, constants to what is left."""
+        reader = self.reader
+        if isinstance(atom, Literal):
+            return atom.value
+        if atom in reader.program.constants:
+            return self.sliced(reader.program.constants[atom], read)
+        value = env[atom]
+        for k, (own, axis) in enumerate(zip(reader.of(atom), read, strict=True)):
+            if own != axis and not (kept := self.kept(axis)).all():
+                value = jax.lax.slice_in_dim(value, 0, int(kept.sum()), axis=k)
+        return value
+
+    def _run(self, equation: Equation, read: tuple[Ids, ...], values: list[Any]) -> list[Any]:
+        site = Site(self, equation, read)
+        sizes = [site.out(i) for i in range(len(equation.outputs))]
+        before = [self.reader.shape(atom) for atom in (*equation.inputs, *equation.outputs)]
+        if before == [*(tuple(np.shape(v)) for v in values), *sizes]:
+            return equation.run(values)
+        name, params = equation.primitive.name, dict(equation.params)
+        if name in self._resize:
+            changed, values = self._resize[name](site, values)
+            params |= changed
+        results = equation._replace(params=type(equation.params)(name, params)).run(values)
+        for result, size in zip(results, sizes, strict=True):
+            if tuple(result.shape) != size:
+                raise ValueError(
+                    f"{name} gives {tuple(result.shape)} where its units leave {size}; please report this program"
+                )
+        return results
+
+
+class Site(NamedTuple):
+    """Where an equation stands: what is left of its inputs and outputs."""
+
+    program: Rewritten
+    equation: Equation
+    read: tuple[Ids, ...]
+
+    def shape(self, i: int) -> tuple[int, ...]:
+        """Of input i before."""
+        return self.program.reader.shape(self.equation.inputs[i])
+
+    def kept(self, i: int, k: int) -> Bool[np.ndarray, " n"]:
+        """Entries of axis k of input i that are left."""
+        return self.program.kept(self.read[i][k])
+
+    def out(self, i: int) -> tuple[int, ...]:
+        """The shape of output i."""
+        return self.program.sizes(self.program.reader.of(self.equation.outputs[i]))
+
+
+def taken(value: Any, at: np.ndarray, axis: int) -> Any:
+    """The entries `at`, in order, along an axis: a slice where they are evenly spaced."""
+    steps = np.unique(np.diff(at))
+    if not len(at) or len(steps) > 1 or (len(steps) and steps[0] < 1):
+        return value.take(at, axis=axis)
+    step = int(steps[0]) if len(steps) else 1
+    place = tuple(slice(int(at[0]), int(at[-1]) + 1, step) if k == axis else slice(None) for k in range(value.ndim))
+    return value[place]
+
+
+def to_shape(name: str) -> Resize:
+    """The parameter of that name is the shape of the result."""
+    return lambda site, values: ({name: site.out(0)}, values)
+
+
+def reshaped(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """To the sizes that are left."""
+    return {"new_sizes": site.out(0)}, values
+
+
+def cut(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """A slice of what is left: the entries that it takes are first picked, where they are no stretch."""
+    p = site.equation.params
+    strides = p["strides"] or (1,) * len(p["start_indices"])
+    value = values[0]
+    for k, (start, stop, step) in enumerate(zip(p["start_indices"], p["limit_indices"], strides, strict=True)):
+        kept = site.kept(0, k)
+        if not kept.all():
+            at = np.arange(start, stop, step)
+            value = taken(value, (np.cumsum(kept) - 1)[at[kept[at]]], k)
+        else:
+            value = taken(value, np.arange(start, stop, step), k)
+    shape = value.shape
+    return {"start_indices": (0,) * len(shape), "limit_indices": shape, "strides": None}, [value]
+
+
+def split(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Into what is left of each part."""
+    k = site.equation.params["axis"]
+    return {"sizes": tuple(site.out(i)[k] for i in range(len(site.equation.outputs)))}, values
+
+
+def dynamic_slice(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """At known places of axes that are cut; axes sliced at unknown ones are whole."""
+    value, *starts = values
+    for k, size in enumerate(site.equation.params["slice_sizes"]):
+        kept = site.kept(0, k)
+        if size != len(kept) and not kept.all():
+            known = site.program.reader.known(site.equation.inputs[1 + k])
+            assert known is not None
+            at = np.arange(size) + int(np.clip(known, 0, len(kept) - size))
+            value = taken(value, (np.cumsum(kept) - 1)[at[kept[at]]], k)
+            starts[k] = np.zeros((), starts[k].dtype)
+    return {"slice_sizes": site.out(0)}, [value, *starts]
+
+
+def gathered(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Whole slices stay whole."""
+    sizes = tuple(
+        values[0].shape[k] if size == n else size
+        for k, (size, n) in enumerate(zip(site.equation.params["slice_sizes"], site.shape(0), strict=True))
+    )
+    return {"slice_sizes": sizes}, values
+
+
+def convolved(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """As many groups as channels are left for."""
+    spec = site.equation.params["dimension_numbers"]
+    channels, inside = values[0].shape[spec.lhs_spec[1]], values[1].shape[spec.rhs_spec[1]]
+    return {"feature_group_count": max(channels // max(inside, 1), 1)}, values
