@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -164,13 +165,19 @@ class Axes:
 class Reader:
     """The axes of every variable of a program, by the rules of its primitives; `whole` says why some have none.
 
-    leaves: {path: axes}. contractions: (axis of left, axis of right, left, right, primitive). sums: (summed variable,
+    repeated: {path: axes along which a leaf holds copies}. leaves: {path: axes}. contractions: (axis of left, axis of right, left, right, primitive). sums: (summed variable,
     its summed axes). roles: {axis: words}, of axes of parameters. unknown: [(primitive, reason, axes that it touches)],
     without a rule. read: for each equation, the axes of each input as it reads them: `of`, with axes of its own for
     copies.
     """
 
-    def __init__(self, program: Program, rules: Mapping[str, AxisRule], whole: Mapping[str, str]):
+    def __init__(
+        self,
+        program: Program,
+        rules: Mapping[str, AxisRule],
+        whole: Mapping[str, str],
+        repeated: Mapping[str, Iterable[int]] = MappingProxyType({}),
+    ):
         self.program, self.axes, self._rules, self._whole = program, Axes(), rules, whole
         self.contractions: list[tuple[int, int, Atom, Atom, str]] = []
         self.sums: list[tuple[Atom, Ids]] = []
@@ -184,6 +191,7 @@ class Reader:
         self._reading = True
         self.leaves = {path: self.made(program.shapes[var].shape) for path, var in program.leaves.items()}
         self._of.update({var: self.leaves[path] for path, var in program.leaves.items()})
+        self.copies |= {self.leaves[path][k] for path, dims in repeated.items() for k in dims}
         for var in program.batch:
             self._of[var] = self.made(program.shapes[var].shape, "it is an axis of the batch")
         for equation in program.equations:

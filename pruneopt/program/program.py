@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -70,6 +70,13 @@ class Loop(NamedTuple):
     carried: tuple[Atom, ...]
 
 
+class Call(NamedTuple):
+    """A call with a derivative of its own that was read as its body. at: how many equations stand before its end."""
+
+    at: int
+    equation: Equation
+
+
 @dataclass(eq=False)
 class Program:
     """Equations in order, over variables that are numbers.
@@ -78,7 +85,8 @@ class Program:
     {variable: array}, closed over by the function or loop counters. data, parametric: variables that depend on the
     batch, on params. maker: {variable: index of the equation that makes it}. outputs: the arrays that the function
     returns. loops: the scans that were unrolled, inner ones first. masks: whether the leaf of a path holds zeros and
-    ones alone. lost: whether a product's own derivative was lost, since its call was inlined.
+    ones alone. lost: whether a product's own derivative was lost, since its call was inlined. calls: those with a derivative of their
+    own, inner ones first.
     """
 
     equations: list[Equation] = field(default_factory=list)
@@ -95,6 +103,7 @@ class Program:
     keep_derivatives: bool = False
     lost: bool = False
     loops: list[Loop] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     _known: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)
 
     def new(self, aval: Any) -> int:
@@ -196,6 +205,18 @@ def flatten(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, *, keep_de
     return program
 
 
+def straightened(jaxpr: Any, constants: Sequence[Any]) -> Program:
+    """The straight-line program of a plain jaxpr; its inputs are the leaves "0", "1", ..."""
+    program = Program()
+    inputs = tuple(program.new(var.aval) for var in jaxpr.invars)
+    program.leaves = {str(i): var for i, var in enumerate(inputs)}
+    program.names = {var: path for path, var in program.leaves.items()}
+    program.parametric.update(inputs)
+    held = tuple(program.constant(value) for value in constants)
+    program.outputs = list(_inline(program, jaxpr, held, inputs, True))
+    return program
+
+
 def is_mask(leaves: Mapping[str, Any], path: str) -> bool:
     """Whether a leaf is an array of zeros and ones with a one in it."""
     leaf = leaves[path]
@@ -254,7 +275,11 @@ def _equation(program: Program, eqn: Any, inputs: tuple[Atom, ...], keep: bool) 
     if name in CALLS and not (program.keep_derivatives and name in DERIVATIVES and not _has_product(eqn)):
         program.lost |= name in DERIVATIVES
         body, constants = opened(program, versions.called(eqn))
-        return _inline(program, body, constants, inputs, keep)
+        outputs = _inline(program, body, constants, inputs, keep)
+        if name in DERIVATIVES:
+            call = Equation(eqn.primitive, versions.parameters(eqn), inputs, outputs, (), None)
+            program.calls.append(Call(len(program.equations), call))
+        return outputs
     if name == "shard_map" and _is_alone(eqn):
         body, constants = opened(program, versions.alone(eqn))
         return _inline(program, body, constants, inputs, False)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from pruneopt.program.axes import Axes, Ids, Reader
+from pruneopt.program import versions
+from pruneopt.program.axes import Axes, AxisRule, Ids, Reader
 from pruneopt.program.keys import Literal
-from pruneopt.program.program import Atom, Equation
+from pruneopt.program.program import Atom, Equation, straightened
 
 Gone = Mapping[int, Bool[np.ndarray, " units"]]  # {class of units: which of them are deleted}
 Resize = Callable[["Site", list[Any]], tuple[dict[str, Any], list[Any]]]  # (changed parameters, changed inputs)
@@ -40,17 +42,30 @@ def gone_units(axes: Axes, entries: Sequence[tuple[str, int, Bool[np.ndarray, " 
     return {atom: units for atom, units in found.items() if units.any()}
 
 
+class Rules(NamedTuple):
+    """Columns of the table of primitives: which axes they tie, why some stay whole, how they take other sizes."""
+
+    axes: Mapping[str, AxisRule]
+    whole: Mapping[str, str]
+    resize: Mapping[str, Resize]
+
+
 class Rewritten:
     """A program whose units `gone` are deleted from every array.
 
-    Numbers that fn computed from shapes stay as they were traced. resize: {primitive: how it takes other sizes}.
+    Numbers that fn computed from shapes stay as they were traced. A function with a derivative of its own keeps it: its
+    rule is rewritten like its body, or traced anew; where neither can be, its gradient is refused by name.
     """
 
-    def __init__(self, reader: Reader, gone: Gone, resize: Mapping[str, Resize]):
-        self.reader, self._gone, self._resize = reader, gone, resize
+    def __init__(self, reader: Reader, gone: Gone, rules: Rules):
+        self.reader, self._gone, self._rules = reader, gone, rules
         self._kept: dict[int, Bool[np.ndarray, " n"]] = {}
         self._last: dict[Atom, int] = {}
-        for i, equation in enumerate(reader.program.equations):
+        program = reader.program
+        self._calls: dict[int, list[Equation]] = {}
+        for at, call in program.calls:
+            self._calls.setdefault(at, []).append(call)
+        for i, equation in sorted([*enumerate(program.equations), *program.calls], key=lambda pair: pair[0]):
             self._last.update({atom: i for atom in equation.inputs if isinstance(atom, int)})
 
     def kept(self, axis: int) -> Bool[np.ndarray, " n"]:
@@ -84,11 +99,82 @@ class Rewritten:
         env.update(zip(program.batch, batch, strict=True))
         wanted = {atom for atom in program.outputs if isinstance(atom, int)}
         for i, (equation, read) in enumerate(zip(program.equations, reader.read, strict=True)):
+            self._call(env, i)
             values = [self._value(env, atom, ids) for atom, ids in zip(equation.inputs, read, strict=True)]
             env.update(zip(equation.outputs, self._run(equation, read, values), strict=True))
             for atom in {a for a in equation.inputs if isinstance(a, int) and self._last[a] == i} - wanted:
                 env.pop(atom, None)
+        self._call(env, len(program.equations))
         return [self._value(env, atom, reader.of(atom)) for atom in program.outputs]
+
+    def _call(self, env: dict[Atom, Any], at: int) -> None:
+        """Put what calls with derivatives of their own give in the place of what their bodies gave."""
+        for call in self._calls.get(at, ()):
+            ids = [self.reader.of(atom) for atom in call.inputs]
+            values = [self._value(env, atom, one) for atom, one in zip(call.inputs, ids, strict=True)]
+            shapes = [self.reader.shape(atom) for atom in call.inputs]
+            if shapes == [tuple(np.shape(value)) for value in values]:
+                results = call.run(values)
+            else:
+                results = self._derived(call, ids)(*values)
+            env.update((a, r) for a, r in zip(call.outputs, results, strict=True) if isinstance(a, int))
+
+    def _derived(self, call: Equation, ids: list[Ids]) -> Callable[..., list[Any]]:
+        """A call at the sizes that are left, with its own derivative."""
+        body = versions.body(call)
+
+        def plain(*values: Any) -> list[Any]:
+            return self._part(versions.plain(body), versions.constants(body), ids)(values)
+
+        if call.primitive.name == "custom_jvp_call" and not call.params["num_consts"]:
+            return self._with_tangents(call, ids, plain)
+        rule = versions.backward_rule(call) if call.primitive.name == "custom_vjp_call" else None
+        return self._with_cotangents(rule, ids, plain) if rule else _without_gradient(call, plain)
+
+    def _with_tangents(self, call: Equation, ids: list[Ids], plain: Callable[..., list[Any]]) -> Any:
+        """`plain` with the rule of a `custom_jvp`."""
+        function = jax.custom_jvp(plain)
+
+        @function.defjvp
+        def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+            rule, held, zeros = versions.forward_rule(call)
+            results = self._part(rule, held, [*ids, *ids])((*primals, *tangents))
+            values, moved = results[: len(zeros)], iter(results[len(zeros) :])
+            return values, [jnp.zeros_like(v) if zero else next(moved) for v, zero in zip(values, zeros, strict=True)]
+
+        return function
+
+    def _with_cotangents(self, rule: versions.Backward, ids: list[Ids], plain: Callable[..., list[Any]]) -> Any:
+        """`plain` with the rule of a `custom_vjp`: its forward pass rewritten, its backward one traced anew."""
+        function = jax.custom_vjp(plain)
+
+        def forward(*values: Any) -> Any:
+            results = self._part(rule.jaxpr, rule.held, ids)(values)
+            made = sum(at is None for at in rule.forwarded)
+            given = iter(results[:made])
+            return results[made:], [next(given) if at is None else values[at] for at in rule.forwarded]
+
+        def backward(residuals: list[Any], cotangents: list[Any]) -> Any:
+            found = rule.function(rule.residuals.unflatten(residuals), rule.outputs.unflatten(cotangents))
+            return tuple(jax.tree.leaves(found, is_leaf=lambda x: x is None))
+
+        function.defvjp(forward, backward)
+        return function
+
+    def _part(self, jaxpr: Any, held: Sequence[Any], ids: list[Ids]) -> Callable[[Sequence[Any]], list[Any]]:
+        """A jaxpr whose inputs have these axes of the program, with what is gone of them deleted."""
+        axes, copies = self.reader.axes, self.reader.copies
+        with jax.ensure_compile_time_eval():
+            repeated = {str(i): [k for k, axis in enumerate(one) if axis in copies] for i, one in enumerate(ids)}
+            inside = Reader(straightened(jaxpr, held), self._rules.axes, self._rules.whole, repeated)
+        entries = [
+            (f"input {i}", inside.leaves[str(i)][k], ~self.kept(axis))
+            for i, one in enumerate(ids)
+            for k, axis in enumerate(one)
+            if axis not in copies and axes.size[axis] != 1
+        ]
+        part = Rewritten(inside, gone_units(inside.axes, entries), self._rules)
+        return lambda values: part({str(i): value for i, value in enumerate(values)}, ())
 
     def _value(self, env: Mapping[Atom, Any], atom: Atom, read: Ids) -> Any:
         """An atom as an equation reads it: copies cut to as many as it needs, constants to what is left."""
@@ -110,8 +196,8 @@ class Rewritten:
         if before == [*(tuple(np.shape(v)) for v in values), *sizes]:
             return equation.run(values)
         name, params = equation.primitive.name, dict(equation.params)
-        if name in self._resize:
-            changed, values = self._resize[name](site, values)
+        if name in self._rules.resize:
+            changed, values = self._rules.resize[name](site, values)
             params |= changed
         results = equation._replace(params=type(equation.params)(name, params)).run(values)
         for result, size in zip(results, sizes, strict=True):
@@ -120,6 +206,19 @@ class Rewritten:
                     f"{name} gives {tuple(result.shape)} where its units leave {size}; please report this program"
                 )
         return results
+
+
+def _without_gradient(call: Equation, plain: Callable[..., list[Any]]) -> Any:
+    function = jax.custom_jvp(plain)
+
+    @function.defjvp
+    def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+        raise NotImplementedError(
+            f"the gradient of a {call.primitive.name} that was cut to other sizes: its rule is written for the old ones; "
+            "its forward pass is right"
+        )
+
+    return function
 
 
 class Site(NamedTuple):

@@ -5,7 +5,7 @@ Equations are those of a jaxpr or of a `Program`. A parameter that no known vers
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,12 +92,17 @@ def holds(jaxpr: Any, names: Iterable[str]) -> bool:
 
 def called(eqn: Any) -> Any:
     """The body of one of `CALLS`, which takes the equation's inputs and gives its outputs."""
+    return _agreeing(eqn, body(eqn), "a body that takes or gives other arrays than it")
+
+
+def body(eqn: Any) -> Any:
+    """The body of one of `CALLS`."""
     name, params = eqn.primitive.name, parameters(eqn)
     known = [n for n in CALLS[name] if n in params]
-    body = params[known[0] if known else CALLS[name][-1]]
-    if not hasattr(plain(body), "eqns"):
+    found = params[known[0] if known else CALLS[name][-1]]
+    if not hasattr(plain(found), "eqns"):
         raise _unknown(name, f"no body in its parameter '{known[0]}'", params)
-    return _agreeing(eqn, body, f"a body in '{known[0]}' that takes or gives other arrays than it")
+    return found
 
 
 def _agreeing(eqn: Any, body: Any, otherwise: str) -> Any:
@@ -168,6 +173,42 @@ def shard_map(eqn: Any) -> Sharded:
     mesh = dict(p["mesh"].shape)
     manual = p["manual_axes"] if "manual_axes" in p else p["newly_manual_axes"]  # JAX 0.10.0 the first
     return Sharded(p["jaxpr"], mesh, tuple(sorted(manual)))
+
+
+def forward_rule(eqn: Any) -> tuple[Any, Sequence[Any], list[bool]]:
+    """(jaxpr of primals and tangents, its constants, whether a tangent that it gives is zero and left out) of a
+    `custom_jvp_call` whose inputs all have tangents.
+    """
+    p = parameters(eqn)
+    jaxpr, held, zeros = p["jvp_jaxpr_fun"].call_wrapped(*[False] * (len(eqn.inputs) - p["num_consts"]))
+    return plain(jaxpr), held, list(zeros)
+
+
+class Backward(NamedTuple):
+    """The rule of a `custom_vjp_call` whose inputs all have cotangents: a jaxpr that gives residuals and then outputs,
+    its constants, and the function of the user that turns (residuals, cotangents) into cotangents of the inputs.
+
+    outputs, residuals: their trees. forwarded: for each residual the input that it is, None where the jaxpr gives it.
+    """
+
+    jaxpr: Any
+    held: Sequence[Any]
+    function: Any
+    outputs: Any
+    residuals: Any
+    forwarded: Sequence[int | None]
+
+
+def backward_rule(eqn: Any) -> Backward | None:
+    """The rule of a `custom_vjp_call`; None where JAX no longer tells the user's function, or it takes more than those
+    two.
+    """
+    p = parameters(eqn)
+    bwd, count = p["bwd"], len(eqn.inputs) - p["num_consts"]
+    if p["num_consts"] or p["symbolic_zeros"] or len(getattr(bwd, "transforms", ())) != 1:
+        return None
+    jaxpr, held = p["fwd_jaxpr_thunk"].call_wrapped(*[True] * count)
+    return Backward(plain(jaxpr), held, bwd.f, *p["out_trees"]())
 
 
 def alone(eqn: Any) -> Any:

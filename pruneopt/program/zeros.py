@@ -22,7 +22,7 @@ _SUMMED = "it is summed where a unit at zero is not zero (reduce_sum), as in a s
 class Zeros:
     """For each axis of each variable, the units whose entries are zero once they are zeroed in the leaves.
 
-    left: (unit, why) where zeroing is no deletion: a product or sum takes what is left of it, or a value may be infinite.
+    left: (unit, why) where zeroing is no deletion: a product or sum takes the rest of it, or a value may be infinite.
     rules: {primitive: where its outputs are zero}; without one nowhere. infinite: {primitive: inputs}. start: {path: the
     units zeroed in it along each axis}; all by default, in every leaf.
     """

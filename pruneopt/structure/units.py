@@ -14,7 +14,7 @@ from pruneopt.network.leaves import nearest
 from pruneopt.program.axes import Reader
 from pruneopt.program.primitives import column
 from pruneopt.program.program import Program
-from pruneopt.program.rewrite import Rewritten, gone_units
+from pruneopt.program.rewrite import Rewritten, Rules, gone_units
 from pruneopt.program.zeros import Zeros
 from pruneopt.structure.operators import Lookup, Operator, Refusal
 
@@ -119,7 +119,7 @@ class Units:
 
     def rewritten(self, gone: Mapping[int, Bool[np.ndarray, " units"]]) -> Rewritten:
         """The program without these units."""
-        return Rewritten(self._reader, gone, column("resize"))
+        return Rewritten(self._reader, gone, Rules(column("axes"), column("whole"), column("resize")))
 
     def atom(self, group: Group) -> int:
         """The class of axes that a group stands for."""
