@@ -31,8 +31,8 @@ _TOLERANCE = 1e-5  # of the largest output, in float32
 class Shrunk:
     """A smaller network: `fn(params, batch)` computes what the masked one does.
 
-    fn: the rewritten program, for batches of any size; it may be jitted, differentiated and mapped. params: the tree as
-        it was, with smaller leaves. kept: {path: for each axis, the entries that are left}, of the leaves that were cut.
+    fn: the rewritten program, for batches of any size; it may be jitted, differentiated and mapped. params: the same
+        tree with smaller leaves. kept: {path: for each axis, the entries that are left}, of the leaves that were cut.
     error: the largest difference to the masked network's outputs on the batch, over the largest output.
     """
 

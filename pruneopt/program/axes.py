@@ -165,10 +165,10 @@ class Axes:
 class Reader:
     """The axes of every variable of a program, by the rules of its primitives; `whole` says why some have none.
 
-    repeated: {path: axes along which a leaf holds copies}. leaves: {path: axes}. contractions: (axis of left, axis of right, left, right, primitive). sums: (summed variable,
-    its summed axes). roles: {axis: words}, of axes of parameters. unknown: [(primitive, reason, axes that it touches)],
-    without a rule. read: for each equation, the axes of each input as it reads them: `of`, with axes of its own for
-    copies.
+    repeated: {path: axes along which a leaf holds copies}. leaves: {path: axes}. contractions: (axis of left, axis of
+    right, left, right, primitive). sums: (summed variable, its summed axes). roles: {axis: words}, of axes of
+    parameters. unknown: [(primitive, reason, axes that it touches)], without a rule. read: for each equation, the axes
+    of each input as it reads them: `of`, with axes of its own for copies.
     """
 
     def __init__(

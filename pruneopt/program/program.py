@@ -85,8 +85,8 @@ class Program:
     {variable: array}, closed over by the function or loop counters. data, parametric: variables that depend on the
     batch, on params. maker: {variable: index of the equation that makes it}. outputs: the arrays that the function
     returns. loops: the scans that were unrolled, inner ones first. masks: whether the leaf of a path holds zeros and
-    ones alone. lost: whether a product's own derivative was lost, since its call was inlined. calls: those with a derivative of their
-    own, inner ones first.
+    ones alone. lost: whether a product's own derivative was lost, since its call was inlined. calls: those with a
+    derivative of their own, inner ones first.
     """
 
     equations: list[Equation] = field(default_factory=list)

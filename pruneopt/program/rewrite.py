@@ -214,8 +214,8 @@ def _without_gradient(call: Equation, plain: Callable[..., list[Any]]) -> Any:
     @function.defjvp
     def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
         raise NotImplementedError(
-            f"the gradient of a {call.primitive.name} that was cut to other sizes: its rule is written for the old ones; "
-            "its forward pass is right"
+            f"the gradient of a {call.primitive.name} that was cut to other sizes: its rule is written for the old "
+            "ones; its forward pass is right"
         )
 
     return function

@@ -16,15 +16,15 @@ ZeroRule = Callable[["Zeros", Equation, int, int], Found]  # units at which axis
 Infinite = Callable[[Equation], tuple[Atom, ...]]  # the inputs at whose zeros a value may be infinite or not a number
 
 _NONE: Found = frozenset()
-_SUMMED = "it is summed where a unit at zero is not zero (reduce_sum), as in a softmax or in a variance taken of x less its mean"
+_SUMMED = "it is summed (reduce_sum) where a unit at zero is not zero, as in a softmax or a variance of x less its mean"
 
 
 class Zeros:
     """For each axis of each variable, the units whose entries are zero once they are zeroed in the leaves.
 
     left: (unit, why) where zeroing is no deletion: a product or sum takes the rest of it, or a value may be infinite.
-    rules: {primitive: where its outputs are zero}; without one nowhere. infinite: {primitive: inputs}. start: {path: the
-    units zeroed in it along each axis}; all by default, in every leaf.
+    rules: {primitive: where its outputs are zero}; without one nowhere. infinite: {primitive: inputs}. start: {path:
+    the units zeroed in it along each axis}; all by default, in every leaf.
     """
 
     def __init__(

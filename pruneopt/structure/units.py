@@ -78,7 +78,7 @@ class Units:
         self.refusals = [Refusal(name, tuple(paths), why) for (name, why), paths in reached.items()]
 
     def zeros(self, start: Mapping[str, Sequence[frozenset[int]]] | None = None) -> Zeros:
-        """Where variables are zero once units are zeroed in leaves: {path: the units along each axis}, all by default."""
+        """Where variables are zero once units are zeroed in leaves, {path: those of each axis}; all by default."""
         return Zeros(self._reader, column("zeros"), column("infinite"), start)
 
     def type_of(self, path: str) -> Any:
