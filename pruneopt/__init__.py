@@ -2,9 +2,9 @@
 
     minimise f(w) + penalty(w) subject to w in C
 
-The verbs are `prune` (a whole network), `solve` and `certify` (one problem), `apply`, `report`, `save` and `load`; the
-nouns live in the rooms `objectives`, `curvature`, `constraints`, `penalties`, `bounds`, `solvers`, `training` (the
-user's own optax loop), `plans` and `structure`.
+The verbs are `prune` (a whole network), `solve` and `certify` (one problem), `apply`, `shrink`, `report`, `save` and
+`load`; the nouns live in the rooms `objectives`, `curvature`, `constraints`, `penalties`, `bounds`, `solvers`,
+`training` (the user's own optax loop), `plans` and `structure`.
 """
 
 from pruneopt import structure  # first: it names `capture`, which stands on it
@@ -15,6 +15,7 @@ from pruneopt.certify import certify
 from pruneopt.delivery.apply import apply, from_masks
 from pruneopt.delivery.files import load, load_masks, save
 from pruneopt.delivery.report import Report, report
+from pruneopt.delivery.shrink import Shrunk, shrink, shrink_units
 from pruneopt.network.batches import Batches
 from pruneopt.plans.prune import prune
 from pruneopt.plans.redundancy import Redundancy, redundancy
@@ -30,6 +31,7 @@ __all__ = [
     "Pruned",
     "Redundancy",
     "Report",
+    "Shrunk",
     "Solution",
     "SolveError",
     "Status",
@@ -48,6 +50,8 @@ __all__ = [
     "redundancy",
     "report",
     "save",
+    "shrink",
+    "shrink_units",
     "solve",
     "solvers",
     "structure",

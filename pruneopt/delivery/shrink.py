@@ -59,6 +59,15 @@ class Shrunk:
 
         return _tree.map_named(one, self.params if tree is None else tree)
 
+    def of(self, fn: Callable[[Tree, Any], Any], batch: Any) -> Callable[[Tree, Any], Any]:
+        """The same cut of another function of the same params, such as a loss, checked on `batch` in the same way.
+
+        Raises ValueError where its program ties what was cut otherwise, or to its outputs, with the reason.
+        """
+        smaller = _Smaller(fn, self.expand(), self._lost)
+        _checked(fn, self.expand(), smaller, self.params, next(iter(Batches([batch]))))
+        return smaller
+
     def shrink_like(self, tree: Tree) -> Tree:
         """Any tree whose subtrees look like the dense params, such as an optimiser's state, cut along."""
         paths = sorted(self._lost, key=len, reverse=True)
@@ -134,6 +143,18 @@ class _Smaller:
 def _shrunk(fn: Callable[[Tree, Any], Any], masked: Tree, batch: Any, lost: Lost) -> Shrunk:
     smaller = _Smaller(fn, masked, lost)
     params = _tree.map_named(lambda path, leaf: _sliced(leaf, lost[path]) if path in lost else leaf, masked)
+    error = _checked(fn, masked, smaller, params, batch)
+    shapes = {path: np.shape(leaf) for path, leaf in _tree.named_leaves(masked) if _tree.is_array(leaf)}
+    cut = {path: every for path, every in lost.items() if any(one.any() for one in every)}
+    kept = {path: tuple(np.flatnonzero(~one) for one in every) for path, every in cut.items()}
+    return Shrunk(smaller, params, kept, error, cut, shapes)
+
+
+def _checked(fn: Callable, masked: Tree, smaller: Callable, params: Tree, batch: Any) -> float:
+    """By how much the smaller network's outputs differ from the masked one's, over the largest.
+
+    Raises ValueError where that is too much.
+    """
     before, after = jax.tree.leaves(jax.jit(fn)(masked, batch)), jax.tree.leaves(jax.jit(smaller)(params, batch))
     error = _difference(before, after)
     if not error <= _TOLERANCE:
@@ -141,10 +162,7 @@ def _shrunk(fn: Callable[[Tree, Any], Any], masked: Tree, batch: Any, lost: Lost
             f"the smaller network differs from the masked one by {error:.2g} of the largest output, more than "
             f"{_TOLERANCE:g}; please report this network"
         )
-    shapes = {path: np.shape(leaf) for path, leaf in _tree.named_leaves(masked) if _tree.is_array(leaf)}
-    cut = {path: every for path, every in lost.items() if any(one.any() for one in every)}
-    kept = {path: tuple(np.flatnonzero(~one) for one in every) for path, every in cut.items()}
-    return Shrunk(smaller, params, kept, error, cut, shapes)
+    return error
 
 
 def _difference(before: Sequence[Any], after: Sequence[Any]) -> float:

@@ -92,17 +92,21 @@ def holds(jaxpr: Any, names: Iterable[str]) -> bool:
 
 def called(eqn: Any) -> Any:
     """The body of one of `CALLS`, which takes the equation's inputs and gives its outputs."""
-    return _agreeing(eqn, body(eqn), "a body that takes or gives other arrays than it")
+    return _agreeing(eqn, body(eqn), f"a body in '{_held_in(eqn)}' that takes or gives other arrays than it")
 
 
 def body(eqn: Any) -> Any:
     """The body of one of `CALLS`."""
-    name, params = eqn.primitive.name, parameters(eqn)
-    known = [n for n in CALLS[name] if n in params]
-    found = params[known[0] if known else CALLS[name][-1]]
+    found = parameters(eqn)[_held_in(eqn)]
     if not hasattr(plain(found), "eqns"):
-        raise _unknown(name, f"no body in its parameter '{known[0]}'", params)
+        raise _unknown(eqn.primitive.name, f"no body in its parameter '{_held_in(eqn)}'", eqn.params)
     return found
+
+
+def _held_in(eqn: Any) -> str:
+    """The parameter that holds the body of one of `CALLS`."""
+    names = CALLS[eqn.primitive.name]
+    return next((name for name in names if name in eqn.params), names[-1])
 
 
 def _agreeing(eqn: Any, body: Any, otherwise: str) -> Any:

@@ -1,0 +1,207 @@
+"""Smaller programs against the masked network, and against the same network written by hand at the smaller sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import pruneopt as po
+from tests.test_units import EXPECTED, FLAT, MLP, NETWORKS, arrays, case, mlp
+
+
+def halved(found, group, path, axis):
+    """Booleans of the entries to keep where every second unit goes."""
+    kept = np.ones(found.type_of(path).shape[axis], bool)
+    kept[found.places(group, path, axis)[1::2].ravel()] = False
+    return kept
+
+
+def deleted(tree, found, groups):
+    """Zeros in every second unit's entries of these groups."""
+    tree = dict(tree)
+    for group in groups:
+        for path, axis in group.members:
+            index = (slice(None),) * axis + (found.places(group, path, axis)[1::2].ravel(),)
+            tree[path] = jnp.asarray(tree[path]).at[index].set(0.0)
+    return tree
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+class TestUnits:
+    def test_every_free_group_is_cut_exactly(self, name):
+        fn, params, batch = case(name)
+        found = po.structure.trace(fn, params, batch).units()
+        free = [group for group in found.groups if not group.blocked and group.size > 1]
+        assert {group.members for group in free} == EXPECTED[name]
+        for group in free:
+            path, axis = group.members[0]
+            small = po.shrink_units(fn, params, batch, {(path, axis): halved(found, group, path, axis)})
+            zeroed = deleted(params, found, [group])
+            assert small.error < 1e-12
+            larger = jnp.concatenate([batch, 2 * batch])
+            np.testing.assert_allclose(small.fn(small.params, larger), fn(zeroed, larger), rtol=1e-12, atol=1e-12)
+            for leaf, whole in zip(jax.tree.leaves(small.expand()), jax.tree.leaves(zeroed), strict=True):
+                np.testing.assert_array_equal(leaf, whole)
+
+    def test_gradients_are_those_of_the_masked_network(self, name):
+        fn, params, batch = case(name)
+        found = po.structure.trace(fn, params, batch).units()
+        group = next(g for g in found.groups if g.members in EXPECTED[name])
+        path, axis = group.members[0]
+        small = po.shrink_units(fn, params, batch, {(path, axis): halved(found, group, path, axis)})
+
+        def loss(run):
+            return lambda p: jnp.sum(jnp.sin(run(p, batch)))
+
+        mine = small.expand(jax.jit(jax.grad(loss(small.fn)))(small.params))
+        dense = deleted(jax.grad(loss(fn))(deleted(params, found, [group])), found, [group])
+        for leaf, whole in zip(jax.tree.leaves(mine), jax.tree.leaves(dense), strict=True):
+            np.testing.assert_allclose(leaf, whole, rtol=1e-10, atol=1e-12)
+
+
+class TestSupport:
+    """Which units a support leaves without effect."""
+
+    @pytest.fixture(autouse=True)
+    def network(self, flags):
+        self.params = arrays(**MLP) | {"b1": jnp.zeros(8).at[3].set(1.0)}
+        self.batch = arrays(x=FLAT)["x"]
+
+    def masks(self, **gone):
+        masks = {"w1": np.ones((5, 8), bool), "w2": np.ones((8, 3), bool)}
+        for name, index in gone.items():
+            masks[name][index] = False
+        return masks
+
+    def kept(self, masks, fn=mlp):
+        small = po.shrink(fn, self.params, self.batch, masks)
+        masked = po.apply(self.params, masks)
+        np.testing.assert_allclose(small.fn(small.params, self.batch), fn(masked, self.batch), rtol=1e-12)
+        return small.kept["w1"][1].tolist() if "w1" in small.kept else list(range(8))
+
+    def test_a_unit_that_nothing_consumes_goes(self):
+        assert self.kept(self.masks(w2=[1, 3])) == [0, 2, 4, 5, 6, 7]
+
+    def test_a_unit_that_is_zero_goes(self):
+        assert self.kept(self.masks(w1=(slice(None), [0, 5]))) == [1, 2, 3, 4, 6, 7]
+
+    def test_a_constant_unit_stays(self):
+        """tanh(bias) of unit 3 reaches the output."""
+        assert self.kept(self.masks(w1=(slice(None), [3]))) == list(range(8))
+
+    def test_a_zero_unit_whose_function_is_not_zero_at_zero_stays(self):
+        def fn(p, x):
+            return jax.nn.sigmoid(x @ p["w1"] + p["b1"][None]) @ p["w2"] + p["b2"][None]
+
+        assert self.kept(self.masks(w1=(slice(None), [0])), fn) == list(range(8))
+
+    def test_partial_masks_survive(self):
+        masks = self.masks(w2=[1])
+        masks["w1"][0, ::2] = False
+        small = po.shrink(mlp, self.params, self.batch, masks)
+        assert np.count_nonzero(np.asarray(small.params["w1"]) == 0) == 4
+        np.testing.assert_array_equal(small.expand()["w1"][0, ::2], 0.0)
+
+    def test_what_hangs_on_units_that_went_goes_too(self):
+        shapes = {"w1": (5, 6), "w2": (6, 4), "w3": (4, 3)}
+
+        def fn(p, x):
+            return jnp.tanh(jnp.tanh(x @ p["w1"]) @ p["w2"]) @ p["w3"]
+
+        params = arrays(**shapes)
+        masks = {name: np.ones(shape, bool) for name, shape in shapes.items()}
+        masks["w1"][:, [0, 1]] = False  # units 0 and 1 are zero
+        masks["w2"][2:, 3] = False  # unit 3 of the second layer hears them alone
+        small = po.shrink(fn, params, self.batch, masks)
+        assert [small.params[name].shape for name in shapes] == [(5, 4), (4, 3), (3, 3)]
+
+    @pytest.mark.default_flags  # optax mixes whole numbers and floats
+    def test_the_optimisers_state_is_cut_along(self):
+        optimizer = optax.adam(1e-2)
+        small = po.shrink(mlp, self.params, self.batch, self.masks(w2=[1, 3]))
+        state = small.shrink_like(optimizer.init(self.params))
+        grads = jax.grad(lambda p: jnp.sum(small.fn(p, self.batch) ** 2))(small.params)
+        updates, _ = optimizer.update(grads, state)
+        assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, small.params)
+
+
+class TestDerivatives:
+    @pytest.fixture(autouse=True)
+    def network(self, flags):
+        self.params, self.batch = arrays(**MLP), arrays(x=FLAT)["x"]
+
+    def same(self, fn, params=None):
+        """The gradient of the cut program is that of fn at the smaller sizes."""
+        small = po.shrink_units(fn, params or self.params, self.batch, {("w1", 1): [0, 2, 3, 7]})
+        mine, hand = (jax.grad(lambda p, f=f: jnp.sum(f(p, self.batch) ** 2))(small.params) for f in (small.fn, fn))
+        for leaf, whole in zip(jax.tree.leaves(mine), jax.tree.leaves(hand), strict=True):
+            np.testing.assert_allclose(leaf, whole, rtol=1e-12)
+        return mine
+
+    def test_of_relu_is_zero_at_zero(self):
+        def fn(p, x):
+            return jax.nn.relu(0.0 * (x @ p["w1"]) + p["b1"][None]) @ p["w2"]
+
+        params = self.params | {"b1": jnp.zeros(8)}
+        np.testing.assert_array_equal(self.same(fn, params)["b1"], 0.0)
+
+    def test_of_a_custom_jvp(self):
+        @jax.custom_jvp
+        def clipped(x, y):
+            return jnp.minimum(x, 0.5) * y
+
+        @clipped.defjvp
+        def rule(primals, tangents):
+            return clipped(*primals), 3.0 * tangents[0] + 2.0 * tangents[1] * primals[0]
+
+        self.same(lambda p, x: clipped(x @ p["w1"], jax.nn.softplus(x @ p["w1"])) @ p["w2"] + p["b1"].sum())
+
+    def test_of_a_custom_vjp_with_residuals(self):
+        @jax.custom_vjp
+        def scaled(x, y):
+            return jnp.sin(x) * y.sum()
+
+        def forward(x, y):
+            return scaled(x, y), {"cos": jnp.cos(x), "y": y, "x": x}
+
+        def backward(kept, g):
+            return 2 * g * kept["cos"] * kept["y"].sum(), jnp.zeros_like(kept["y"]) + (g * jnp.sin(kept["x"])).sum()
+
+        scaled.defvjp(forward, backward)
+        self.same(lambda p, x: scaled(x @ p["w1"], p["b1"]) @ p["w2"])
+
+    def test_of_a_straight_through_sign(self):
+        @jax.custom_vjp
+        def sign(x):
+            return jnp.sign(x)
+
+        sign.defvjp(lambda x: (jnp.sign(x), x), lambda x, g: (jnp.where(jnp.abs(x) < 1, g, 0.0),))
+        found = self.same(lambda p, x: sign(x @ p["w1"]) @ p["w2"])
+        assert np.any(np.asarray(found["w1"]) != 0)
+
+
+class TestRefusals:
+    @pytest.fixture(autouse=True)
+    def network(self, flags):
+        self.params, self.batch = arrays(**MLP), arrays(x=FLAT)["x"]
+
+    def test_units_that_are_outputs_or_inputs(self):
+        with pytest.raises(ValueError, match=r"(?s)units of 'w2' cannot be cut.*it is an output of fn"):
+            po.shrink_units(mlp, self.params, self.batch, {("w2", 1): [0, 1]})
+        with pytest.raises(ValueError, match=r"(?s)units of 'w1' cannot be cut.*it is an axis of the batch"):
+            po.shrink_units(mlp, self.params, self.batch, {("w1", 0): [0, 1]})
+
+    def test_entries_that_are_no_units(self):
+        fn, params, batch = case("fused")
+        with pytest.raises(ValueError, match="no whole units"):
+            po.shrink_units(fn, params, batch, {("both", 1): [0, 1, 2, 3, 4, 5, 6]})
+        with pytest.raises(ValueError, match="entries 0 to 7"):
+            po.shrink_units(mlp, self.params, self.batch, {("w1", 1): [0, 8]})
+        with pytest.raises(ValueError, match="params has no array 'w9'"):
+            po.shrink_units(mlp, self.params, self.batch, {("w9", 1): [0]})
+
+    def test_what_is_cut_follows_another_function_or_not(self):
+        small = po.shrink_units(mlp, self.params, self.batch, {("w1", 1): [0, 2]})
+        with pytest.raises(ValueError, match="cannot be cut"):
+            small.of(lambda p, x: x @ p["w1"], self.batch)
