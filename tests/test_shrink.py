@@ -27,6 +27,110 @@ def deleted(tree, found, groups):
     return tree
 
 
+def conv(x, kernel, groups=1):
+    spec = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=spec, feature_group_count=groups)
+
+
+def alibi(p, x):
+    """Slopes of the heads as numbers that fn closed over."""
+    slopes, t = jnp.asarray(2.0 ** -np.arange(1, 4)), jnp.arange(x.shape[1], dtype=x.dtype)
+    q, k, v = ((x @ p[n]).reshape(*x.shape[:2], 3, -1) for n in "qkv")
+    bias = slopes[:, None, None] * (t[None] - t[:, None])[None]
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) + bias[None]
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v).reshape(*x.shape[:2], -1) @ p["o"]
+
+
+def sinusoidal(p, x):
+    positions = jnp.asarray(np.random.default_rng(3).normal(size=(3, 6)))
+    return jax.nn.relu((x @ p["e"] + positions[None]) @ p["w"]) @ p["o"]
+
+
+def grouped(p, x):
+    return conv(jnp.tanh(conv(jnp.tanh(conv(x, p["a"])), p["g"], 4)), p["b"])
+
+
+def normed(fast):
+    def fn(p, x):
+        h = x @ p["e"]
+        for i in "12":
+            mean = h.mean(-1, keepdims=True) if fast else jnp.zeros((), h.dtype)
+            n = (h - mean) * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) - mean**2 + 1e-5) * p[f"g{i}"][None]
+            h = h + jnp.tanh(n @ p[f"u{i}"]) @ p[f"d{i}"]
+        return h @ p["o"]
+
+    return fn
+
+
+def density(p, x):
+    h = x @ p["a"]
+    return (jax.nn.sigmoid(h[:, :1]) * jnp.tanh(h[:, 1:])) @ p["b"]
+
+
+def ensemble(p, x):
+    return jax.vmap(lambda p, x: conv(jnp.tanh(conv(x, p["a"])), p["b"]), (0, None))(p, x)
+
+
+def selective(p, x):
+    """h = a h + b, y = h . c, over time: the channels and the states of Mamba."""
+    a, b, c = jax.nn.sigmoid(x @ p["wa"]), x @ p["wb"], x @ p["wc"]
+
+    def step(h, abc):
+        h = abc[0][:, None] * h + abc[1][:, None] * abc[2][None]
+        return h, h @ abc[2]
+
+    return jax.lax.scan(step, jnp.zeros((8, 4), x.dtype), (a, b, c))[1] @ p["out"]
+
+
+def pairs(p, x):
+    h = x @ p["a"]
+    return (h[:, ::2] * jnp.tanh(h[:, 1::2])) @ p["b"]
+
+
+def split(p, x):
+    h = x @ p["a"]
+    gate, nothing, value = jnp.split(h, [4, 4], axis=-1)
+    return jnp.concatenate([jnp.tanh(gate) * value, nothing], -1) @ p["b"]
+
+
+def messages(p, x):
+    """A graph network: sums over the neighbours."""
+    h = jnp.tanh(x @ p["a"])
+    return jnp.zeros_like(h).at[jnp.array([1, 2, 3, 0, 0])].add(h[jnp.array([0, 1, 2, 3, 1])]) @ p["b"]
+
+
+NORM = {"e": (5, 6), "g1": (6,), "u1": (6, 8), "d1": (8, 6), "g2": (6,), "u2": (6, 7), "d2": (7, 6), "o": (6, 3)}
+OTHERS = {
+    "alibi": (alibi, {"q": (5, 12), "k": (5, 12), "v": (5, 12), "o": (12, 4)}, (2, 3, 5), 3),
+    "sinusoidal": (sinusoidal, {"e": (5, 6), "w": (6, 8), "o": (8, 2)}, (2, 3, 5), 2),
+    "grouped": (grouped, {"a": (1, 1, 3, 8), "g": (3, 3, 2, 12), "b": (1, 1, 12, 5)}, (2, 6, 6, 3), 3),
+    "fast norm": (normed(True), NORM, FLAT, 3),
+    "RMS norm": (normed(False), NORM, FLAT, 3),
+    "one entry": (density, {"a": (5, 9), "b": (8, 3)}, FLAT, 1),
+    "ensemble": (ensemble, {"a": (3, 3, 3, 2, 4), "b": (3, 3, 3, 4, 5)}, (1, 6, 6, 2), 1),
+    "selective scan": (selective, {"wa": (5, 8), "wb": (5, 8), "wc": (5, 4), "out": (8, 2)}, (6, 5), 2),
+    "strided": (pairs, {"a": (5, 12), "b": (6, 3)}, FLAT, 1),
+    "an empty part": (split, {"a": (5, 8), "b": (4, 3)}, FLAT, 1),
+    "scatter-add": (messages, {"a": (5, 6), "b": (6, 3)}, FLAT, 1),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_more_kinds_of_units_are_free_and_cut_exactly(name):
+    fn, shapes, batch, count = OTHERS[name]
+    params, batch = arrays(**shapes), arrays(x=batch)["x"]
+    found = po.structure.trace(fn, params, batch).units()
+    free = [group for group in found.groups if not group.blocked and group.size > 1]
+    assert len(free) == count
+    for group in free:
+        path, axis = group.members[0]
+        small = po.shrink_units(fn, params, batch, {(path, axis): halved(found, group, path, axis)})
+        zeroed = deleted(params, found, [group])
+        assert small.error < 1e-12
+        assert sum(leaf.size for leaf in jax.tree.leaves(small.params)) < sum(v.size for v in params.values())
+        np.testing.assert_allclose(small.fn(small.params, batch), fn(zeroed, batch), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 class TestUnits:
     def test_every_free_group_is_cut_exactly(self, name):

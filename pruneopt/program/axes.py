@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from pruneopt.program.keys import Literal
-from pruneopt.program.program import Atom, Equation, Program
+from pruneopt.program.program import Atom, Equation, Program, straightened
 
 _STACKS = "it stacks layers: one entry of it is read at a time"
 _PARTS = 64  # parts of one axis; beyond it the axis is blocked, not split further
@@ -168,7 +168,9 @@ class Reader:
     repeated: {path: axes along which a leaf holds copies}. leaves: {path: axes}. contractions: (axis of left, axis of
     right, left, right, primitive). sums: (summed variable, its summed axes). roles: {axis: words}, of axes of
     parameters. unknown: [(primitive, reason, axes that it touches)], without a rule. read: for each equation, the axes
-    of each input as it reads them: `of`, with axes of its own for copies.
+    of each input as it reads them: `of`, with axes of its own for copies. inner: {equation: the reader of its body}, of
+    loops that stayed whole. ends: the axes of the outputs. within, given: for a body, the reader that it shares axes
+    with, and the axes of its inputs.
     """
 
     def __init__(
@@ -177,11 +179,15 @@ class Reader:
         rules: Mapping[str, AxisRule],
         whole: Mapping[str, str],
         repeated: Mapping[str, Iterable[int]] = MappingProxyType({}),
+        within: Reader | None = None,
+        given: Mapping[str, Ids] = MappingProxyType({}),
     ):
-        self.program, self.axes, self._rules, self._whole = program, Axes(), rules, whole
+        self.program, self._rules, self._whole = program, rules, whole
+        self.axes = Axes() if within is None else within.axes
         self.contractions: list[tuple[int, int, Atom, Atom, str]] = []
         self.sums: list[tuple[Atom, Ids]] = []
         self.read: list[tuple[Ids, ...]] = []
+        self.inner: dict[int, Reader] = {}
         self.roles: dict[int, list[str]] = {}
         self.unknown: list[tuple[str, str, Ids]] = []
         self.copies: set[int] = set()  # axes along which all entries are equal
@@ -189,7 +195,10 @@ class Reader:
         self._now: dict[Any, Ids] = {}  # while an equation is read: the axes of its inputs
         self._fresh: set[int] = set()
         self._reading = True
-        self.leaves = {path: self.made(program.shapes[var].shape) for path, var in program.leaves.items()}
+        self.leaves = {
+            path: given[path] if path in given else self.made(program.shapes[var].shape)
+            for path, var in program.leaves.items()
+        }
         self._of.update({var: self.leaves[path] for path, var in program.leaves.items()})
         self.copies |= {self.leaves[path][k] for path, dims in repeated.items() for k in dims}
         for var in program.batch:
@@ -203,8 +212,12 @@ class Reader:
             kept = (self._fresh - met) & {axis for ids in outputs for axis in ids}
             self.copies |= {axis for axis in kept if not self.axes.why_blocked(axis)}
         self._now, self._reading = {}, False
-        for atom in program.outputs:
-            for axis in self.of(atom):
+        self.ends = [
+            tuple(self._own(axis) if axis in self.copies else axis for axis in self.of(atom))
+            for atom in program.outputs
+        ]
+        if within is None:
+            for axis in (axis for ids in self.ends for axis in ids):
                 self.axes.block(axis, "it is an output of fn")
 
     def of(self, atom: Atom) -> Ids:
@@ -228,6 +241,17 @@ class Reader:
             axes = tuple(self._own(axis) if axis in self.copies else axis for axis in axes)
             self._now[key] = axes
         return axes
+
+    def inside(self, jaxpr: Any, held: Sequence[Any], inputs: Sequence[Ids], data: Iterable[int]) -> list[Ids]:
+        """Read the body of the equation at hand, whose inputs have these axes; the axes of its outputs.
+
+        data: the inputs that depend on the batch.
+        """
+        given = {str(i): ids for i, ids in enumerate(inputs)}
+        body = Reader(straightened(jaxpr, held, data), self._rules, self._whole, within=self, given=given)
+        self.inner[len(self.read) - 1] = body
+        self.unknown += body.unknown
+        return body.ends
 
     def _own(self, axis: int) -> int:
         new = self.axes.new(self.axes.size[axis])

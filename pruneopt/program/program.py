@@ -205,13 +205,14 @@ def flatten(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, *, keep_de
     return program
 
 
-def straightened(jaxpr: Any, constants: Sequence[Any]) -> Program:
-    """The straight-line program of a plain jaxpr; its inputs are the leaves "0", "1", ..."""
+def straightened(jaxpr: Any, constants: Sequence[Any], data: Iterable[int] = ()) -> Program:
+    """The straight-line program of a plain jaxpr; its inputs are the leaves "0", "1", ...; data: those of the batch."""
     program = Program()
     inputs = tuple(program.new(var.aval) for var in jaxpr.invars)
     program.leaves = {str(i): var for i, var in enumerate(inputs)}
     program.names = {var: path for path, var in program.leaves.items()}
     program.parametric.update(inputs)
+    program.data.update(inputs[i] for i in data)
     held = tuple(program.constant(value) for value in constants)
     program.outputs = list(_inline(program, jaxpr, held, inputs, True))
     return program

@@ -101,11 +101,27 @@ class Rewritten:
         for i, (equation, read) in enumerate(zip(program.equations, reader.read, strict=True)):
             self._call(env, i)
             values = [self._value(env, atom, ids) for atom, ids in zip(equation.inputs, read, strict=True)]
-            env.update(zip(equation.outputs, self._run(equation, read, values), strict=True))
+            results = self._scan(i, equation, values) if i in reader.inner else self._run(equation, read, values)
+            env.update(zip(equation.outputs, results, strict=True))
             for atom in {a for a in equation.inputs if isinstance(a, int) and self._last[a] == i} - wanted:
                 env.pop(atom, None)
         self._call(env, len(program.equations))
-        return [self._value(env, atom, reader.of(atom)) for atom in program.outputs]
+        return [self._value(env, atom, ids) for atom, ids in zip(program.outputs, reader.ends, strict=True)]
+
+    def _scan(self, i: int, equation: Equation, values: list[Any]) -> list[Any]:
+        """A loop whose body is rewritten."""
+        loop, body = versions.scan(equation), Rewritten(self.reader.inner[i], self._gone, self._rules)
+        n, k = loop.shared, loop.carry
+
+        def step(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any]]:
+            inputs = [*values[:n], *carry, *sliced]
+            results = body({str(j): value for j, value in enumerate(inputs)}, ())
+            return results[:k], results[k:]
+
+        carry, stacked = jax.lax.scan(
+            step, values[n : n + k], values[n + k :], loop.length, reverse=loop.reverse, unroll=loop.unroll
+        )
+        return [*carry, *stacked]
 
     def _call(self, env: dict[Atom, Any], at: int) -> None:
         """Put what calls with derivatives of their own give in the place of what their bodies gave."""
@@ -308,6 +324,8 @@ def gathered(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
 
 def convolved(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
     """As many groups as channels are left for."""
-    spec = site.equation.params["dimension_numbers"]
-    channels, inside = values[0].shape[spec.lhs_spec[1]], values[1].shape[spec.rhs_spec[1]]
-    return {"feature_group_count": max(channels // max(inside, 1), 1)}, values
+    spec, (image, kernel, *rest) = site.equation.params["dimension_numbers"], values
+    channels, inside = image.shape[spec.lhs_spec[1]], kernel.shape[spec.rhs_spec[1]]
+    if not channels:  # nothing is summed
+        kernel, inside = jax.lax.slice_in_dim(kernel, 0, 0, axis=spec.rhs_spec[1]), 0
+    return {"feature_group_count": channels // inside if inside else 1}, [image, kernel, *rest]

@@ -41,13 +41,12 @@ def _conv(reader: Reader, equation: Equation) -> list[Ids] | None:
     reader.block((kernel,), spec.rhs_spec[2:], "it is the window of a convolution")
     if groups == 1:
         reader.contract([(channels, in_axis)], equation)
-    elif axes.size[in_axis] == 1:  # depthwise: each channel has its own outputs
-        copies = axes.new(axes.size[out_axis] // groups)
-        axes.split("product", (channels, copies), (out_axis,), "one kernel a channel in conv_general_dilated")
-    else:
-        for axis in (channels, in_axis, out_axis):
-            axes.block(axis, f"the convolution has {groups} groups")
-    reader.role(kernel, (in_axis,), "in")
+    else:  # the units are whole groups, and the k-th channel of every group
+        every, outs = axes.new(groups), axes.new(axes.size[out_axis] // groups)
+        axes.split("product", (channels,), (every, in_axis), "grouped in conv_general_dilated")
+        axes.split("product", (out_axis,), (every, outs), "grouped in conv_general_dilated")
+        reader.contractions.append((channels, in_axis, image, kernel, equation.primitive.name))
+        reader.role(kernel, (in_axis,), "in")
     reader.role(kernel, (out_axis,), "out")
     reader.role(kernel, tuple(w[k] for k in spec.rhs_spec[2:]), "window")
     made = list(reader.made(shape, window))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pruneopt.program import versions
 from pruneopt.program.axes import Reader
 from pruneopt.program.keys import Literal
 from pruneopt.program.program import Atom, Equation
@@ -44,14 +45,17 @@ class Zeros:
         self._atoms = lambda atom: [atoms[axis] for axis in reader.of(atom)]
         for path, var in program.leaves.items():
             self._of[var] = tuple(self._atoms(var) if start is None else start[path])
-        for equation in program.equations:
-            self._read(equation)
+        for i, equation in enumerate(program.equations):
+            if i in reader.inner:
+                self._loop(equation, reader.inner[i])
+            else:
+                self._read(equation)
         for atom, summed in reader.sums:
             for axis in summed:
                 self.left += [(unit, _SUMMED) for unit in atoms[axis] - self.along(atom, axis)]
         for a, b, left, right, name in reader.contractions:
             why = f"zeroing it in its leaves is no deletion: {name} sums what is left of it"
-            self.left += [(unit, why) for unit in atoms[a] - self.along(left, a) - self.along(right, b)]
+            self.left += [(unit, why) for unit in atoms[b] - self.along(left, a) - self.along(right, b)]
 
     def of(self, atom: Atom) -> tuple[Found, ...]:
         """For each axis, the units at which a variable is zero."""
@@ -95,6 +99,23 @@ class Zeros:
         pairs = [pair for a in inputs for pair in zip(self._atoms(a), self.of(a), strict=True)]
         met = _NONE.union(*(own for own, _ in pairs))
         return (self.units(equation.outputs[i], k) & met) - _NONE.union(*(own - zero for own, zero in pairs))
+
+    def _loop(self, equation: Equation, body: Reader) -> None:
+        """What is carried is zero where it is at the start and after every step."""
+        loop = versions.scan(equation)
+        n, k = loop.shared, loop.carry
+        inputs = [self.of(atom) for atom in equation.inputs]
+        inputs[n + k :] = [one[1:] for one in inputs[n + k :]]
+        while True:
+            step = Zeros(body, self._rules, self._infinite, {str(i): one for i, one in enumerate(inputs)})
+            ends = [step.of(atom) for atom in body.program.outputs]
+            pairs = zip(inputs[n : n + k], ends[:k], strict=True)
+            carried = [tuple(a & b for a, b in zip(*pair, strict=True)) for pair in pairs]
+            if carried == inputs[n : n + k]:
+                break
+            inputs[n : n + k] = carried
+        self.left += step.left
+        self._of.update(zip(equation.outputs, [*carried, *((_NONE, *end) for end in ends[k:])], strict=True))
 
     def _read(self, equation: Equation) -> None:
         name = equation.primitive.name
