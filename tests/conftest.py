@@ -1,12 +1,14 @@
 """Test flags: strict float64 by default, JAX's own settings for tests marked `default_flags`."""
 
 import os
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
+import numpy as np
 import pytest
 
 # Tests compile hundreds of tiny programs, which takes most of their time; golden tests turn optimisation on again.
@@ -24,6 +26,13 @@ def flags(request):
         return
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def drawn(request):
+    """What a test draws from its module's RNG is its own, whichever tests ran before it in the same process."""
+    if isinstance(rng := getattr(request.module, "RNG", None), np.random.Generator):
+        rng.bit_generator.state = np.random.default_rng(zlib.crc32(request.node.nodeid.encode())).bit_generator.state
 
 
 @pytest.fixture(scope="module")
