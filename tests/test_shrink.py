@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import pruneopt as po
+from paper_reproductions.networks import resnet20
 from tests.test_units import EXPECTED, FLAT, MLP, NETWORKS, arrays, case, mlp
 
 
@@ -283,6 +284,28 @@ class TestDerivatives:
         sign.defvjp(lambda x: (jnp.sign(x), x), lambda x, g: (jnp.where(jnp.abs(x) < 1, g, 0.0),))
         found = self.same(lambda p, x: sign(x @ p["w1"]) @ p["w2"])
         assert np.any(np.asarray(found["w1"]) != 0)
+
+
+@pytest.mark.default_flags
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+def test_resnet20_with_half_of_its_inner_channels(folder):
+    """The inner channels of each block halved; the network's own function runs on the smaller leaves too."""
+    params = resnet20.load_chita(folder)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32, 32, 3)), jnp.float32)
+    found = po.structure.trace(resnet20.forward, params, images).units()
+    assert {path for g in found.groups if not g.blocked for path, _ in g.members} == {*found.paths} - {
+        "classifier/bias"
+    }
+    inner = [
+        g for g in found.groups if any("norm1" in p for p, _ in g.members) and "conv1/kernel" not in dict(g.members)
+    ]
+    kept = {g.members[0]: halved(found, g, *g.members[0]) for g in inner}
+    small = po.shrink_units(resnet20.forward, params, images, kept)
+    assert (len(inner), sum(x.size for x in jax.tree.leaves(small.params))) == (9, 139738)
+    np.testing.assert_allclose(
+        small.fn(small.params, images), resnet20.forward(small.params, images), rtol=1e-4, atol=1e-4
+    )
 
 
 class TestRefusals:

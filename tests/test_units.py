@@ -216,6 +216,17 @@ class TestBlocked:
         found = read(fn, arrays(w1=(5, 6), scale=(6,), w2=(6, 8), w3=(8, 3)), arrays(x=FLAT)["x"])
         assert free(found) == {(("w2", 1), ("w3", 0)), (("scale", 0), ("w1", 1), ("w2", 0))}
 
+    def test_positions_beyond_the_batch_are_unknown(self):
+        def fn(p, x):
+            return jnp.tanh(x @ p["w1"] + p["position"][: x.shape[1]][None]) @ p["w2"]
+
+        found = read(fn, arrays(w1=(5, 6), position=(8, 6), w2=(6, 3)), arrays(x=TOKENS)["x"])
+        reached, beyond = found.of("position", 0)
+        assert (reached.size, beyond.size) == (3, 5)
+        assert "it is an axis of the batch" in reached.blocked
+        assert beyond.blocked == ("this batch does not reach it, a longer one may",)
+        assert free(found) == {(("position", 1), ("w1", 1), ("w2", 0))}
+
     def test_a_softmax_and_an_argmax_block_their_axis(self):
         def fn(p, x):
             h = x @ p["w1"]

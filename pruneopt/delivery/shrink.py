@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from pruneopt import _tree
 from pruneopt.delivery.apply import apply
 from pruneopt.network.batches import Batches
+from pruneopt.network.leaves import combine, is_floating, partition
 from pruneopt.program.program import flatten
 from pruneopt.program.rewrite import Rewritten
 from pruneopt.solution import Pruned, Solution
@@ -136,7 +137,8 @@ class _Smaller:
     def _rewritten(self, batch: Any) -> tuple[Rewritten, Any]:
         with jax.ensure_compile_time_eval():  # loop counters are numbers, also where the caller traces
             units = read(flatten(self._fn, self._dense, batch)).units()
-        outputs = jax.tree.structure(jax.eval_shape(lambda b: self._fn(self._dense, b), batch))
+        shapes = jax.eval_shape(lambda c, r, b: self._fn(combine(c, r), b), *partition(self._dense, is_floating), batch)
+        outputs = jax.tree.structure(shapes)
         return units.rewritten(units.gone(self._lost)), outputs
 
 

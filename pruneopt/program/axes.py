@@ -194,6 +194,8 @@ class Reader:
         self._of: dict[int, Ids] = {}
         self._now: dict[Any, Ids] = {}  # while an equation is read: the axes of its inputs
         self._fresh: set[int] = set()
+        self._taken: list[int] = []  # stretches of parameters that slices read, and what they passed by
+        self._passed: list[int] = []
         self._reading = True
         self.leaves = {
             path: given[path] if path in given else self.made(program.shapes[var].shape)
@@ -212,6 +214,10 @@ class Reader:
             kept = (self._fresh - met) & {axis for ids in outputs for axis in ids}
             self.copies |= {axis for axis in kept if not self.axes.why_blocked(axis)}
         self._now, self._reading = {}, False
+        read = {one for axis in self._taken for one in self.axes.atoms(axis)}
+        for one in dict.fromkeys(one for axis in self._passed for one in self.axes.atoms(axis)):
+            if one not in read:
+                self.axes.block(one, "this batch does not reach it, a longer one may")
         self.ends = [
             tuple(self._own(axis) if axis in self.copies else axis for axis in self.of(atom))
             for atom in program.outputs
@@ -281,7 +287,11 @@ class Reader:
         if not why and stride == 1 and not stacked:
             pieces = [self.axes.new(size) for size in (start, length, n - stop) if size]
             self.axes.split("sum", (axis,), tuple(pieces), f"cut by {name}")
-            return pieces[bool(start)]
+            taken = pieces[bool(start)]
+            if self.program.is_parametric(atom):
+                self._taken.append(taken)
+                self._passed += [piece for piece in pieces if piece != taken]
+            return taken
         amount = "one entry" if length == 1 else "a part" if stride == 1 else f"one in {stride} entries"
         why = why or f"{amount} of it is read by {name}"
         if stacked:

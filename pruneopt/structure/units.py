@@ -81,6 +81,11 @@ class Units:
         """Where variables are zero once units are zeroed in leaves, {path: those of each axis}; all by default."""
         return Zeros(self._reader, column("zeros"), column("infinite"), start)
 
+    @property
+    def paths(self) -> list[str]:
+        """Of all leaves."""
+        return list(self._reader.leaves)
+
     def type_of(self, path: str) -> Any:
         """Shape and dtype of a leaf."""
         return self._reader.program.type_of(self._reader.program.leaves[path])
