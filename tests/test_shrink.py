@@ -191,6 +191,13 @@ class TestSupport:
     def test_a_unit_that_is_zero_goes(self):
         assert self.kept(self.masks(w1=(slice(None), [0, 5]))) == [1, 2, 3, 4, 6, 7]
 
+    def test_what_prune_returned_is_taken_and_left_as_it_was(self):
+        pruned = po.from_masks(self.params, self.masks(w2=[1, 3]))
+        assert self.kept(pruned.support) == [0, 2, 4, 5, 6, 7]
+        masks = self.masks(w2=[1, 3])
+        self.kept(masks)
+        np.testing.assert_array_equal(masks["w1"], True)  # its columns went with the units, not in the masks given
+
     def test_a_constant_unit_stays(self):
         """tanh(bias) of unit 3 reaches the output."""
         assert self.kept(self.masks(w1=(slice(None), [3]))) == list(range(8))

@@ -182,11 +182,12 @@ def _difference(before: Sequence[Any], after: Sequence[Any]) -> float:
 def _without_effect(units: Units, masked: Tree, masks: Mapping[str, Any]) -> Lost:
     """The entries of the units that masking leaves without effect, and of those whose effect goes with them."""
     lost, free = _nothing(masked), [group for group in units.groups if not group.blocked]
-    arrays = {path: np.asarray(leaf) for path, leaf in _tree.named_leaves(masked) if path in lost}
+    chosen = {path for path in lost if masks.get(path) is not None}
     live = {
-        path: np.asarray(masks[path]) if masks.get(path) is not None else array != 0 for path, array in arrays.items()
+        path: np.array(masks[path]) if path in chosen else np.array(leaf != 0)
+        for path, leaf in _tree.named_leaves(masked)
+        if path in lost
     }
-    chosen = {path for path in arrays if masks.get(path) is not None}
     while True:
         found = False
         for group, gone in _dead(units, free, live, chosen):
