@@ -198,6 +198,14 @@ class TestSupport:
         self.kept(masks)
         np.testing.assert_array_equal(masks["w1"], True)  # its columns went with the units, not in the masks given
 
+    @pytest.mark.default_flags
+    def test_bfloat16_is_compared_in_float32(self):
+        self.params = {name: leaf.astype(jnp.bfloat16) for name, leaf in self.params.items()}
+        self.batch = self.batch.astype(jnp.bfloat16)
+        small = po.shrink(mlp, self.params, self.batch, self.masks(w2=[1, 3]))
+        assert small.error < 1e-6
+        assert small.fn(small.params, self.batch).dtype == jnp.bfloat16
+
     def test_a_constant_unit_stays(self):
         """tanh(bias) of unit 3 reaches the output."""
         assert self.kept(self.masks(w1=(slice(None), [3]))) == list(range(8))

@@ -96,7 +96,7 @@ def shrink(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, support: Pr
     batch = next(iter(Batches([batch])))
     masked = apply(params, support)
     masks = support.support if isinstance(support, Pruned | Solution) else support
-    units = read(flatten(fn, masked, batch)).units()
+    units = Units(flatten(fn, masked, batch))
     return _shrunk(fn, masked, batch, _without_effect(units, masked, dict(_tree.named_leaves(masks))))
 
 
@@ -136,7 +136,7 @@ class _Smaller:
 
     def _rewritten(self, batch: Any) -> tuple[Rewritten, Any]:
         with jax.ensure_compile_time_eval():  # loop counters are numbers, also where the caller traces
-            units = read(flatten(self._fn, self._dense, batch)).units()
+            units = Units(flatten(self._fn, self._dense, batch))
         shapes = jax.eval_shape(lambda c, r, b: self._fn(combine(c, r), b), *partition(self._dense, is_floating), batch)
         outputs = jax.tree.structure(shapes)
         return units.rewritten(units.gone(self._lost)), outputs
@@ -157,6 +157,7 @@ def _checked(fn: Callable, masked: Tree, smaller: Callable, params: Tree, batch:
 
     Raises ValueError where that is too much.
     """
+    masked, params, batch = (jax.tree.map(_widened, tree) for tree in (masked, params, batch))
     before, after = jax.tree.leaves(jax.jit(fn)(masked, batch)), jax.tree.leaves(jax.jit(smaller)(params, batch))
     error = _difference(before, after)
     if not error <= _TOLERANCE:
@@ -167,6 +168,13 @@ def _checked(fn: Callable, masked: Tree, smaller: Callable, params: Tree, batch:
     return error
 
 
+def _widened(leaf: Any) -> Any:
+    """Floating arrays in float32 at least, so that rounding hides no difference."""
+    if _tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.asarray(leaf).astype(_tree.wide(leaf.dtype))
+    return leaf
+
+
 def _difference(before: Sequence[Any], after: Sequence[Any]) -> float:
     """The largest |after - before| over the largest |before|, of arrays of numbers."""
     pairs = [
@@ -174,8 +182,11 @@ def _difference(before: Sequence[Any], after: Sequence[Any]) -> float:
         for a, b in zip(before, after, strict=True)
         if jnp.issubdtype(a.dtype, jnp.inexact)
     ]
-    largest = max((float(np.max(np.abs(a), initial=0.0)) for a, _ in pairs), default=0.0)
-    apart = max((float(np.max(np.abs(a - b), initial=0.0)) for a, b in pairs), default=0.0)
+    largest = max((float(np.max(np.abs(a), initial=0.0, where=np.isfinite(a))) for a, _ in pairs), default=0.0)
+    apart = max(
+        (float(np.max(np.abs(np.subtract(a, b, where=a != b, out=np.zeros_like(a))), initial=0.0)) for a, b in pairs),
+        default=0.0,
+    )
     return apart / largest if largest else apart
 
 
