@@ -15,7 +15,7 @@ from pruneopt.certify import certify
 from pruneopt.delivery.apply import apply, from_masks
 from pruneopt.delivery.files import load, load_masks, save
 from pruneopt.delivery.report import Report, report
-from pruneopt.delivery.shrink import Shrunk, shrink, shrink_units
+from pruneopt.delivery.shrink import SmallerNetwork, shrink, shrink_units
 from pruneopt.network.batches import Batches
 from pruneopt.plans.prune import prune
 from pruneopt.plans.redundancy import Redundancy, redundancy
@@ -31,7 +31,7 @@ __all__ = [
     "Pruned",
     "Redundancy",
     "Report",
-    "Shrunk",
+    "SmallerNetwork",
     "Solution",
     "SolveError",
     "Status",

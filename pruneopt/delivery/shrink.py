@@ -29,7 +29,7 @@ _TOLERANCE = 1e-5  # of the largest output, in float32
 
 
 @dataclass(frozen=True, eq=False)
-class Shrunk:
+class SmallerNetwork:
     """A smaller network: `fn(params, batch)` computes what the masked one does.
 
     fn: the rewritten program, for batches of any size; it may be jitted, differentiated and mapped. params: the same
@@ -47,7 +47,9 @@ class Shrunk:
     def __repr__(self) -> str:
         before = sum(math.prod(shape) for shape in self._shapes.values())
         after = sum(leaf.size for leaf in jax.tree.leaves(self.params) if _tree.is_array(leaf))
-        return f"Shrunk({len(self.kept)} leaves cut, parameters {before:,} -> {after:,}, error {self.error:.1e})"
+        return (
+            f"SmallerNetwork({len(self.kept)} leaves cut, parameters {before:,} -> {after:,}, error {self.error:.1e})"
+        )
 
     def expand(self, tree: Tree | None = None) -> Tree:
         """`params`, or a tree of that shape, with zeros where entries were cut."""
@@ -82,7 +84,9 @@ class Shrunk:
         return _tree.map_named(one, tree)
 
 
-def shrink(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, support: Pruned | Solution | Tree) -> Shrunk:
+def shrink(
+    fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, support: Pruned | Solution | Tree
+) -> SmallerNetwork:
     """The smaller network that computes what fn computes of `params` masked by `support`.
 
     A unit goes where nothing of it is left after masking: in every product and sum over it one side is masked out, or
@@ -102,7 +106,7 @@ def shrink(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, support: Pr
 
 def shrink_units(
     fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, kept: Mapping[tuple[str, int], Any]
-) -> Shrunk:
+) -> SmallerNetwork:
     """The smaller network that keeps these units alone.
 
     kept: {(path, axis): numbers of the entries to keep, or a boolean for each}; what is tied to them goes along.
@@ -142,14 +146,14 @@ class _Smaller:
         return units.rewritten(units.gone(self._lost)), outputs
 
 
-def _shrunk(fn: Callable[[Tree, Any], Any], masked: Tree, batch: Any, lost: Lost) -> Shrunk:
+def _shrunk(fn: Callable[[Tree, Any], Any], masked: Tree, batch: Any, lost: Lost) -> SmallerNetwork:
     smaller = _Smaller(fn, masked, lost)
     params = _tree.map_named(lambda path, leaf: _sliced(leaf, lost[path]) if path in lost else leaf, masked)
     error = _checked(fn, masked, smaller, params, batch)
     shapes = {path: np.shape(leaf) for path, leaf in _tree.named_leaves(masked) if _tree.is_array(leaf)}
     cut = {path: every for path, every in lost.items() if any(one.any() for one in every)}
     kept = {path: tuple(np.flatnonzero(~one) for one in every) for path, every in cut.items()}
-    return Shrunk(smaller, params, kept, error, cut, shapes)
+    return SmallerNetwork(smaller, params, kept, error, cut, shapes)
 
 
 def _checked(fn: Callable, masked: Tree, smaller: Callable, params: Tree, batch: Any) -> float:

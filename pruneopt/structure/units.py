@@ -70,6 +70,7 @@ class Units:
             for atom, found in members.items()
         }
         self.groups = list(self._groups.values())
+        self._atom_of = {id(group): atom for atom, group in self._groups.items()}
         reached: dict[tuple[str, str], dict[str, None]] = {}
         for name, why, touched in reader.unknown:
             atoms = members.keys() & {a for axis in touched for a in axes.atoms(axis)}
@@ -98,7 +99,7 @@ class Units:
 
     def places(self, group: Group, path: str, axis: int) -> np.ndarray:
         """Whole numbers (units, entries): the entries of an axis that each unit of a group owns."""
-        atom = next((a for a, g in self._groups.items() if g is group), None)
+        atom = self._atom_of.get(id(group))
         if atom is None or (path, axis) not in group.members:
             raise ValueError(f"axis {axis} of '{path}' is no member of that group; its members are {group.members}")
         owned = self._axes.owned(self._axis(path, axis), atom)
@@ -128,7 +129,7 @@ class Units:
 
     def atom(self, group: Group) -> int:
         """The class of axes that a group stands for."""
-        return next(a for a, g in self._groups.items() if g is group)
+        return self._atom_of[id(group)]
 
     def _axis(self, path: str, axis: int) -> int:
         ids = self._reader.leaves.get(path)
