@@ -102,13 +102,13 @@ print(f"{args.data}: {n} images train, {len(x) - n} are held out, {len(x_test)} 
 print("                       accuracy %      sparsity parameters  MFLOPs     KiB    latency ms")
 print("method             before      after          %       kept    kept  stored   dense  pruned")
 for name in before:
-    r = po.report(net, dense, after[name], test[0][0])
+    r = po.report(net, dense, after[name], test[0][0], sizes=())
     scores = np.array([[accuracy(kind[name].params, test) for kind in pair] for pair in runs])  # (runs, 2)
     error = scores[:, 1].std(ddof=1) / len(runs) ** 0.5
     print(
         f"{name:17} {scores[:, 0].mean():7.1f} {scores[:, 1].mean():7.1f} ± {error:3.1f} {100 * r.sparsity:8.1f} "
         f"{r.kept:10,} {r.flops_kept / 1e6:7.2f} {r.bytes_stored / 1024:7.1f} "
-        f"{1e3 * r.seconds_dense:7.2f} {1e3 * r.seconds_pruned:7.2f}"
+        f"{1e3 * r.timing('dense').seconds.median:7.2f} {1e3 * r.timing('masked').seconds.median:7.2f}"
     )
 print(f"""after: {args.epochs} epochs of retraining in every row. 'gradual' and 'coarse, then fine' (by magnitude, then
 by diagonal Fisher) spend a fifth of them after each of 5 cuts; their 'before' has the cuts alone. Means of {len(runs)}
