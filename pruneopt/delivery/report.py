@@ -14,12 +14,13 @@ from pruneopt import _tree
 from pruneopt.delivery.apply import from_masks
 from pruneopt.delivery.files import stored_bytes
 from pruneopt.delivery.shrink import SmallerNetwork
-from pruneopt.delivery.timings import Timing, checked_sizes, masked_by, reasons, timings
+from pruneopt.delivery.timings import Timing, checked_sizes, foreseen, masked_by, reasons, timings
 from pruneopt.network.leaves import check_like
 from pruneopt.solution import Pruned
 from pruneopt.structure import stopwatch
 from pruneopt.structure.cost import cost
 from pruneopt.structure.graph import trace
+from pruneopt.structure.latency import Latency
 
 Tree = Any
 
@@ -110,7 +111,8 @@ class Report:
             spread = " to ".join(f"{1e3 * s:.3f}" for s in t.seconds.quartiles)
             memory = (None, None) if t.memory is None else (t.memory.temporary, t.memory.peak)
             size, ms = "given" if t.size is None else t.size, f"{1e3 * t.seconds.median:.3f}"
-            lines.append(columns(size, t.program, ms, spread, f"{t.faster:.2f}", *map(_kibi, memory)))
+            told = "" if t.predicted is None else f"   {1e3 * t.predicted:.3f} ms predicted"
+            lines.append(columns(size, t.program, ms, spread, f"{t.faster:.2f}", *map(_kibi, memory)) + told)
         return lines
 
 
@@ -124,6 +126,7 @@ def report(
     small: SmallerNetwork | None = None,
     sizes: Sequence[int] | None = None,
     repeats: int = 30,
+    latency: Latency | None = None,
 ) -> Report:
     """What became of `params` in `pruned`, dense, masked and shrunk side by side.
 
@@ -135,6 +138,7 @@ def report(
         not agree on their first axis.
     repeats: calls of each program behind the medians, fewer (5 at least) where a size would take longer than 10
         seconds; 0 measures nothing.
+    latency: a table of `structure.latency`, whose prediction is told beside what was measured of the shrunk program.
 
     Time is that of a call of the compiled program, from Python to results that are ready, the programs of a size in
     turn. Temporary memory is as the compiler laid it out. Peak memory is measured on a CPU under Linux: what one warm
@@ -150,7 +154,8 @@ def report(
     if not isinstance(repeats, int) or repeats < 0:
         raise ValueError(f"repeats={repeats!r} is not a whole number >= 0; pass the calls behind each median")
     shapes = dict(_tree.named_leaves(pruned.support))
-    work = None if fn is None else cost(trace(fn, params, batch), pruned.support)
+    graph = None if fn is None else trace(fn, params, batch)
+    work = None if graph is None else cost(graph, pruned.support)
     cut = None if small is None or fn is None else cost(trace(small.fn, small.params, batch))
     rows = tuple(
         Row(path, mask.shape, _tree.kept(mask), None if work is None else work.by_leaf.get(path, 0))
@@ -161,6 +166,8 @@ def report(
     measured: tuple[Timing, ...] = ()
     if fn is not None and repeats:
         measured = timings(fn, params, pruned.params, small, batch, checked_sizes(batch, sizes), repeats)
+        if latency is not None and small is not None and graph is not None:
+            measured = foreseen(measured, latency, graph, small)
     return Report(
         rows,
         parameters,

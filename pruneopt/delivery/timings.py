@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from pruneopt.delivery.shrink import SmallerNetwork
 from pruneopt.network.batches import shared_length
 from pruneopt.network.leaves import is_floating
 from pruneopt.structure.cost import Cost
+from pruneopt.structure.graph import Graph
+from pruneopt.structure.latency import Latency
 from pruneopt.structure.stopwatch import Compiled, Memory, Seconds, race, resized
 
 Tree = Any
@@ -30,7 +32,8 @@ class Timing:
 
     size: examples (None: the batch as it was given). program: "dense", "masked" or "shrunk". seconds: of a call.
     faster: the dense program's seconds over this one's, the median over rounds. memory: what it takes. empty: seconds
-        of a call with the dense program's arguments that computes nothing.
+        of a call with the dense program's arguments that computes nothing. predicted: seconds by a table of this size,
+        scaled to the dense program as it was measured here; None without one, or off its grid.
     """
 
     size: int | None
@@ -39,6 +42,7 @@ class Timing:
     faster: float
     memory: Memory | None
     empty: Seconds
+    predicted: float | None = None
 
 
 def checked_sizes(batch: Any, sizes: Sequence[int] | None) -> tuple[int | None, ...]:
@@ -84,6 +88,30 @@ def timings(
             for name in calls
         ]
     return tuple(found)
+
+
+def foreseen(found: Sequence[Timing], table: Latency, graph: Graph, small: SmallerNetwork) -> tuple[Timing, ...]:
+    """`found` with what the table predicts of the shrunk program.
+
+    Raises ValueError where the table has groups that the network of `graph` does not have.
+    """
+    units, widths = graph.units(), {}
+    known = {group: group for group in units.groups}
+    for asked in table.grid:
+        if asked not in known:
+            raise ValueError("latency: the table is of another network; pass one of structure.latency(fn, params, ...)")
+        (path, axis), *_ = asked.members
+        left = small.kept[path][axis] if path in small.kept else np.arange(units.type_of(path).shape[axis])
+        widths[asked] = int(np.isin(units.places(known[asked], path, axis), left).any(axis=1).sum())
+    if any(width not in table.grid[group] for group, width in widths.items()):
+        return tuple(found)
+    dense = {timing.size: timing.seconds.median for timing in found if timing.program == "dense"}
+    return tuple(
+        replace(timing, predicted=table.predict(widths, whole=dense[timing.size]))
+        if timing.program == "shrunk" and timing.size in (None, table.size)
+        else timing
+        for timing in found
+    )
 
 
 def reasons(found: Sequence[Timing], work: Cost, small: SmallerNetwork | None, cut: Cost | None) -> tuple[str, ...]:

@@ -6,14 +6,17 @@ from pruneopt.network.network import Network
 from pruneopt.structure.cost import Cost, cost, differences
 from pruneopt.structure.defaults import default_leaves
 from pruneopt.structure.graph import Graph, trace
+from pruneopt.structure.latency import Block, Latency, latency
 from pruneopt.structure.layout import Layout, layout
 from pruneopt.structure.operators import Operator
 from pruneopt.structure.units import Group, Units
 
 __all__ = [
+    "Block",
     "Cost",
     "Graph",
     "Group",
+    "Latency",
     "Layout",
     "Network",
     "Operator",
@@ -26,6 +29,7 @@ __all__ = [
     "differences",
     "is_prunable",
     "is_trainable",
+    "latency",
     "layout",
     "partition",
     "trace",

@@ -52,30 +52,35 @@ class Seconds:
         return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
 
-def race(calls: Mapping[Any, Callable[[], Any]], rounds: int, limit: float = 10.0) -> dict[Any, Seconds]:
+def race(
+    calls: Mapping[Any, Callable[[], Any]],
+    rounds: int,
+    limit: float = 10.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, Seconds]:
     """Seconds of each call, warmed, in turn and each round from another first one; a turn is one call, or the mean of
     as many as fill a millisecond.
 
-    limit: seconds after which no further round begins, once there were 5.
+    limit: seconds after which no further round begins, once there were 5. clock: what tells seconds.
     """
     names, found, times = list(calls), {name: [] for name in calls}, {}
     for name, call in calls.items():
         jax.block_until_ready(call())
-        times[name] = min(100, max(1, round(_TURN / _turn(call, 1))))
+        times[name] = min(100, max(1, round(_TURN / max(1e-9, _turn(call, 1, time.perf_counter)))))
     begun = time.perf_counter()
     for i in range(rounds):
         if i >= _FEWEST and time.perf_counter() - begun > limit:
             break
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            found[name].append(_turn(calls[name], times[name]))
+            found[name].append(_turn(calls[name], times[name], clock))
     return {name: Seconds(tuple(seconds)) for name, seconds in found.items()}
 
 
-def _turn(call: Callable[[], Any], times: int) -> float:
-    clock = time.perf_counter()
+def _turn(call: Callable[[], Any], times: int, clock: Callable[[], float]) -> float:
+    begun = clock()
     for _ in range(times):
         jax.block_until_ready(call())
-    return (time.perf_counter() - clock) / times
+    return (clock() - begun) / times
 
 
 @dataclass(frozen=True)
