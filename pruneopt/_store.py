@@ -27,9 +27,10 @@ from safetensors import SafetensorError, safe_open
 Tensors = Mapping[str, np.ndarray]
 _PARTIAL = re.compile(r"\.[0-9a-f]{16}\.part$")
 _FORMAT_KEY, _FORMAT, _OWNER, _CHECKSUM = "format", "pruneopt 2", "belongs_to", "sha256"
-# The names that the format has for NumPy's dtypes: https://github.com/huggingface/safetensors#format
-_NAMES = {"b1": "BOOL"} | {f"{kind}{n}": f"{kind.upper()}{8 * n}" for kind in "iu" for n in (1, 2, 4, 8)}
-_NAMES |= {f"f{n}": f"F{8 * n}" for n in (2, 4, 8)}
+# The names that the format has for dtypes: https://github.com/huggingface/safetensors#format
+_NAMES = {"bool": "BOOL", "bfloat16": "BF16", "complex64": "C64"}
+_NAMES |= {f"{kind}{n}": f"{kind[0].upper()}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)}
+_NAMES |= {f"float{n}": f"F{n}" for n in (16, 32, 64)}
 
 
 class Damaged(ValueError):
@@ -80,15 +81,27 @@ def write_tensors(
     file: str | os.PathLike[str], tensors: Tensors, texts: Mapping[str, str], belongs_to: str = ""
 ) -> None:
     """Write arrays of NumPy's own dtypes and texts as one safetensors file that belongs to an identity (a digest)."""
-    arrays = {name: np.asarray(tensors[name]) for name in sorted(tensors)}
-    arrays = dict(sorted(arrays.items(), key=lambda row: -row[1].dtype.itemsize))  # so each starts at its alignment
+    arrays = {name: np.asarray(array) for name, array in tensors.items()}
     said = {_FORMAT_KEY: _FORMAT, _OWNER: belongs_to, _CHECKSUM: _checksum(belongs_to, texts, arrays)}
-    header: dict[str, Any] = {"__metadata__": {**texts, **said}}
+    write_plain(file, arrays, {**texts, **said})
+
+
+def has_name(dtype: np.dtype) -> bool:
+    """Whether a safetensors file can hold arrays of that dtype as they are."""
+    return dtype.name in _NAMES
+
+
+def write_plain(file: str | os.PathLike[str], tensors: Tensors, texts: Mapping[str, str]) -> None:
+    """Write arrays of dtypes that the format has, and texts, as a safetensors file with nothing of our own in it."""
+    arrays = {name: np.asarray(tensors[name]) for name in sorted(tensors)}
+    arrays = {name: array.astype(array.dtype.newbyteorder("<"), copy=False) for name, array in arrays.items()}
+    arrays = dict(sorted(arrays.items(), key=lambda row: -row[1].dtype.itemsize))  # so each starts at its alignment
+    header: dict[str, Any] = {"__metadata__": dict(texts)}
     end = 0
     for name, array in arrays.items():
         start, end = end, end + array.nbytes
         header[name] = {
-            "dtype": _NAMES[array.dtype.str[1:]],
+            "dtype": _NAMES[array.dtype.name],
             "shape": list(array.shape),
             "data_offsets": [start, end],
         }

@@ -1,16 +1,18 @@
-"""Save a pruned network and load it again, as safetensors: arrays and JSON, nothing is ever unpickled.
+"""Save a pruned or a smaller network and load it again, as safetensors: arrays and JSON, nothing is ever unpickled.
 
 A pruned leaf is stored as the values of its support and one bit a weight; other arrays as they are. Leaves that are not
-arrays (functions, flags) are not stored: loading takes a tree `like` the saved one and fills in its arrays.
+arrays (functions, flags) are not stored: loading takes a tree `like` the saved one and fills in its arrays. Nor is the
+program of a smaller network: loading reads the user's function anew, on whatever JAX runs there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,25 +20,39 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _store, _tree
+from pruneopt.delivery.shrink import SmallerNetwork, rebuilt
 from pruneopt.solution import Pruned
 
 Tree = Any
-_VALUES, _MASK, _ARRAY = "values:", "mask:", "array:"
+_VALUES, _MASK, _ARRAY, _LOST = "values:", "mask:", "array:", "lost:"
+_PRUNED, _SMALLER = "Pruned", "SmallerNetwork"
+_LOADS = {_PRUNED: "load", _SMALLER: "load_smaller"}
 _HAS_SHAPE = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
 @_tree.on_host
-def save(pruned: Pruned, file: str | os.PathLike[str]) -> None:
-    """Write values, masks, history and scope of `pruned` to `file` (safetensors), all or nothing.
+def save(network: Pruned | SmallerNetwork, file: str | os.PathLike[str]) -> None:
+    """Write what `prune` or `shrink` returned to `file` (safetensors), all or nothing: of a Pruned the values, masks,
+    history and scope, of a SmallerNetwork the smaller leaves, which entries were cut, and the check's error.
 
-    Raises TypeError for a Pruned of another type or an array that the format cannot hold, ValueError for what `load`
-    could not give back (two leaves of one path, weights off the support), OSError where the file cannot be written.
+    Raises TypeError for anything else or an array that the format cannot hold, ValueError for what `load` could not
+    give back (two leaves of one path, weights off the support), OSError where the file cannot be written.
     """
-    if not isinstance(pruned, Pruned):
-        raise TypeError(f"pruned is a {type(pruned).__name__}; pass what prune returned")
-    tensors, leaves = _tensors(pruned)
-    history = json.dumps(pruned.history, default=_plain)
-    _store.write_tensors(file, tensors, {"leaves": json.dumps(leaves), "history": history, "scope": pruned.scope})
+    if isinstance(network, SmallerNetwork):
+        tensors, leaves = _tensors(network.params, None)
+        for path, axes in network.lost.items():
+            tensors |= {f"{_LOST}{k}:{path}": np.packbits(one) for k, one in enumerate(axes) if one.any()}
+        shapes, texts = {path: list(shape) for path, shape in network.shapes.items()}, {"kind": _SMALLER}
+        texts |= {"dense": json.dumps(shapes), "check": json.dumps([network.error])}
+    elif isinstance(network, Pruned):
+        tensors, leaves = _tensors(network.params, network.support)
+        history = json.dumps(network.history, default=_plain)
+        texts = {"kind": _PRUNED, "history": history, "scope": network.scope}
+    else:
+        raise TypeError(
+            f"network is a {type(network).__name__}; pass what prune returned, or shrink; save_weights writes a tree"
+        )
+    _store.write_tensors(file, tensors, {"leaves": json.dumps(leaves), **texts})
 
 
 def load(file: str | os.PathLike[str], like: Tree) -> Pruned:
@@ -49,22 +65,41 @@ def load(file: str | os.PathLike[str], like: Tree) -> Pruned:
     FileNotFoundError where there is none.
     """
     _tree.check_here(None, "load")
-    try:
-        tensors, texts = _store.read_tensors(file)
+    with _said_of(file):
+        tensors, texts = _read(file, _PRUNED)
         history = _store.read_json(texts.get("history", ""), list)
         described = _store.read_json(texts.get("leaves", ""), dict)
         arrays, masks = _restored(tensors, described)
-    except _store.Foreign as error:
-        raise ValueError(
-            f"file '{file}' was not written by pruneopt.save; load masks of other tools with load_masks"
-        ) from error
-    except _store.Damaged as error:
-        raise ValueError(f"file '{file}' is damaged: {error}; save it again") from error
-    kinds = {path: None if about["numpy"] else about.get("key", "") for path, about in described.items()}
-    params = _filled(like, arrays, kinds, file)
+    params = _filled(like, arrays, _kinds(described), file)
     masks = {path: jnp.asarray(mask) for path, mask in masks.items()}
     support = _tree.map_named(lambda path, leaf: _tree.placed(masks[path], leaf) if path in masks else None, like)
     return Pruned(params, support, history=history, scope=texts.get("scope", ""))
+
+
+def load_smaller(file: str | os.PathLike[str], fn: Callable[[Tree, Any], Any], like: Tree) -> SmallerNetwork:
+    """The SmallerNetwork in `file` of the function that was shrunk, which is read and cut anew.
+
+    like: the dense parameters, or `jax.eval_shape` of what makes them. Leaves are bit-identical to the saved ones, and
+        lie on the sharding of theirs in `like` where nothing was cut from them.
+    Raises as `load`. A function whose leaves have those shapes and tie what was cut otherwise is refused, with the
+        reason, when the network is called.
+    """
+    _tree.check_here(None, "load_smaller")
+    with _said_of(file):
+        tensors, texts = _read(file, _SMALLER)
+        described = _store.read_json(texts.get("leaves", ""), dict)
+        error = _store.read_json(texts.get("check", ""), list)
+        dense = _store.read_json(texts.get("dense", ""), dict)
+        lost = _cut(tensors, dense)
+        arrays, _ = _restored(tensors, described)
+        if [type(e) for e in error] != [float] or dense.keys() != {p for p, a in described.items() if "key" not in a}:
+            raise _store.Damaged("what it says of the check or of the dense network is not what was written")
+        for path, every in lost.items():
+            if arrays[path].shape != tuple(int(np.sum(~one)) for one in every):
+                raise _store.Damaged(f"its array '{path}' is not what was left of it")
+    shapes = {path: tuple(shape) for path, shape in dense.items()}
+    params = _filled(like, arrays, _kinds(described), file, shapes)
+    return rebuilt(fn, params, lost, shapes, error[0])
 
 
 def load_masks(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -97,17 +132,64 @@ def load_masks(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 def stored_bytes(pruned: Pruned) -> int:
     """Bytes of the arrays that `save` writes."""
-    return sum(t.nbytes for t in _tensors(pruned)[0].values())
+    return sum(t.nbytes for t in _tensors(pruned.params, pruned.support)[0].values())
 
 
-def _tensors(pruned: Pruned) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What is written of each array, and what tells how to read it. Raises where that would not lead back to it."""
-    _tree.check_paths(pruned.params, "params")
-    _tree.check_paths(pruned.support, "support")
-    masks = dict(_tree.named_leaves(pruned.support))
+@contextlib.contextmanager
+def _said_of(file: Any) -> Iterator[None]:
+    """Raise what is wrong with a file's content as one sentence about that file."""
+    try:
+        yield
+    except _store.Foreign as error:
+        raise ValueError(
+            f"file '{file}' was not written by pruneopt.save; load masks of other tools with load_masks, and weights "
+            "with load_weights"
+        ) from error
+    except _store.Damaged as error:
+        raise ValueError(f"file '{file}' is damaged: {error}; save it again") from error
+
+
+def _read(file: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays, texts) of a file that holds that kind of network."""
+    tensors, texts = _store.read_tensors(file)
+    found = texts.get("kind", _PRUNED)
+    if found != kind and found in _LOADS:
+        raise ValueError(f"file '{file}' holds a {found}, not a {kind}; read it with {_LOADS[found]}")
+    return tensors, texts
+
+
+def _cut(tensors: dict[str, np.ndarray], dense: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, ...]]:
+    """{path: for each axis, which entries were cut}; takes what says so out of `tensors`. Raises Damaged."""
+    lost: dict[str, list[np.ndarray]] = {}
+    for name in [name for name in tensors if name.startswith(_LOST)]:
+        axis, _, path = name.removeprefix(_LOST).partition(":")
+        try:
+            shape = [operator.index(n) for n in dense[path]]
+            bits, every = tensors.pop(name), lost.setdefault(path, [np.zeros(n, bool) for n in shape])
+            if bits.dtype != np.uint8 or bits.shape != (-(-shape[int(axis)] // 8),):
+                raise ValueError(f"{bits.nbytes} bytes for {shape[int(axis)]} entries")
+            every[int(axis)] = np.unpackbits(bits, count=shape[int(axis)]).astype(bool)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise _store.Damaged(f"its array '{name}' says of no axis what was cut ({error})") from error
+    return {path: tuple(every) for path, every in lost.items()}
+
+
+def _kinds(described: Mapping[str, Any]) -> dict[str, str | None]:
+    """None for what stays NumPy's, a name for a random key's data."""
+    return {path: None if about["numpy"] else about.get("key", "") for path, about in described.items()}
+
+
+def _tensors(params: Tree, support: Tree | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What is written of each array, and what tells how to read it. Raises where that would not lead back to it.
+
+    support: what is stored of a leaf by its values and one bit a weight; None stores those by it that get smaller.
+    """
+    _tree.check_paths(params, "params")
+    _tree.check_paths(support, "support")
+    masks = dict(_tree.named_leaves(support))
     tensors: dict[str, np.ndarray] = {}
     leaves: dict[str, Any] = {}
-    for path, leaf in _tree.named_leaves(pruned.params):
+    for path, leaf in _tree.named_leaves(params):
         if not isinstance(leaf, (jax.Array, np.ndarray)):
             continue
         about: dict[str, Any] = {"numpy": isinstance(leaf, np.ndarray)}
@@ -116,8 +198,11 @@ def _tensors(pruned: Pruned) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
         about |= {"dtype": _dtype_name(path, array.dtype), "shape": list(array.shape)}
-        if path in masks:
-            mask = _checked(path, masks.pop(path), array)
+        mask = _checked(path, masks.pop(path), array) if path in masks else None
+        if support is None:
+            nonzero = is_set(array)
+            mask = nonzero if (array.size + 7) // 8 < (array.size - int(nonzero.sum())) * array.itemsize else None
+        if mask is not None:
             tensors[_VALUES + path] = _bits(array[mask])
             tensors[_MASK + path] = np.packbits(mask.reshape(-1))
         else:
@@ -138,6 +223,14 @@ def _checked(path: str, mask: Any, array: np.ndarray) -> np.ndarray:
     if np.any(array[~found] != np.zeros((), array.dtype)):
         raise ValueError(f"params: '{path}' is not zero off its support; pass Pruned(apply(params, support), support)")
     return found
+
+
+def is_set(array: np.ndarray) -> np.ndarray:
+    """Whether any bit of an entry is set: -0.0 counts."""
+    size = array.dtype.itemsize
+    return np.any(np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8).reshape(-1, size), axis=1).reshape(
+        array.shape
+    )
 
 
 def _dtype_name(path: str, dtype: np.dtype) -> str:
@@ -201,22 +294,38 @@ def _of_support(
     return array, mask
 
 
-def _filled(like: Tree, arrays: dict[str, np.ndarray], kinds: dict[str, str | None], file: Any) -> Tree:
-    """`like` with these arrays. kinds: None where one stays NumPy's, a name where it is a random key's data."""
+def _filled(
+    like: Tree,
+    arrays: dict[str, np.ndarray],
+    kinds: dict[str, str | None],
+    file: Any,
+    dense: Mapping[str, tuple[int, ...]] | None = None,
+) -> Tree:
+    """`like` with these arrays. kinds: None where one stays NumPy's, a name where it is a random key's data.
+
+    dense: the shapes of those of which parts were cut; they lie where JAX puts them.
+    """
     _tree.check_paths(like, "like")
     wanted = {p: leaf for p, leaf in _tree.named_leaves(like) if isinstance(leaf, _HAS_SHAPE)}
     if missing := sorted(wanted.keys() ^ arrays.keys()):
         where = "like" if missing[0] in arrays else f"file '{file}'"
         raise ValueError(f"{where} lacks the array '{missing[0]}'; pass like= the tree that was pruned")
-    found = {path: _as_leaf(path, array, kinds[path], file) for path, array in arrays.items()}
+    found = {path: as_leaf(path, array, kinds[path], file) for path, array in arrays.items()}
     for path, leaf in wanted.items():
-        if found[path].shape != leaf.shape:
-            raise ValueError(f"like: '{path}' has shape {leaf.shape}, the file has {found[path].shape}")
-    return _tree.map_named(lambda path, leaf: _tree.placed(found[path], leaf) if path in found else leaf, like)
+        shape = (dense or {}).get(path, found[path].shape)
+        if shape != leaf.shape:
+            raise ValueError(f"like: '{path}' has shape {leaf.shape}, the file has {shape}")
+
+    def one(path: str, leaf: Any) -> Any:
+        if path not in found:
+            return leaf
+        return _tree.placed(found[path], leaf) if found[path].shape == leaf.shape else found[path]
+
+    return _tree.map_named(one, like)
 
 
-def _as_leaf(path: str, array: np.ndarray, kind: str | None, file: Any) -> Any:
-    """An array as the leaf that was saved."""
+def as_leaf(path: str, array: np.ndarray, kind: str | None, file: Any) -> Any:
+    """An array as the leaf that was saved. kind: None for NumPy's, "" for JAX's, a name for a random key's data."""
     if kind is None:
         return array
     found = jnp.asarray(array)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -50,6 +50,16 @@ class SmallerNetwork:
         return (
             f"SmallerNetwork({len(self.kept)} leaves cut, parameters {before:,} -> {after:,}, error {self.error:.1e})"
         )
+
+    @property
+    def lost(self) -> Lost:
+        """{path: for each axis, whether each of its entries was cut}, of the leaves that were cut."""
+        return self._lost
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{path: shape of the dense array}."""
+        return self._shapes
 
     def expand(self, tree: Tree | None = None) -> Tree:
         """`params`, or a tree of that shape, with zeros where entries were cut."""
@@ -120,6 +130,15 @@ def shrink_units(
         lost = _with(units, lost, *_asked(graph, units, path, axis, entries))
     zeroed = _tree.map_named(lambda path, leaf: _zeroed(leaf, lost[path]) if path in lost else leaf, params)
     return _shrunk(fn, zeroed, batch, lost)
+
+
+def rebuilt(
+    fn: Callable[[Tree, Any], Any], params: Tree, lost: Lost, shapes: dict[str, tuple[int, ...]], error: float
+) -> SmallerNetwork:
+    """The SmallerNetwork of fn with these smaller leaves. lost, shapes: those of the one that was taken apart."""
+    kept = {path: tuple(np.flatnonzero(~one) for one in every) for path, every in lost.items()}
+    small = SmallerNetwork(fn, params, kept, error, lost, shapes)
+    return replace(small, fn=_Smaller(fn, small.expand(), lost))
 
 
 class _Smaller:
