@@ -13,7 +13,9 @@ from pruneopt import structure  # first: it names `capture`, which stands on it
 from pruneopt import bounds, constraints, curvature, objectives, penalties, plans, solvers, training
 from pruneopt.certify import certify
 from pruneopt.delivery.apply import apply, from_masks
-from pruneopt.delivery.files import load, load_masks, save
+from pruneopt.delivery.files import load, load_masks, load_smaller, save
+from pruneopt.delivery.handover import load_weights, save_weights, torch_axes
+from pruneopt.delivery.packed import PackedNM, from_csr, pack_nm, to_csr, unpack_nm
 from pruneopt.delivery.report import Report, report
 from pruneopt.delivery.shrink import SmallerNetwork, shrink, shrink_units
 from pruneopt.network.batches import Batches
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batches",
+    "PackedNM",
     "Problem",
     "Pruned",
     "Redundancy",
@@ -40,20 +43,28 @@ __all__ = [
     "certify",
     "constraints",
     "curvature",
+    "from_csr",
     "from_masks",
     "load",
     "load_masks",
+    "load_smaller",
+    "load_weights",
     "objectives",
+    "pack_nm",
     "penalties",
     "plans",
     "prune",
     "redundancy",
     "report",
     "save",
+    "save_weights",
     "shrink",
     "shrink_units",
     "solve",
     "solvers",
     "structure",
+    "to_csr",
+    "torch_axes",
     "training",
+    "unpack_nm",
 ]
