@@ -73,7 +73,7 @@ class Axes:
             return np.concatenate(inside, axis=1)
         whole = np.zeros((self.size[atom], 1), bool)
         for one in inside:
-            whole = (whole[:, :, None] | one[:, None, :]).reshape(len(whole), -1)
+            whole = (whole[:, :, None] | one[:, None, :]).reshape(len(whole), whole.shape[1] * one.shape[1])
         return whole
 
     def block(self, axis: int, reason: str) -> None:
@@ -166,7 +166,7 @@ class Reader:
     """The axes of every variable of a program, by the rules of its primitives; `whole` says why some have none.
 
     repeated: {path: axes along which a leaf holds copies}. leaves: {path: axes}. contractions: (axis of left, axis of
-    right, left, right, primitive). sums: (summed variable, its summed axes). roles: {axis: words}, of axes of
+    right, left, right, primitive). roles: {axis: words}, of axes of
     parameters. unknown: [(primitive, reason, axes that it touches)], without a rule. read: for each equation, the axes
     of each input as it reads them: `of`, with axes of its own for copies. inner: {equation: the reader of its body}, of
     loops that stayed whole. ends: the axes of the outputs. within, given: for a body, the reader that it shares axes
@@ -185,7 +185,6 @@ class Reader:
         self.program, self._rules, self._whole = program, rules, whole
         self.axes = Axes() if within is None else within.axes
         self.contractions: list[tuple[int, int, Atom, Atom, str]] = []
-        self.sums: list[tuple[Atom, Ids]] = []
         self.read: list[tuple[Ids, ...]] = []
         self.inner: dict[int, Reader] = {}
         self.roles: dict[int, list[str]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from pruneopt.program import versions
 from pruneopt.program.axes import Axes, AxisRule, Ids, Reader
 from pruneopt.program.keys import Literal
 from pruneopt.program.program import Atom, Equation, straightened
+from pruneopt.program.remainder import SUMS, Remainder
 
 Gone = Mapping[int, Bool[np.ndarray, " units"]]  # {class of units: which of them are deleted}
 Resize = Callable[["Site", list[Any]], tuple[dict[str, Any], list[Any]]]  # (changed parameters, changed inputs)
@@ -33,7 +35,7 @@ def gone_units(axes: Axes, entries: Sequence[tuple[str, int, Bool[np.ndarray, " 
         explained = np.zeros(len(lost), bool)
         for atom in dict.fromkeys(axes.atoms(axis)):
             owned = axes.owned(axis, atom)
-            units = np.array([bool(np.any(own)) and bool(np.all(lost[own])) for own in owned])
+            units = np.array([bool(np.any(own)) and bool(np.all(lost[own])) for own in owned], bool)
             if np.any(units != found.setdefault(atom, units)):
                 raise Misaligned(f"the entries cut from {name} are not those of what it is tied to")
             explained |= np.any(owned[units], axis=0)
@@ -57,8 +59,8 @@ class Rewritten:
     rule is rewritten like its body, or traced anew; where neither can be, its gradient is refused by name.
     """
 
-    def __init__(self, reader: Reader, gone: Gone, rules: Rules):
-        self.reader, self._gone, self._rules = reader, gone, rules
+    def __init__(self, reader: Reader, gone: Gone, rules: Rules, remainder: Remainder | None = None):
+        self.reader, self._gone, self._rules, self._remainder = reader, gone, rules, remainder
         self._kept: dict[int, Bool[np.ndarray, " n"]] = {}
         self._last: dict[Atom, int] = {}
         program = reader.program
@@ -67,6 +69,12 @@ class Rewritten:
             self._calls.setdefault(at, []).append(call)
         for i, equation in sorted([*enumerate(program.equations), *program.calls], key=lambda pair: pair[0]):
             self._last.update({atom: i for atom in equation.inputs if isinstance(atom, int)})
+        self._left: dict[int, list[int]] = {}  # units of which a sum takes what is left
+        for i, equation in enumerate(program.equations if remainder else ()):
+            if remainder and equation.primitive.name in SUMS:
+                self._left[i] = [unit for unit in gone if remainder.summed(i, unit)]
+                needs = {atom for unit in self._left[i] for atom in remainder.needs(i, unit)}
+                self._last.update({atom: max(i, self._last.get(atom, i)) for atom in needs})
 
     def kept(self, axis: int) -> Bool[np.ndarray, " n"]:
         """Which entries of an axis are left."""
@@ -84,12 +92,18 @@ class Rewritten:
             self.reader.axes.size[axis] if axis in self.reader.copies else int(self.kept(axis).sum()) for axis in ids
         )
 
-    def sliced(self, value: Any, ids: Ids) -> Any:
-        """An array without the deleted entries of these axes."""
+    def sliced(self, value: Any, ids: Ids, but: int = -1) -> Any:
+        """An array without the deleted entries of these axes, all but one of them."""
         for k, axis in enumerate(ids):
-            kept = self.kept(axis)
-            if not kept.all():
+            if k != but and not (kept := self.kept(axis)).all():
                 value = taken(value, np.flatnonzero(kept), k)
+        return value
+
+    def fitted(self, value: Any, own: Ids, read: Ids, but: int = -1) -> Any:
+        """An array with as many copies along each axis, all but one of them, as its reader needs."""
+        for k, (axis, needed) in enumerate(zip(own, read, strict=True)):
+            if k != but and axis != needed and not (kept := self.kept(needed)).all():
+                value = jax.lax.slice_in_dim(value, 0, int(kept.sum()), axis=k)
         return value
 
     def __call__(self, leaves: Mapping[str, Any], batch: Sequence[Any]) -> list[Any]:
@@ -102,15 +116,23 @@ class Rewritten:
             self._call(env, i)
             values = [self._value(env, atom, ids) for atom, ids in zip(equation.inputs, read, strict=True)]
             results = self._scan(i, equation, values) if i in reader.inner else self._run(equation, read, values)
+            for unit in self._left.get(i, ()):
+                assert self._remainder is not None
+                results = [results[0] + self._remainder.value(i, unit, self._gone[unit], self, env)]
             env.update(zip(equation.outputs, results, strict=True))
             for atom in {a for a in equation.inputs if isinstance(a, int) and self._last[a] == i} - wanted:
                 env.pop(atom, None)
         self._call(env, len(program.equations))
         return [self._value(env, atom, ids) for atom, ids in zip(program.outputs, reader.ends, strict=True)]
 
+    def _inside(self, i: int) -> Rewritten:
+        """The body of a loop."""
+        left = self._remainder.inner[i] if self._remainder else None
+        return Rewritten(self.reader.inner[i], self._gone, self._rules, left)
+
     def _scan(self, i: int, equation: Equation, values: list[Any]) -> list[Any]:
         """A loop whose body is rewritten."""
-        loop, body = versions.scan(equation), Rewritten(self.reader.inner[i], self._gone, self._rules)
+        loop, body = versions.scan(equation), self._inside(i)
         n, k = loop.shared, loop.carry
 
         def step(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -199,11 +221,13 @@ class Rewritten:
             return atom.value
         if atom in reader.program.constants:
             return self.sliced(reader.program.constants[atom], read)
-        value = env[atom]
-        for k, (own, axis) in enumerate(zip(reader.of(atom), read, strict=True)):
-            if own != axis and not (kept := self.kept(axis)).all():
-                value = jax.lax.slice_in_dim(value, 0, int(kept.sum()), axis=k)
-        return value
+        return self.fitted(env[atom], reader.of(atom), read)
+
+    def narrow(self, i: int, values: Sequence[Any], sizes: Mapping[int, int]) -> list[Any]:
+        """The results of equation `i` where these axes have other sizes."""
+        part = copy(self)
+        part._kept = self._kept | {axis: np.ones(n, bool) for axis, n in sizes.items()}
+        return part._run(self.reader.program.equations[i], self.reader.read[i], list(values))
 
     def _run(self, equation: Equation, read: tuple[Ids, ...], values: list[Any]) -> list[Any]:
         site = Site(self, equation, read)

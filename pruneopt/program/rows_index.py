@@ -11,7 +11,7 @@ from pruneopt.program.keys import Literal
 from pruneopt.program.program import Equation, Program
 from pruneopt.program.rewrite import dynamic_slice, gathered
 from pruneopt.program.row import Bounds, Layout, Row, rows
-from pruneopt.program.zeros import keeps, writes
+from pruneopt.program.zeros import keeps, scattered, writes
 
 
 def _dynamic_slice(reader: Reader, equation: Equation) -> list[Ids]:
@@ -101,5 +101,5 @@ ROWS: dict[str, Row] = {
     ),
     "dynamic_update_slice": Row(axes=_dynamic_update_slice, zeros=writes),
     "gather": Row(picks=True, axes=_gather, zeros=keeps, resize=gathered),
-    **rows("scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub", axes=_scatter),
+    **rows("scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub", axes=_scatter, zeros=scattered),
 }

@@ -47,7 +47,6 @@ def _sum(reader: Reader, equation: Equation) -> list[Ids]:
     """What is summed may go where it is zero; `Zeros` decides."""
     (atom,), dims = equation.inputs, equation.params["axes"]
     ids = reader.of(atom)
-    reader.sums.append((atom, tuple(ids[k] for k in dims)))
     return [tuple(a for k, a in enumerate(ids) if k not in dims)]
 
 

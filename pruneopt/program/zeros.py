@@ -11,13 +11,16 @@ from pruneopt.program import versions
 from pruneopt.program.axes import Reader
 from pruneopt.program.keys import Literal
 from pruneopt.program.program import Atom, Equation
+from pruneopt.program.remainder import SUMS, Remainder
 
 Found = frozenset[int]
 ZeroRule = Callable[["Zeros", Equation, int, int], Found]  # units at which axis k of output i is zero
 Infinite = Callable[[Equation], tuple[Atom, ...]]  # the inputs at whose zeros a value may be infinite or not a number
 
 _NONE: Found = frozenset()
-_SUMMED = "it is summed (reduce_sum) where a unit at zero is not zero, as in a softmax or a variance of x less its mean"
+_SUMMED = "it is summed (reduce_sum) where a unit at zero is not zero, and what it is there is not known apart"
+_INFINITE = "may be infinite or not a number: deleting it is right all the same, zeroing it in its leaves is not"
+_CONTRACTED = "zeroing it in its leaves is no deletion: {} sums what is left of it"
 
 
 class Zeros:
@@ -25,7 +28,8 @@ class Zeros:
 
     left: (unit, why) where zeroing is no deletion: a product or sum takes the rest of it, or a value may be infinite.
     rules: {primitive: where its outputs are zero}; without one nowhere. infinite: {primitive: inputs}. start: {path:
-    the units zeroed in it along each axis}; all by default, in every leaf.
+    the units zeroed in it along each axis}; all by default, in every leaf. remainder:
+    what sums take of units that are not zero there, where that is known.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Zeros:
         start: Mapping[str, Sequence[Found]] | None = None,
     ):
         self._reader, self._rules, self._infinite = reader, rules, infinite
+        self.remainder = Remainder(reader, lambda atom, k: self.of(atom)[k])
         self._of: dict[int, tuple[Found, ...]] = {}
         self._null: set[int] = set()
         self.left: list[tuple[int, str]] = []
@@ -47,15 +52,20 @@ class Zeros:
             self._of[var] = tuple(self._atoms(var) if start is None else start[path])
         for i, equation in enumerate(program.equations):
             if i in reader.inner:
-                self._loop(equation, reader.inner[i])
+                self._loop(i, equation, reader.inner[i])
             else:
                 self._read(equation)
-        for atom, summed in reader.sums:
-            for axis in summed:
-                self.left += [(unit, _SUMMED) for unit in atoms[axis] - self.along(atom, axis)]
+        for i, equation in enumerate(program.equations):
+            name = equation.primitive.name
+            if name in SUMS:
+                dims = equation.params["axes"] if name == "reduce_sum" else equation.params["dimension_numbers"][0][0]
+                units = frozenset[int]().union(*(atoms[reader.read[i][0][k]] for k in dims))
+                why = _SUMMED if name == "reduce_sum" else _CONTRACTED.format(name)
+                self.left += [(unit, why) for unit in units if not self.remainder.is_known(i, unit)]
         for a, b, left, right, name in reader.contractions:
-            why = f"zeroing it in its leaves is no deletion: {name} sums what is left of it"
-            self.left += [(unit, why) for unit in atoms[b] - self.along(left, a) - self.along(right, b)]
+            if name not in SUMS:
+                units = atoms[b] - self.along(left, a) - self.along(right, b)
+                self.left += [(unit, _CONTRACTED.format(name)) for unit in units]
 
     def of(self, atom: Atom) -> tuple[Found, ...]:
         """For each axis, the units at which a variable is zero."""
@@ -100,7 +110,7 @@ class Zeros:
         met = _NONE.union(*(own for own, _ in pairs))
         return (self.units(equation.outputs[i], k) & met) - _NONE.union(*(own - zero for own, zero in pairs))
 
-    def _loop(self, equation: Equation, body: Reader) -> None:
+    def _loop(self, at: int, equation: Equation, body: Reader) -> None:
         """What is carried is zero where it is at the start and after every step."""
         loop = versions.scan(equation)
         n, k = loop.shared, loop.carry
@@ -112,6 +122,7 @@ class Zeros:
             pairs = zip(inputs[n : n + k], ends[:k], strict=True)
             carried = [tuple(a & b for a, b in zip(*pair, strict=True)) for pair in pairs]
             if carried == inputs[n : n + k]:
+                self.remainder.inner[at] = step.remainder
                 break
             inputs[n : n + k] = carried
         self.left += step.left
@@ -121,7 +132,7 @@ class Zeros:
         name = equation.primitive.name
         for atom in self._infinite[name](equation) if name in self._infinite else ():
             for unit in _NONE if self.is_null(atom) else _NONE.union(*self.of(atom)):
-                self.left.append((unit, f"{name} of a unit at zero may be infinite or not a number"))
+                self.left.append((unit, f"{name} of a unit at zero {_INFINITE}"))
         rule = self._rules.get(name)
         if rule is None:
             return
@@ -145,6 +156,11 @@ def joins(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
 def writes(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
     """Entries of the first two inputs, the others being indices."""
     return zeros.kept(equation, equation.inputs[:2], i, k)
+
+
+def scattered(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:
+    """Entries of the first and the third input, combined, the second being indices."""
+    return zeros.kept(equation, (equation.inputs[0], equation.inputs[2]), i, k)
 
 
 def pads(zeros: Zeros, equation: Equation, i: int, k: int) -> Found:

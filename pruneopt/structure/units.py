@@ -50,7 +50,9 @@ class Units:
             if var not in read and var not in program.outputs:
                 for axis in reader.leaves[path]:
                     axes.block(axis, "fn does not use it")
-        for unit, why in self.zeros().left:
+        zeros = self.zeros()
+        self._remainder = zeros.remainder
+        for unit, why in zeros.left:
             axes.block(unit, why)
         members: dict[int, list[tuple[str, int]]] = {}
         for path, ids in reader.leaves.items():
@@ -103,7 +105,7 @@ class Units:
         if atom is None or (path, axis) not in group.members:
             raise ValueError(f"axis {axis} of '{path}' is no member of that group; its members are {group.members}")
         owned = self._axes.owned(self._axis(path, axis), atom)
-        return np.nonzero(owned)[1].reshape(group.size, -1)
+        return np.nonzero(owned)[1].reshape(group.size, -1 if group.size else 0)
 
     def gone(self, lost: Mapping[str, Sequence[Bool[np.ndarray, " n"]]]) -> dict[int, Bool[np.ndarray, " units"]]:
         """The units that go with these entries: {path: for each axis, which of its entries}.
@@ -125,7 +127,7 @@ class Units:
 
     def rewritten(self, gone: Mapping[int, Bool[np.ndarray, " units"]]) -> Rewritten:
         """The program without these units."""
-        return Rewritten(self._reader, gone, Rules(column("axes"), column("whole"), column("resize")))
+        return Rewritten(self._reader, gone, Rules(column("axes"), column("whole"), column("resize")), self._remainder)
 
     def atom(self, group: Group) -> int:
         """The class of axes that a group stands for."""
