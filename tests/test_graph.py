@@ -1067,3 +1067,22 @@ def test_several_problems_print_as_such():
     graph = trace(lambda p, x: jnp.einsum("kni,kij->knj", x, p["e"]), {"e": np.stack([W] * 3)}, np.stack([X] * 3))
     assert repr(graph.operators[0]) == "Operator(e: dot, 3 problems of 4 x 4, 1 use, 0.000 MFLOPs)"
     assert str(graph.operators[0]) == repr(graph.operators[0])
+
+
+def test_a_loop_that_multiplies_activations_alone_refuses_no_leaf_before_it():
+    def fn(p, x):
+        a, b, c = jax.nn.sigmoid(x @ p["wa"])[0], (x @ p["wb"])[0], (x @ p["wc"])[0]
+
+        def step(h):
+            h = a[:, None] * h + b[:, None] * c[None]
+            return h + (h @ c)[:, None] + (p["inside"] @ a)[:, None] if "inside" in p else h + (h @ c)[:, None]
+
+        return lax.while_loop(lambda h: h.sum() < 9.0, step, jnp.zeros((8, 4))).sum(1) @ p["out"]
+
+    shapes = {"wa": (3, 8), "wb": (3, 8), "wc": (3, 4), "out": (8, 2)}
+    params, x = {name: jnp.ones(shape) for name, shape in shapes.items()}, jnp.ones((5, 3))
+    found = trace(fn, params, x)
+    assert not found.refusals
+    assert {op.paths for op in found.operators} == {(name,) for name in shapes}
+    (refusal,) = trace(fn, {**params, "inside": jnp.ones((8, 8))}, x).refusals
+    assert refusal.paths == ("inside",)

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paper_reproductions.networks.small.attention import cached
+from pruneopt.program.program import flatten
 from pruneopt.structure import graph
+from pruneopt.structure.units import Units
 
 HEAD = 4
 
@@ -298,6 +301,14 @@ class TestBlocked:
             assert "is not known apart" in group.blocked[0]
         assert free(found) == set()
 
+    def test_sums_at_an_index_are_zero_where_what_is_summed_is(self):
+        def fn(p, x):
+            h = jnp.tanh(x @ p["w1"])
+            h = jax.ops.segment_sum(h, jnp.array([0, 1, 1, 0]), 2)
+            return h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-5) @ p["w2"]
+
+        assert free(read(fn, arrays(w1=(5, 6), w2=(6, 3)), arrays(x=FLAT)["x"])) == {(("w1", 1), ("w2", 0))}
+
     def test_parts_that_do_not_line_up(self):
         def fn(p, x):
             h = x @ p["w1"]
@@ -335,6 +346,55 @@ class TestConcatenated:
         left, right = found.of("o", 0)
         assert (left.members, right.members) == ((("a", 1), ("o", 0)), (("b", 1), ("o", 0)))
         np.testing.assert_array_equal(found.places(right, "o", 0), [[4], [5]])
+
+
+class TestState:
+    """What fn carries from call to call in the batch is cut along, and so is what it becomes."""
+
+    def test_keys_and_values_of_a_step_of_decoding(self):
+        fn, params, batch = cached()
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            program = flatten(fn, params, batch)
+            assert len(free(Units(program))) == 2  # the stream and the feed-forward
+            held = jax.tree.leaves(batch)
+            found = Units(program, {0: 1, 1: 2})
+            heads, width = found.of("v", 1)
+            assert free(found) - free(Units(program)) == {
+                (("k", 1), ("o", 0), ("q", 1), ("v", 1)),
+                (("o", 0), ("v", 1)),
+                (("k", 1), ("q", 1)),
+            }
+            for group, at in ((heads, 1), (width, 2)):
+                lost = {path: [np.zeros(n, bool) for n in leaf.shape] for path, leaf in params.items()}
+                zeroed, smaller = dict(params), dict(params)
+                for path, axis in group.members:
+                    index = (slice(None),) * axis + (found.places(group, path, axis)[at],)
+                    lost[path][axis][found.places(group, path, axis)[at]] = True
+                    zeroed[path] = zeroed[path].at[index].set(0.0)
+                    smaller[path] = jnp.delete(smaller[path], found.places(group, path, axis)[at], axis=axis)
+                gone = found.gone(lost)
+                cut = found.carried(gone, held)
+                k = 2 if group is heads else 3
+                names = ("keys", "values") if group is heads else ("values",)
+                at_unit, old = (slice(None),) * k + (at,), dict(batch["cache"])
+                old |= {name: old[name].at[at_unit].set(0.0) for name in names}
+                want, new = fn(zeroed, {**batch, "cache": old})
+                results = found.rewritten(gone)(smaller, cut)
+                np.testing.assert_allclose(results[0], want, rtol=1e-12, atol=1e-12)
+                for name, result, whole in zip(("keys", "values"), results[1:], new.values(), strict=True):
+                    left = jnp.delete(whole, at, axis=k) if name in names else whole
+                    np.testing.assert_allclose(result, left, rtol=1e-12, atol=1e-12)
+
+    def test_a_hidden_state(self):
+        def fn(p, x, bias=0.0):
+            h = jnp.tanh(x["h"] @ p["w"] + x["x"] @ p["u"] + bias)
+            return h @ p["o"], h
+
+        params, batch = arrays(w=(5, 5), o=(5, 3), u=(4, 5)), arrays(h=(2, 5), x=(2, 4))
+        assert not any(("o", 0) in members for members in free(Units(flatten(fn, params, batch))))
+        assert free(Units(flatten(fn, params, batch), {0: 1})) == {(("o", 0), ("u", 1), ("w", 0), ("w", 1))}
+        moved = Units(flatten(lambda p, x: fn(p, x, 1.0), params, batch), {0: 1})
+        assert "carried to the next call is not zero there" in blocked(moved, "o", 0)
 
 
 class TestAsked:

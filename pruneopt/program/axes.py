@@ -169,8 +169,9 @@ class Reader:
     right, left, right, primitive). roles: {axis: words}, of axes of
     parameters. unknown: [(primitive, reason, axes that it touches)], without a rule. read: for each equation, the axes
     of each input as it reads them: `of`, with axes of its own for copies. inner: {equation: the reader of its body}, of
-    loops that stayed whole. ends: the axes of the outputs. within, given: for a body, the reader that it shares axes
-    with, and the axes of its inputs.
+    loops that stayed whole. ends: the axes of the outputs. state: {variable of the batch: number of the output} that is
+    its value in the next call, such as keys and values: their units go too. within, given: for a body, the reader that
+    it shares axes with, and the axes of its inputs.
     """
 
     def __init__(
@@ -179,10 +180,11 @@ class Reader:
         rules: Mapping[str, AxisRule],
         whole: Mapping[str, str],
         repeated: Mapping[str, Iterable[int]] = MappingProxyType({}),
+        state: Mapping[int, int] = MappingProxyType({}),
         within: Reader | None = None,
         given: Mapping[str, Ids] = MappingProxyType({}),
     ):
-        self.program, self._rules, self._whole = program, rules, whole
+        self.program, self._rules, self._whole, self.state = program, rules, whole, state
         self.axes = Axes() if within is None else within.axes
         self.contractions: list[tuple[int, int, Atom, Atom, str]] = []
         self.read: list[tuple[Ids, ...]] = []
@@ -203,7 +205,7 @@ class Reader:
         self._of.update({var: self.leaves[path] for path, var in program.leaves.items()})
         self.copies |= {self.leaves[path][k] for path, dims in repeated.items() for k in dims}
         for var in program.batch:
-            self._of[var] = self.made(program.shapes[var].shape, "it is an axis of the batch")
+            self._of[var] = self.made(program.shapes[var].shape, "" if var in state else "it is an axis of the batch")
         for equation in program.equations:
             self._now, self._fresh, links = {}, set(), len(self.axes.links)
             self.read.append(tuple(self.of(atom) for atom in equation.inputs))
@@ -222,7 +224,10 @@ class Reader:
             for atom in program.outputs
         ]
         if within is None:
-            for axis in (axis for ids in self.ends for axis in ids):
+            for var, out in self.state.items():
+                for a, b in zip(self._of[var], self.ends[out], strict=True):
+                    self.axes.tie(a, b, "carried from call to call")
+            for axis in (axis for i, ids in enumerate(self.ends) if i not in self.state.values() for axis in ids):
                 self.axes.block(axis, "it is an output of fn")
 
     def of(self, atom: Atom) -> Ids:

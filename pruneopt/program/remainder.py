@@ -53,12 +53,17 @@ class _Held(NamedTuple):
 class Remainder:
     """How the entries of variables at units that are zeroed in the leaves are computed.
 
-    zero: (variable, axis) -> the units at which it is zero. inner: {equation: those of its body}, of loops that stayed
-    whole.
+    zero: (variable, axis) -> the units at which it is zero. within: the same of another reader, with the units that are
+    zero in its leaves. inner: {equation: those of its body}, of loops that stayed whole.
     """
 
-    def __init__(self, reader: Reader, zero: Callable[[Atom, int], frozenset[int]]):
-        self._reader, self._zero = reader, zero
+    def __init__(
+        self,
+        reader: Reader,
+        zero: Callable[[Atom, int], frozenset[int]],
+        within: Callable[[Reader, Mapping[str, Sequence[frozenset[int]]]], Remainder],
+    ):
+        self._reader, self._zero, self.within = reader, zero, within
         self._known: dict[tuple[_Held, int], str] = {}
         self.inner: dict[int, Remainder] = {}
 
@@ -126,6 +131,14 @@ class Remainder:
                     known = equation and all(self.kind(equation.inputs[p], j, unit) for p, j in inside.items())
                     self._known[held, unit] = "computed" if known else ""
         return self._known[first, unit]
+
+    def zeros(self, atom: Atom, gone: Iterable[int]) -> list[bool]:
+        """For each axis of a variable, whether it is zero at the units of it that are gone, at all where none are."""
+        flags = []
+        for k, axis in enumerate(self._reader.of(atom)):
+            units = set(self._reader.axes.atoms(axis))
+            flags.append((units & set(gone) or units) <= self._zero(atom, k))
+        return flags
 
     def _given(self, atom: Atom, k: int, unit: int) -> str:
         """A kind that asks for no computation."""

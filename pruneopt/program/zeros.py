@@ -20,6 +20,7 @@ Infinite = Callable[[Equation], tuple[Atom, ...]]  # the inputs at whose zeros a
 _NONE: Found = frozenset()
 _SUMMED = "it is summed (reduce_sum) where a unit at zero is not zero, and what it is there is not known apart"
 _INFINITE = "may be infinite or not a number: deleting it is right all the same, zeroing it in its leaves is not"
+_CARRIED = "zeroing it in its leaves is no deletion: what is carried to the next call is not zero there"
 _CONTRACTED = "zeroing it in its leaves is no deletion: {} sums what is left of it"
 
 
@@ -40,7 +41,8 @@ class Zeros:
         start: Mapping[str, Sequence[Found]] | None = None,
     ):
         self._reader, self._rules, self._infinite = reader, rules, infinite
-        self.remainder = Remainder(reader, lambda atom, k: self.of(atom)[k])
+        within = lambda other, zeroed: Zeros(other, rules, infinite, zeroed).remainder  # noqa: E731
+        self.remainder = Remainder(reader, lambda atom, k: self.of(atom)[k], within)
         self._of: dict[int, tuple[Found, ...]] = {}
         self._null: set[int] = set()
         self.left: list[tuple[int, str]] = []
@@ -50,11 +52,15 @@ class Zeros:
         self._atoms = lambda atom: [atoms[axis] for axis in reader.of(atom)]
         for path, var in program.leaves.items():
             self._of[var] = tuple(self._atoms(var) if start is None else start[path])
+        self._of.update({var: tuple(self._atoms(var)) for var in reader.state})
         for i, equation in enumerate(program.equations):
             if i in reader.inner:
                 self._loop(i, equation, reader.inner[i])
             else:
                 self._read(equation)
+        for var, out in reader.state.items():
+            for axis, zero in zip(reader.of(var), self.of(program.outputs[out]), strict=True):
+                self.left += [(unit, _CARRIED) for unit in atoms[axis] - zero]
         for i, equation in enumerate(program.equations):
             name = equation.primitive.name
             if name in SUMS:

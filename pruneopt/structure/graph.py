@@ -158,14 +158,18 @@ def _is_weights_at_data(program: Program, equation: Equation) -> bool:
 
 
 def _inside(graph: Graph, equation: Equation) -> None:
-    """Refuse the leaves that go into a body that is evaluated whole, if it multiplies or if nothing is known of it."""
+    """Refuse the leaves that go into a body that is evaluated whole, if it multiplies or if nothing is known of it.
+
+    Those that met data before it were read there.
+    """
     name, bodies = equation.primitive.name, carried(equation)
     inside = [key for key, found in bodies.items() if any(holds(body, PRODUCTS) for body in found)]
     inside = inside or ([] if name in TABLE else list(bodies))
     if not inside:
         return
     program = graph.program
-    paths = tuple(dict.fromkeys(p for a in equation.inputs for p in leaves_of(program, a)))
+    found = [leaves_of(program, a) if program.is_parametric(a) else _picked(program, a) for a in equation.inputs]
+    paths = tuple(dict.fromkeys(path for one in found for path in one))
     if weights := tuple(p for p in paths if program.shapes[program.leaves[p]].ndim >= 2):
         whole = row_of(equation).whole or f"a call without a rule, whose parameter '{inside[0]}' is a body"
         graph.refusals.append(Refusal(name, weights, f"it stands inside {whole}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,13 @@ class Units:
 
     In a group that is not blocked, zeroing a unit in every member leaves fn's output as deleting it does, where numbers
     that fn computed from shapes stay as they were traced. refusals: primitives without a rule and the leaves reached.
+    state: {number of an array of the batch: number of the output} that is its value in the next call, such as keys and
+    values, which start as zeros: units go there too.
     """
 
-    def __init__(self, program: Program):
-        self._reader = reader = Reader(program, column("axes"), column("whole"))
+    def __init__(self, program: Program, state: Mapping[int, int] = MappingProxyType({})):
+        carried = {program.batch[i]: out for i, out in state.items()}
+        self._reader = reader = Reader(program, column("axes"), column("whole"), state=carried)
         self._axes = axes = reader.axes
         read = {a for e in program.equations for a in e.inputs if isinstance(a, int)}
         for path, var in program.leaves.items():
@@ -124,6 +128,11 @@ class Units:
                 members = ", ".join(f"axis {k} of '{path}'" for path, k in self._groups[atom].members[:_SHOWN])
                 raise ValueError(f"units of {members} cannot be cut: {why[0]}")
         return gone
+
+    def carried(self, gone: Mapping[int, Bool[np.ndarray, " units"]], arrays: Sequence[Any]) -> list[Any]:
+        """The batch's arrays without these units, which stand in those of state alone."""
+        cut, reader = self.rewritten(gone), self._reader
+        return [cut.sliced(x, reader.of(v)) for v, x in zip(reader.program.batch, arrays, strict=True)]
 
     def rewritten(self, gone: Mapping[int, Bool[np.ndarray, " units"]]) -> Rewritten:
         """The program without these units."""

@@ -222,11 +222,12 @@ def keras_attention():
         return _keras(keras.Model(inputs, keras.layers.Dense(3)(x)), images(2, 6, 5))
 
 
-def _application(name, size, **options):
+def _application(name, size):
     def made():
         with _double() as keras:
             keras.utils.set_random_seed(0)
-            net = getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3), classes=10, **options)
+            options = {"weights": None, "classes": 10, "classifier_activation": None}
+            net = getattr(keras.applications, name)(input_shape=(size, size, 3), **options)
         return _keras(net, images(1, size, size, 3))
 
     made.__doc__ = f"Keras's {name}."

@@ -44,7 +44,8 @@ def stirred(tree):
             return leaf
         name = jax.tree_util.keystr(path)
         noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=leaf.shape)
-        moved = np.asarray(leaf, np.float64) + 0.2 * noise
+        inputs = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 1
+        moved = np.asarray(leaf, np.float64) + 0.2 * noise / np.sqrt(inputs)
         return jnp.asarray(np.abs(moved) + 0.1 if "var" in name else moved)
 
     return jax.tree_util.tree_map_with_path(one, tree)
