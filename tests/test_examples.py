@@ -73,7 +73,7 @@ def test_prune_cnn_prints_its_table_and_draws_its_picture(tmp_path):
     out = tmp_path / "new" / "picture.png"
     done = run("--toy", "--out", out)
     assert done.returncode == 0, done.stderr
-    rows = {line[:17].strip(): line[17:].replace("±", "").split() for line in done.stdout.splitlines()[3:11]}
+    rows = {line[:17].strip(): line[17:].replace("±", "").split() for line in done.stdout.splitlines()[3:12]}
     names = [
         "dense",
         "threshold 0.01",
@@ -81,6 +81,7 @@ def test_prune_cnn_prints_its_table_and_draws_its_picture(tmp_path):
         "magnitude",
         "taylor",
         "obd",
+        "filters, shrunk",
         "gradual magnitude",
         "coarse, then fine",
     ]
@@ -92,6 +93,10 @@ def test_prune_cnn_prints_its_table_and_draws_its_picture(tmp_path):
         assert all(float(ms) > 0 for ms in latencies)
         if name in ("dense", "threshold 0.01"):
             assert float(sparsity) < 50
+        elif name == "filters, shrunk":  # 2 of 4, 4 of 8 and 8 of 16 channels and neurons, the ten outputs whole
+            convolutions = 9 * (1 * 2 + 2 * 2 + 2 * 4 + 4 * 4) + 4 * (2 + 2 + 4 + 4)
+            assert int(kept.replace(",", "")) == convolutions + 4 * 4 * 8 + 8 + 8 * 10 + 10
+            assert float(flops) < 0.5 * float(rows["dense"][5])
         else:
             assert sparsity == "90.0"
             assert int(kept.replace(",", "")) < 500
@@ -101,6 +106,24 @@ def test_prune_cnn_prints_its_table_and_draws_its_picture(tmp_path):
     assert float(rows["dense"][1]) > 50, "the dense network has learned nothing"
     assert "scattered zeros make them no faster" in done.stdout
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("example", "parameters", "last"),
+    [
+        ("shrink_resnet.py", "parameters 274,042 -> 139,738", "test accuracy, statistics estimated anew: "),
+        ("shrink_transformer.py", "parameters 260,032 -> 202,432", "perplexity: dense "),
+    ],
+)
+def test_shrink_prints_what_was_cut_and_measured(example, parameters, last):
+    assert len((EXAMPLES / example).read_text().splitlines()) < 100
+    done = run("--toy", example=example)
+    assert done.returncode == 0, done.stderr
+    assert parameters in done.stdout
+    assert "units can be cut" in done.stdout
+    assert len(re.findall(r"^ +\d+ (?:dense|masked|shrunk) ", done.stdout, re.MULTILINE)) == 6
+    assert done.stdout.splitlines()[-1].startswith(last)
 
 
 @pytest.mark.parametrize(

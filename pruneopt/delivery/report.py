@@ -24,6 +24,8 @@ from pruneopt.structure.latency import Latency
 
 Tree = Any
 
+_LISTED = 20  # leaves that are printed, those with the most FLOPs
+
 
 @dataclass(frozen=True)
 class Row:
@@ -85,11 +87,15 @@ class Report:
     def __str__(self) -> str:
         width = max(10, *(len(r.path) for r in self.rows))
         lines = [f"{'leaf':<{width}} {'shape':>18} {'kept':>12} {'sparsity':>9} {'MFLOPs':>10}"]
-        for r in self.rows:
+        dearest = sorted(self.rows, key=lambda r: (r.flops or 0, r.size))[-_LISTED:]
+        for r in (row for row in self.rows if row in dearest):
             shape = "x".join(map(str, r.shape))
             lines.append(
                 f"{r.path:<{width}} {shape:>18} {r.kept:>12,} {1 - r.kept / r.size:>9.2%} {_mega(r.flops):>10}"
             )
+        if rest := [r for r in self.rows if r not in dearest]:
+            size, kept = sum(r.size for r in rest), sum(r.kept for r in rest)
+            lines.append(f"and {len(rest)} smaller leaves, {kept:,} kept of {size:,}")
         lines.append(f"parameters {self.parameters:,} -> {self.kept:,}; pruned leaves at {self.sparsity:.2%}")
         shrunk = "" if self.bytes_shrunk is None else f", {self.bytes_shrunk:,} shrunk"
         lines.append(f"bytes {self.bytes_dense:,} -> {self.bytes_stored:,} stored{shrunk}")

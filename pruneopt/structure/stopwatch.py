@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class Compiled:
     def __init__(self, fn: Callable[[Tree, Any], Any], params: Tree, batch: Any):
         chosen, rest = partition(params, is_floating)
         self._arguments = jax.tree.map(_on_device, (chosen, rest, readable(batch)))
-        self._run = jax.jit(lambda c, r, b: fn(combine(c, r), b), keep_unused=True).lower(*self._arguments).compile()
+        self._run = _called.lower(_hashable(fn), *self._arguments).compile()  # JAX keeps what it compiled for an fn
 
     def __call__(self) -> Any:
         """Run it once."""
@@ -129,6 +130,19 @@ class Compiled:
             counted.temp_size_in_bytes,
             None if rise is None else arguments + rise,
         )
+
+
+@partial(jax.jit, static_argnums=0, keep_unused=True)
+def _called(fn: Any, chosen: Tree, rest: Any, batch: Any) -> Any:
+    return fn(combine(chosen, rest), batch)
+
+
+def _hashable(fn: Any) -> Any:
+    try:
+        hash(fn)
+    except TypeError:
+        return lambda params, batch: fn(params, batch)
+    return fn
 
 
 def resized(batch: Any, size: int) -> Any:
