@@ -27,12 +27,12 @@ parser = argparse.ArgumentParser(description="Prune a small convolutional networ
 parser.add_argument("--data", choices=("digits", "mnist", "cifar10"), default="digits")
 parser.add_argument("--data-dir", help="default: mnist or cifar10 in the folder $PRUNEOPT_DATA")
 parser.add_argument("--images", type=int, help="use only so many training images (200 or more)")
-parser.add_argument("--epochs", type=int, default=15, help="of training, and again of retraining: 5, 10, 15, ...")
+parser.add_argument("--epochs", type=int, default=10, help="of training, and again of retraining: 5, 10, 15, ...")
 parser.add_argument("--runs", type=int, default=3, help="repetitions from another start, 2 or more")
 parser.add_argument("--rate", type=float, default=0.01, help="Adam's first learning rate; 0.003 for cifar10")
 parser.add_argument("--sparsity", type=float, default=0.9)
 parser.add_argument("--filters", type=float, default=0.5, help="share of filters and neurons that are kept in that row")
-parser.add_argument("--width", type=int, default=8, help="channels of the first convolution")
+parser.add_argument("--width", type=int, default=16, help="channels of the first convolution")
 parser.add_argument("--toy", action="store_true", help="few images, a tiny network: to see that it runs")
 parser.add_argument("--out", type=Path, default=Path("prune_cnn.png"), help="of the picture")
 args = parser.parse_args()
@@ -163,15 +163,13 @@ for name, (mean, _), (_, error) in zip(names, means[:, ::-1], errors, strict=Tru
     low, high = (1e3 * abs(edge - seconds.median) for edge in seconds.quartiles)
     color = SMALLER if name == CUT else AFTER
     speed.errorbar(1e3 * seconds.median, mean, error, [[low], [high]], "o", color=color, capsize=3)
-    speed.annotate(name, (1e3 * seconds.median, mean), xytext=(5, 5), textcoords="offset points", fontsize="small")
 (_, mean), (_, error) = scores("dense", held_out)
 seconds = po.report(net, dense, after["dense"], test[0][0], sizes=()).timing("dense").seconds
 speed.errorbar(1e3 * seconds.median, mean, error, fmt="s", color=DENSE, capsize=3)
-speed.annotate("dense", (1e3 * seconds.median, mean), xytext=(5, -12), textcoords="offset points", fontsize="small")
 title = "Accuracy after retraining against time"
 speed.set(xlabel=f"measured ms for {len(test[0][0])} images", ylabel="held-out accuracy (%)", title=title)
 speed.set_xlim(0)
-handles = [("dense", DENSE), ("scattered zeros", AFTER), ("smaller program", SMALLER)]
+handles = [("dense", DENSE), ("scattered zeros, six ways", AFTER), ("smaller program", SMALLER)]
 speed.legend(*zip(*((speed.scatter([], [], color=c), name) for name, c in handles), strict=True), loc="lower left")
 for name, style in zip(ONE_SHOT, ("-", "--", ":", "-."), strict=True):
     prune = partial(po.prune, loss, dense, calibration, method=name, key=jax.random.key(0), progress=False)
