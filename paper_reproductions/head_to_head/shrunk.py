@@ -139,7 +139,8 @@ def table():
         calls[i] = Compiled(small.fn, small.params, batch)
     seconds = race(calls, args.rounds, 120, CLOCK)
     for i, widths in enumerate(choices):
-        predicted, measured = found.predict(widths, whole=seconds["dense"].median), seconds[i].median
+        dense = seconds["dense"].median
+        predicted, measured = found.predict(widths, whole=dense), seconds[i].over(seconds["dense"]) * dense
         errors.append(predicted / measured - 1)
         text = " ".join(map(str, widths.values()))
         print(f"{text:28} {1e3 * predicted:8.3f} {1e3 * measured:8.3f} ms {errors[-1]:+.1%}")

@@ -132,6 +132,7 @@ def latency(
 
     The program is cut where the batch's way to the outputs goes through a single variable, before the next product with
     a leaf. Each block is compiled and measured alone, at all widths of the groups that it holds; equal blocks once.
+    A block's seconds are the median over rounds of what it takes of the dense network's, times the dense median.
 
     groups: of `trace(fn, params, batch).units()`, or {group: widths}. By default quarters of a group, of 16 units or
         more rounded up to multiples of 8: speed moves in such steps. The whole width is always measured.
@@ -157,7 +158,8 @@ def latency(
     plans = [_Stretch(units, *ends, given) for ends in itertools.pairwise(_cuts(program))]
     calls: dict[Any, Callable[[], Any]] = {"whole": whole, "empty": empty}
     places = [plan.prepared(grid, calls) for plan in plans]
-    seconds = {name: one.median for name, one in race(calls, repeats, limit, clock).items()}
+    measured = race(calls, repeats, limit, clock)
+    seconds = {name: one.over(measured["whole"]) * measured["whole"].median for name, one in measured.items()}
     blocks = []
     for plan, place in zip(plans, places, strict=True):
         held = plan.groups(grid)
