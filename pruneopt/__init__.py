@@ -13,6 +13,7 @@ from pruneopt import structure  # first: it names `capture`, which stands on it
 from pruneopt import bounds, constraints, curvature, objectives, penalties, plans, solvers, training
 from pruneopt.certify import certify
 from pruneopt.delivery.apply import apply, from_masks
+from pruneopt.delivery.export import Exported, export, load_export
 from pruneopt.delivery.files import load, load_masks, load_smaller, save
 from pruneopt.delivery.handover import load_weights, save_weights, torch_axes
 from pruneopt.delivery.packed import PackedNM, from_csr, pack_nm, to_csr, unpack_nm
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batches",
+    "Exported",
     "PackedNM",
     "Problem",
     "Pruned",
@@ -43,9 +45,11 @@ __all__ = [
     "certify",
     "constraints",
     "curvature",
+    "export",
     "from_csr",
     "from_masks",
     "load",
+    "load_export",
     "load_masks",
     "load_smaller",
     "load_weights",

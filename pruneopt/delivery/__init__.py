@@ -1,1 +1,1 @@
-"""What comes out: masks applied, files, the report."""
+"""What comes out: masks applied, smaller programs, files, weights and programs for others, the report."""
