@@ -190,6 +190,19 @@ def test_what_takes_one_size_says_why(tmp_path, fn, batch, why):
     jax.tree.map(close, made(batch), small.fn(small.params, batch))
 
 
+def test_float64_stays_float64(tmp_path):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        fn = lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]  # noqa: E731
+        p = {"in": jnp.asarray(RNG.standard_normal((4, 10))), "out": jnp.asarray(RNG.standard_normal((10, 3)))}
+        x = jnp.asarray(RNG.standard_normal((3, 4)))
+        small = po.shrink_units(fn, p, x, {("in", 1): np.arange(6)})
+        assert po.export(small.fn, small.params, x, tmp_path / "f").any_size
+        more = jnp.asarray(RNG.standard_normal((8, 4)))
+        found, own = po.load_export(tmp_path / "f")(more), small.fn(small.params, more)
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(np.asarray(found), np.asarray(own), rtol=1e-12, atol=1e-12)
+
+
 def test_one_size_on_request(tmp_path):
     made = po.export(mlp, layers(), draw(2, 4), tmp_path / "f", any_size=False)
     assert (made.any_size, made.why) == (False, "it was not asked for")

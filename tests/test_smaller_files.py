@@ -18,7 +18,7 @@ BATCH = jnp.asarray(np.random.default_rng(3).standard_normal((3, 4)), jnp.float3
 
 def mlp(params, x):
     x = jnp.tanh(x @ params["in"] + params["bias"] + params["shift"][params["steps"]])
-    return x @ params["out"].astype(jnp.float32)
+    return x * params["sign"] @ params["out"].astype(jnp.float32)
 
 
 def dense():
@@ -29,6 +29,7 @@ def dense():
         "shift": jnp.asarray(rng.standard_normal((2, 20)), jnp.float32),
         "out": jnp.asarray(rng.standard_normal((20, 5)), jnp.bfloat16),
         "steps": jnp.asarray(1),
+        "sign": jnp.asarray(rng.integers(1, 4, 20), jnp.int32),
     }
 
 
@@ -54,7 +55,7 @@ def test_a_round_trip_is_bit_for_bit(file, like):
     assert all(type(a) is type(b) for a, b in zip(*map(jax.tree.leaves, (before.params, after.params)), strict=True))
     assert repr(after) == repr(before)
     assert after.error == before.error
-    assert after.kept.keys() == before.kept.keys() == {"in", "bias", "shift", "out"}
+    assert after.kept.keys() == before.kept.keys() == {"in", "bias", "shift", "sign", "out"}
     for path, axes in before.kept.items():
         assert [k.tolist() for k in axes] == [k.tolist() for k in after.kept[path]]
     for batch in (BATCH, BATCH[:1]):

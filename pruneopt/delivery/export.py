@@ -22,7 +22,7 @@ Tree = Any
 
 _END = b"PRUNEOPT"  # after the program and its checksum: what reads the program looks no further than its end
 _MOST = 2**31 - 2**24  # bytes of weights: the format counts in 32 bits with a sign
-_TOLERANCE = {2: 2e-2, 4: 1e-5, 8: 1e-9}  # of the largest output, by the bytes of its dtype
+_TOLERANCE = {1: 2e-1, 2: 2e-2, 4: 1e-5, 8: 1e-9}  # of the largest output, by the bytes of its dtype
 
 
 @dataclass(frozen=True, eq=False)

@@ -138,7 +138,13 @@ def rebuilt(
     """The SmallerNetwork of fn with these smaller leaves. lost, shapes: those of the one that was taken apart."""
     kept = {path: tuple(np.flatnonzero(~one) for one in every) for path, every in lost.items()}
     small = SmallerNetwork(fn, params, kept, error, lost, shapes)
-    return replace(small, fn=_Smaller(fn, small.expand(), lost))
+
+    def dense(path: str, leaf: Any) -> Any:
+        if path in lost and is_floating(path, leaf):
+            return np.broadcast_to(np.zeros((), leaf.dtype), shapes[path])
+        return small.expand({path: leaf})[path] if path in lost else leaf
+
+    return replace(small, fn=_Smaller(fn, _tree.map_named(dense, params), lost))
 
 
 class _Smaller:
