@@ -42,7 +42,7 @@ if args.toy:
     params, sizes, repeats = random_network(), (1, 2), 2
     test = calibration = [rng.integers(0, 512, (2, 24)).astype(np.int32)]
 else:
-    folder, sizes, repeats = os.environ["PRUNEOPT_DATA"], (1, 8, 32), args.repeats
+    folder, sizes, repeats = os.environ["PRUNEOPT_DATA"], (1, 8), args.repeats
     params, _ = stories.load(folder)
     test = stories.batches(stories.windows(folder)[:16])
     calibration = stories.batches(stories.windows(folder, start=1200 * 40, count=16))

@@ -147,8 +147,9 @@ def report(
     latency: a table of `structure.latency`, whose prediction is told beside what was measured of the shrunk program.
 
     Time is that of a call of the compiled program, from Python to results that are ready, the programs of a size in
-    turn. Temporary memory is as the compiler laid it out. Peak memory is measured on a CPU under Linux: what one warm
-    call adds to the most that the process held at once, and its arguments; that mark of the process is set back for it.
+    turn. Temporary memory is as the compiler laid it out. Peak memory is measured on a CPU under Linux where 32 MiB
+    or more are temporary: what one warm call adds to the most that the process held at once, and its arguments; that
+    mark of the process is set back for it.
 
     Raises ValueError where `pruned` is not of the same structure as `params`, where only one of fn and batch is given,
     for sizes of a batch whose arrays do not agree on their first axis, and where fn cannot be run at a size.

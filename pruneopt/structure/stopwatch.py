@@ -27,7 +27,7 @@ Tree = Any
 
 _FEWEST = 5  # rounds, however long they take
 _TURN = 1e-3  # seconds of a turn at least: shorter calls are repeated in it
-_RESOLVED = 4 << 20  # bytes; the system counts what a process holds to a fraction of that
+_RESOLVED = 32 << 20  # bytes: smaller buffers need not go back to the system, and the next call takes them again
 _STATUS = Path("/proc/self/status")
 
 
@@ -90,7 +90,7 @@ class Memory:
 
     arguments, outputs, temporary: as the compiler laid out its buffers. peak: measured, the arguments and by how much
         one warm call raised the most that the process held at once; None where the system does not tell (only Linux
-        does, for a CPU) or less than 4 MiB are temporary, which it does not resolve.
+        does, for a CPU) or less than 32 MiB are temporary, which an allocator may keep.
     """
 
     arguments: int
