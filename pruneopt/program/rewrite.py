@@ -159,78 +159,109 @@ class Rewritten:
             if shapes == [tuple(np.shape(value)) for value in values]:
                 results = call.run(values)
             else:
-                results = self._derived(call, ids)(*values)
+                results = self._derived(call)(*values)
             env.update((a, r) for a, r in zip(call.outputs, results, strict=True) if isinstance(a, int))
 
-    def _derived(self, call: Equation, ids: list[Ids]) -> Callable[..., list[Any]]:
+    def _derived(self, call: Equation) -> Callable[..., list[Any]]:
         """A call at the sizes that are left, with its own derivative."""
         body = versions.body(call)
-
-        def plain(*values: Any) -> list[Any]:
-            return self._part(versions.plain(body), versions.constants(body), ids, call.inputs)(values)
-
+        inside = self._part(versions.plain(body), versions.constants(body), self._sides(call.inputs))
+        plain = lambda *values: _run(inside, values)  # noqa: E731
         if call.primitive.name == "custom_jvp_call" and not call.params["num_consts"]:
-            return self._with_tangents(call, ids, plain)
+            return self._with_tangents(call, plain)
         rule = versions.backward_rule(call) if call.primitive.name == "custom_vjp_call" else None
-        return self._with_cotangents(call, rule, ids, plain) if rule else _without_gradient(call, plain)
+        return self._with_cotangents(call, rule, plain) if rule else _without_gradient(call, plain)
 
-    def _with_tangents(self, call: Equation, ids: list[Ids], plain: Callable[..., list[Any]]) -> Any:
+    def _with_tangents(self, call: Equation, plain: Callable[..., list[Any]]) -> Any:
         """`plain` with the rule of a `custom_jvp`."""
-        function = jax.custom_jvp(plain)
+        function, sides = jax.custom_jvp(plain), self._sides(call.inputs)
 
         @function.defjvp
         def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
             rule, held, zeros = versions.forward_rule(call)
-            results = self._part(rule, held, [*ids, *ids], (*call.inputs, *call.inputs))((*primals, *tangents))
+            results = _run(self._part(rule, held, [*sides, *sides]), (*primals, *tangents))
             values, moved = results[: len(zeros)], iter(results[len(zeros) :])
             return values, [jnp.zeros_like(v) if zero else next(moved) for v, zero in zip(values, zeros, strict=True)]
 
         return function
 
-    def _with_cotangents(
-        self, call: Equation, rule: versions.Backward, ids: list[Ids], plain: Callable[..., list[Any]]
-    ) -> Any:
-        """`plain` with the rule of a `custom_vjp`: its forward pass rewritten, its backward one traced anew."""
-        function = jax.custom_vjp(plain)
+    def _with_cotangents(self, call: Equation, rule: versions.Backward, plain: Callable[..., list[Any]]) -> Any:
+        """`plain` with the rule of a `custom_vjp`: both passes rewritten."""
+        function, sides, program = jax.custom_vjp(plain), self._sides(call.inputs), self.reader.program
+        front = self._part(rule.jaxpr, rule.held, sides)
+        made = sum(at is None for at in rule.forwarded)
+        own = front._sides(front.reader.program.outputs[:made], front.reader.ends)
+        kinds = [var.aval for var in rule.jaxpr.outvars[:made]]
+        given, types = iter(own), iter(kinds)
+        behind = [next(given) if at is None else sides[at] for at in rule.forwarded]
+        avals = [next(types) if at is None else program.type_of(call.inputs[at]) for at in rule.forwarded]
+        behind += [side._replace(zero=(True,) * len(side.kept)) for side in self._sides(call.outputs)]
+        avals += [program.type_of(atom) for atom in call.outputs]
 
         def forward(*values: Any) -> Any:
-            results = self._part(rule.jaxpr, rule.held, ids, call.inputs)(values)
-            made = sum(at is None for at in rule.forwarded)
+            results = _run(front, values)
             given = iter(results[:made])
             return results[made:], [next(given) if at is None else values[at] for at in rule.forwarded]
 
         def backward(residuals: list[Any], cotangents: list[Any]) -> Any:
-            found = rule.function(rule.residuals.unflatten(residuals), rule.outputs.unflatten(cotangents))
-            return tuple(jax.tree.leaves(found, is_leaf=lambda x: x is None))
+            absent: list[bool] = []
+
+            def dense(*arrays: Any) -> list[Any]:
+                split = rule.residuals.num_leaves
+                found = rule.function(rule.residuals.unflatten(arrays[:split]), rule.outputs.unflatten(arrays[split:]))
+                leaves = jax.tree.leaves(found, is_leaf=lambda x: x is None)
+                absent[:] = [leaf is None for leaf in leaves]
+                return [leaf for leaf in leaves if leaf is not None]
+
+            shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+            closed = jax.make_jaxpr(dense)(*shapes)
+            part = self._part(versions.plain(closed), versions.constants(closed), behind)
+            results = iter(zip(_run(part, [*residuals, *cotangents]), part.reader.program.outputs, strict=True))
+            sizes = [self.sizes(self.reader.of(atom)) for atom in call.inputs]
+            return tuple(
+                None if missing else part.cut_copies(*next(results), size)
+                for missing, size in zip(absent, sizes, strict=True)
+            )
 
         function.defvjp(forward, backward)
         return function
 
-    def _part(
-        self, jaxpr: Any, held: Sequence[Any], ids: list[Ids], atoms: Sequence[Atom]
-    ) -> Callable[[Sequence[Any]], list[Any]]:
-        """A jaxpr whose inputs are variables of the program of these axes, with what is gone of them deleted."""
-        axes, copies = self.reader.axes, self.reader.copies
+    def cut_copies(self, value: Any, atom: Atom, sizes: tuple[int, ...]) -> Any:
+        """An output with as many copies along its axes as these sizes say."""
+        for k, (axis, n) in enumerate(zip(self.reader.of(atom), sizes, strict=True)):
+            if value.shape[k] > n and axis in self.reader.copies:
+                value = jax.lax.slice_in_dim(value, 0, n, axis=k)
+        return value
+
+    def _sides(self, atoms: Sequence[Atom], read: Sequence[Ids] | None = None) -> list[_Side]:
+        """What is left of variables, by their axes or by those that read them."""
+        reader, sides = self.reader, []
+        for atom, ids in zip(atoms, read or [reader.of(atom) for atom in atoms], strict=False):
+            kept = tuple(None if axis in reader.copies else self.kept(axis) for axis in ids)
+            zero = self._remainder.zeros(atom, self._gone) if self._remainder else [False] * len(ids)
+            sides.append(_Side(kept, tuple(zero)))
+        return sides
+
+    def _part(self, jaxpr: Any, held: Sequence[Any], sides: Sequence[_Side]) -> Rewritten:
+        """A jaxpr of whose inputs this is left, with what is gone of them deleted."""
         with jax.ensure_compile_time_eval():
-            repeated = {str(i): [k for k, axis in enumerate(one) if axis in copies] for i, one in enumerate(ids)}
+            repeated = {str(i): [k for k, kept in enumerate(s.kept) if kept is None] for i, s in enumerate(sides)}
             inside = Reader(straightened(jaxpr, held), self._rules.axes, self._rules.whole, repeated)
+        axes = [inside.leaves[str(i)] for i in range(len(sides))]
         entries = [
-            (f"input {i}", inside.leaves[str(i)][k], ~self.kept(axis))
-            for i, one in enumerate(ids)
-            for k, axis in enumerate(one)
-            if axis not in copies and axes.size[axis] != 1
+            (f"input {i}", axis, ~kept)
+            for i, side in enumerate(sides)
+            for axis, kept in zip(axes[i], side.kept, strict=True)
+            if kept is not None and len(kept) != 1
         ]
-        gone, left = gone_units(inside.axes, entries), None
-        if self._remainder:
-            zero = {str(i): self._remainder.zeros(atom, self._gone) for i, atom in enumerate(atoms)}
-            start = {
-                path: [frozenset(inside.axes.atoms(axis)) if every else frozenset() for axis, every in pairs]
-                for path, flags in zero.items()
-                for pairs in [list(zip(inside.leaves[path], flags, strict=True))]
-            }
-            left = self._remainder.within(inside, start)
-        part = Rewritten(inside, gone, self._rules, left)
-        return lambda values: part({str(i): value for i, value in enumerate(values)}, ())
+        zero = {
+            str(i): [
+                frozenset(inside.axes.atoms(a)) if z else frozenset() for a, z in zip(axes[i], s.zero, strict=True)
+            ]
+            for i, s in enumerate(sides)
+        }
+        left = self._remainder.within(inside, zero) if self._remainder else None
+        return Rewritten(inside, gone_units(inside.axes, entries), self._rules, left)
 
     def _value(self, env: Mapping[Atom, Any], atom: Atom, read: Ids) -> Any:
         """An atom as an equation reads it: copies cut to as many as it needs, constants to what is left."""
@@ -264,6 +295,17 @@ class Rewritten:
                     f"{name} gives {tuple(result.shape)} where its units leave {size}; please report this program"
                 )
         return results
+
+
+class _Side(NamedTuple):
+    """An input of a part: for each axis what is left of it, None for copies, and if it is zero where it is gone."""
+
+    kept: tuple[Bool[np.ndarray, " n"] | None, ...]
+    zero: tuple[bool, ...]
+
+
+def _run(part: Rewritten, values: Sequence[Any]) -> list[Any]:
+    return part({str(i): value for i, value in enumerate(values)}, ())
 
 
 def _without_gradient(call: Equation, plain: Callable[..., list[Any]]) -> Any:
@@ -307,67 +349,3 @@ def taken(value: Any, at: np.ndarray, axis: int) -> Any:
     step = int(steps[0]) if len(steps) else 1
     place = tuple(slice(int(at[0]), int(at[-1]) + 1, step) if k == axis else slice(None) for k in range(value.ndim))
     return value[place]
-
-
-def to_shape(name: str) -> Resize:
-    """The parameter of that name is the shape of the result."""
-    return lambda site, values: ({name: site.out(0)}, values)
-
-
-def reshaped(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-    """To the sizes that are left."""
-    return {"new_sizes": site.out(0)}, values
-
-
-def cut(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-    """A slice of what is left: the entries that it takes are first picked, where they are no stretch."""
-    p = site.equation.params
-    strides = p["strides"] or (1,) * len(p["start_indices"])
-    value = values[0]
-    for k, (start, stop, step) in enumerate(zip(p["start_indices"], p["limit_indices"], strides, strict=True)):
-        kept = site.kept(0, k)
-        if not kept.all():
-            at = np.arange(start, stop, step)
-            value = taken(value, (np.cumsum(kept) - 1)[at[kept[at]]], k)
-        else:
-            value = taken(value, np.arange(start, stop, step), k)
-    shape = value.shape
-    return {"start_indices": (0,) * len(shape), "limit_indices": shape, "strides": None}, [value]
-
-
-def split(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-    """Into what is left of each part."""
-    k = site.equation.params["axis"]
-    return {"sizes": tuple(site.out(i)[k] for i in range(len(site.equation.outputs)))}, values
-
-
-def dynamic_slice(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-    """At known places of axes that are cut; axes sliced at unknown ones are whole."""
-    value, *starts = values
-    for k, size in enumerate(site.equation.params["slice_sizes"]):
-        kept = site.kept(0, k)
-        if size != len(kept) and not kept.all():
-            known = site.program.reader.known(site.equation.inputs[1 + k])
-            assert known is not None
-            at = np.arange(size) + int(np.clip(known, 0, len(kept) - size))
-            value = taken(value, (np.cumsum(kept) - 1)[at[kept[at]]], k)
-            starts[k] = np.zeros((), starts[k].dtype)
-    return {"slice_sizes": site.out(0)}, [value, *starts]
-
-
-def gathered(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-    """Whole slices stay whole."""
-    sizes = tuple(
-        values[0].shape[k] if size == n else size
-        for k, (size, n) in enumerate(zip(site.equation.params["slice_sizes"], site.shape(0), strict=True))
-    )
-    return {"slice_sizes": sizes}, values
-
-
-def convolved(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-    """As many groups as channels are left for."""
-    spec, (image, kernel, *rest) = site.equation.params["dimension_numbers"], values
-    channels, inside = image.shape[spec.lhs_spec[1]], kernel.shape[spec.rhs_spec[1]]
-    if not channels:  # nothing is summed
-        kernel, inside = jax.lax.slice_in_dim(kernel, 0, 0, axis=spec.rhs_spec[1]), 0
-    return {"feature_group_count": channels // inside if inside else 1}, [image, kernel, *rest]

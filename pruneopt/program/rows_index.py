@@ -9,7 +9,7 @@ import numpy as np
 from pruneopt.program.axes import Ids, Reader
 from pruneopt.program.keys import Literal
 from pruneopt.program.program import Equation, Program
-from pruneopt.program.rewrite import dynamic_slice, gathered
+from pruneopt.program.resize import dynamic_slice, gathered
 from pruneopt.program.row import Bounds, Layout, Row, rows
 from pruneopt.program.zeros import keeps, scattered, writes
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from pruneopt.program.axes import Ids, Reader
 from pruneopt.program.program import Equation, Program
-from pruneopt.program.rewrite import cut, reshaped, split, to_shape
+from pruneopt.program.resize import cut, reshaped, split, to_shape
 from pruneopt.program.row import Bounds, Layout, Row
 from pruneopt.program.rows_reduce import along
 from pruneopt.program.zeros import joins, keeps, pads, spread

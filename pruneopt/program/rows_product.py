@@ -5,7 +5,7 @@ from __future__ import annotations
 from pruneopt.program.axes import Ids, Reader
 from pruneopt.program.forms import Conv, Dot, Form, Ragged
 from pruneopt.program.program import Equation
-from pruneopt.program.rewrite import convolved
+from pruneopt.program.resize import convolved
 from pruneopt.program.row import Product, Row
 from pruneopt.program.zeros import multiplied
 
