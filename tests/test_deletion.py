@@ -9,7 +9,6 @@ from paper_reproductions.networks.small import deletion
 from paper_reproductions.networks.small.catalogue import NETWORKS
 
 CHEAP = {
-    "mixer",
     "linear recurrent unit",
     "convnext",
     "graph",
