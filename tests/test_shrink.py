@@ -206,15 +206,96 @@ class TestSupport:
         assert small.error < 1e-6
         assert small.fn(small.params, self.batch).dtype == jnp.bfloat16
 
-    def test_a_constant_unit_stays(self):
+    def test_a_constant_unit_goes_into_the_bias_of_what_reads_it(self):
         """tanh(bias) of unit 3 reaches the output."""
-        assert self.kept(self.masks(w1=(slice(None), [3]))) == list(range(8))
+        masks = self.masks(w1=(slice(None), [3]))
+        assert self.kept(masks) == [0, 1, 2, 4, 5, 6, 7]
+        small = po.shrink(mlp, self.params, self.batch, masks)
+        added = np.tanh(1.0) * np.asarray(self.params["w2"][3])
+        np.testing.assert_allclose(small.params["b2"], np.asarray(self.params["b2"]) + added, rtol=1e-12)
 
-    def test_a_zero_unit_whose_function_is_not_zero_at_zero_stays(self):
+    def test_a_zero_unit_whose_function_is_not_zero_at_zero_goes_into_a_bias(self):
         def fn(p, x):
-            return jax.nn.sigmoid(x @ p["w1"] + p["b1"][None]) @ p["w2"] + p["b2"][None]
+            return jax.nn.sigmoid(x @ p["w1"] + p["b1"][None]) @ p["w2"] - p["b2"][None]
 
-        assert self.kept(self.masks(w1=(slice(None), [0])), fn) == list(range(8))
+        assert self.kept(self.masks(w1=(slice(None), [0])), fn) == list(range(1, 8))
+
+    def test_a_chain_of_constants_goes_from_bias_to_bias(self):
+        shapes = {"w1": (5, 6), "b1": (6,), "w2": (6, 4), "b2": (4,), "w3": (4, 3), "b3": (3,)}
+
+        def fn(p, x):
+            h = jnp.tanh(x @ p["w1"] + p["b1"][None])
+            return jax.nn.sigmoid(h @ p["w2"] + p["b2"][None]) @ p["w3"] + p["b3"][None]
+
+        params = arrays(**shapes)
+        masks = {name: np.ones(shapes[name], bool) for name in ("w1", "w2", "w3")}
+        masks["w1"][:, [0, 1]] = False
+        masks["w2"][2:, 3] = False  # unit 3 of the second layer hears constants alone
+        small = po.shrink(fn, params, self.batch, masks)
+        assert [small.params[name].shape for name in shapes] == [(5, 4), (4,), (4, 3), (3,), (3, 3), (3,)]
+        np.testing.assert_allclose(
+            small.fn(small.params, self.batch), fn(po.apply(params, masks), self.batch), rtol=1e-12
+        )
+
+    def test_a_constant_that_no_bias_can_take_stays_and_is_listed(self):
+        def without_bias(p, x):
+            return jnp.tanh(x @ p["w1"] + p["b1"][None]) @ p["w2"]
+
+        small = po.shrink(without_bias, self.params, self.batch, self.masks(w1=(slice(None), [3, 0])))
+        assert small.kept["w1"][1].tolist() == [1, 2, 3, 4, 5, 6, 7]  # unit 0 has no bias: it is zero
+        (((path, axis), entries),) = small.constant.items()
+        assert (path, axis, entries.tolist()) == ("b1", 0, [3])
+        assert "1 constant units stay" in repr(small)
+
+    def test_a_constant_channel_at_the_border_of_padding_stays(self):
+        """A convolution with padding adds less at the border, which no bias can."""
+
+        def fn(p, x, padding="SAME"):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            h = jnp.tanh(jax.lax.conv_general_dilated(x, p["k1"], (1, 1), padding, dimension_numbers=numbers) + p["b1"])
+            return jax.lax.conv_general_dilated(h, p["k2"], (1, 1), padding, dimension_numbers=numbers) + p["b2"]
+
+        params = arrays(k1=(3, 3, 2, 4), b1=(1, 1, 1, 4), k2=(3, 3, 4, 3), b2=(1, 1, 1, 3))
+        masks = {"k1": np.ones((3, 3, 2, 4), bool)}
+        masks["k1"][..., 1] = False
+        image = arrays(x=(2, 6, 6, 2))["x"]
+        assert "k1" not in po.shrink(fn, params, image, masks).kept
+        inside = po.shrink(lambda p, x: fn(p, x, "VALID"), params, image, masks)
+        assert inside.kept["k1"][3].tolist() == [0, 2, 3]
+
+    def test_widths_in_multiples(self):
+        small = po.shrink(mlp, self.params, self.batch, self.masks(w2=[1, 3, 6]), multiple=4)
+        assert small.params["w1"].shape == (5, 8)
+        small = po.shrink(mlp, self.params, self.batch, self.masks(w2=[1, 3, 6]), multiple=3)
+        assert small.params["w1"].shape == (5, 6)
+        np.testing.assert_array_equal(np.flatnonzero(~np.asarray(small.params["w2"]).any(1)), [1])
+        with pytest.raises(ValueError, match=r"multiple=0 is not a whole number"):
+            po.shrink(mlp, self.params, self.batch, self.masks(), multiple=0)
+
+    def test_places_of_maxima_are_counted_not_refused(self):
+        def fn(p, x):
+            y = mlp(p, x)
+            return y, jnp.argmax(y, -1)
+
+        small = po.shrink(fn, self.params, self.batch, self.masks(w2=[1, 3]))
+        assert small.flipped == 0
+        alone = po.shrink(lambda p, x: jnp.argmax(mlp(p, x), -1), self.params, self.batch, self.masks(w2=[1, 3]))
+        assert alone.flipped == 0
+        assert 0 <= alone.error < 1e-12
+
+    def test_params_with_keys_and_flags(self):
+        params = {"net": self.params, "key": jax.random.key(0), "count": 3, "steps": np.int32(2), "name": "mlp"}
+
+        def fn(p, x):
+            noise = jax.random.normal(p["key"], (x.shape[0], 1), x.dtype)
+            return mlp(p["net"], x) + noise * p["count"]
+
+        masks = {
+            "net": self.masks(w2=[1, 3]) | {"b1": None, "b2": None},
+            **dict.fromkeys(("key", "count", "steps", "name")),
+        }
+        small = po.shrink(fn, params, self.batch, masks)
+        assert small.params["net"]["w1"].shape == (5, 6)
 
     def test_partial_masks_survive(self):
         masks = self.masks(w2=[1])

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from pruneopt.capture.statistics import capture
 from pruneopt.program import versions
-from pruneopt.program.program import flatten
+from pruneopt.program.flatten import flatten
 from pruneopt.program.segment import Segment
 from pruneopt.structure import cost
 from pruneopt.structure.graph import trace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -14,18 +14,15 @@ from jaxtyping import Bool
 
 from pruneopt import _tree
 from pruneopt.delivery.apply import apply
+from pruneopt.delivery.smaller import TOLERANCE, Smaller, checked, compiled, difference
 from pruneopt.network.batches import Batches
-from pruneopt.network.leaves import combine, is_floating, partition
-from pruneopt.program.program import flatten
-from pruneopt.program.rewrite import Rewritten
+from pruneopt.program.flatten import flatten
 from pruneopt.solution import Pruned, Solution
-from pruneopt.structure.graph import Graph, read
+from pruneopt.structure.dead import Lost, dead, nothing, with_units
+from pruneopt.structure.graph import trace
 from pruneopt.structure.units import Group, Units
 
 Tree = Any
-Lost = dict[str, tuple[Bool[np.ndarray, " n"], ...]]  # {path: for each axis, the entries that are cut}
-
-_TOLERANCE = 1e-5  # of the largest output, in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,85 +30,113 @@ class SmallerNetwork:
     """A smaller network: `fn(params, batch)` computes what the masked one does.
 
     fn: the rewritten program, for batches of any size; it may be jitted, differentiated and mapped. params: the same
-        tree with smaller leaves. kept: {path: for each axis, the entries that are left}, of the leaves that were cut.
-    error: the largest difference to the masked network's outputs on the batch, over the largest output.
+        tree with smaller leaves.
+    error: the largest difference to the masked network's outputs on the batch, over the largest output. flipped: whole
+        numbers and booleans among the outputs, such as the place of a maximum, that differ.
+    lost: {path: for each axis, whether each of its entries was cut}, of the leaves that were cut. shapes: {path: shape
+        of the dense array}.
+    constant: {(path, axis): entries} of units that hold a number that depends on nothing and could not be added to a
+        bias exactly: they stayed. dense_fn: the function that was given.
     """
 
     fn: Callable[[Tree, Any], Any]
     params: Tree
-    kept: dict[str, tuple[np.ndarray, ...]]
     error: float
-    _lost: Lost = field(repr=False)
-    _shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    flipped: int
+    lost: Lost
+    shapes: dict[str, tuple[int, ...]]
+    constant: dict[tuple[str, int], np.ndarray]
+    dense_fn: Callable[[Tree, Any], Any] = field(repr=False)
 
     def __repr__(self) -> str:
-        before = sum(math.prod(shape) for shape in self._shapes.values())
+        before = sum(math.prod(shape) for shape in self.shapes.values())
         after = sum(leaf.size for leaf in jax.tree.leaves(self.params) if _tree.is_array(leaf))
+        flipped = f", {self.flipped} whole numbers of the outputs differ" if self.flipped else ""
+        constant = sum(map(len, self.constant.values()))
+        stay = f", {constant} constant units stay" if constant else ""
         return (
-            f"SmallerNetwork({len(self.kept)} leaves cut, parameters {before:,} -> {after:,}, error {self.error:.1e})"
+            f"SmallerNetwork({len(self.lost)} leaves cut, parameters {before:,} -> {after:,}, "
+            f"error {self.error:.1e}{flipped}{stay})"
         )
 
     @property
-    def lost(self) -> Lost:
-        """{path: for each axis, whether each of its entries was cut}, of the leaves that were cut."""
-        return self._lost
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{path: shape of the dense array}."""
-        return self._shapes
+    def kept(self) -> dict[str, tuple[np.ndarray, ...]]:
+        """{path: for each axis, the entries that are left}, of the leaves that were cut."""
+        return {path: tuple(np.flatnonzero(~one) for one in every) for path, every in self.lost.items()}
 
     def expand(self, tree: Tree | None = None) -> Tree:
         """`params`, or a tree of that shape, with zeros where entries were cut."""
+        return _expanded(self.params if tree is None else tree, self.lost, self.shapes)
 
-        def one(path: str, leaf: Any) -> Any:
-            if path not in self.kept:
-                return leaf
-            full = jnp.zeros(self._shapes[path], leaf.dtype)
-            return full.at[np.ix_(*self.kept[path])].set(leaf)
-
-        return _tree.map_named(one, self.params if tree is None else tree)
+    def runs_as_is(self, batch: Any) -> bool:
+        """Whether the user's own function on the smaller leaves passes the same check, on `batch` and on one of another
+        size. Most need the rewritten `fn`: frameworks check shapes, a mean divides by the width that it finds.
+        """
+        for one in _sizes(next(iter(Batches([batch])))):
+            expected = compiled(self.fn, self.params, one)
+            try:
+                found = compiled(self.dense_fn, self.params, one)
+            except Exception:  # whatever a function that was written for other shapes raises
+                return False
+            if [np.shape(x) for x in found] != [np.shape(x) for x in expected]:
+                return False
+            if not difference(expected, found) <= TOLERANCE:
+                return False
+        return True
 
     def of(self, fn: Callable[[Tree, Any], Any], batch: Any) -> Callable[[Tree, Any], Any]:
         """The same cut of another function of the same params, such as a loss, checked on `batch` in the same way.
 
         Raises ValueError where its program ties what was cut otherwise, or to its outputs, with the reason.
         """
-        smaller = _Smaller(fn, self.expand(), self._lost)
-        _checked(fn, self.expand(), smaller, self.params, next(iter(Batches([batch]))))
+        smaller = Smaller(fn, self.expand(), self.lost)
+        checked(fn, self.expand(), smaller, self.params, next(iter(Batches([batch]))))
         return smaller
 
     def shrink_like(self, tree: Tree) -> Tree:
         """Any tree whose subtrees look like the dense params, such as an optimiser's state, cut along."""
-        paths = sorted(self._lost, key=len, reverse=True)
+        paths = sorted(self.lost, key=len, reverse=True)
 
         def one(path: str, leaf: Any) -> Any:
             for known in paths:
-                if (path == known or path.endswith("/" + known)) and np.shape(leaf) == self._shapes[known]:
-                    return _sliced(leaf, self._lost[known])
+                if (path == known or path.endswith("/" + known)) and np.shape(leaf) == self.shapes[known]:
+                    return _sliced(leaf, self.lost[known])
             return leaf
 
         return _tree.map_named(one, tree)
 
 
 def shrink(
-    fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, support: Pruned | Solution | Tree
+    fn: Callable[[Tree, Any], Any],
+    params: Tree,
+    batch: Any,
+    support: Pruned | Solution | Tree,
+    *,
+    multiple: int = 1,
 ) -> SmallerNetwork:
     """The smaller network that computes what fn computes of `params` masked by `support`.
 
     A unit goes where nothing of it is left after masking: in every product and sum over it one side is masked out, or
-    zero because what makes it is. Other masked weights stay as zeros. The result is compared with the masked network on
-    `batch`, in float32 at least.
+    zero because what makes it is. A unit that is a constant (its weights gone, its bias alive) goes where what it adds
+    to each product can be added to a bias exactly; else it stays and is listed. Other masked weights stay as zeros. The
+    result is compared with the masked network on `batch`, in float32 at least. Outputs that are new values of leaves of
+    params, such as the statistics of batch norm in `(loss, statistics)`, are cut as the leaves are.
 
     support: what `prune` or `solve` returned, or a tree of masks. params may have been trained since; they are masked.
+    multiple: leave so many units of each group that the lengths of its axes are multiples of it, such as 8 or 64, or
+        the whole group; units that could go stay as zeros for that.
     Raises ValueError for a function that cannot be read, and where the smaller network differs from the masked one by
-        more than 1e-5 of the largest output.
+        more than 1e-5 of the largest output, with the operator where they part.
     """
+    if not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f"multiple={multiple!r} is not a whole number >= 1; pass 8, say, for widths in steps of 8")
     batch = next(iter(Batches([batch])))
     masked = apply(params, support)
     masks = support.support if isinstance(support, Pruned | Solution) else support
-    units = Units(flatten(fn, masked, batch))
-    return _shrunk(fn, masked, batch, _without_effect(units, masked, dict(_tree.named_leaves(masks))))
+    _check_finite(masked)
+    units = Units(flatten(fn, masked, batch, unroll=False))
+    found = dead(units, masked, dict(_tree.named_leaves(masks)), jax.tree.leaves(batch), multiple)
+    return _shrunk(fn, masked, found.params, batch, found.lost, found.constant)
 
 
 def shrink_units(
@@ -123,159 +148,54 @@ def shrink_units(
     Raises ValueError for entries that cannot be cut, with what they are tied to and why; otherwise as `shrink`.
     """
     batch = next(iter(Batches([batch])))
-    graph = read(flatten(fn, params, batch))
-    units = graph.units()
-    lost = _nothing(params)
+    _check_finite(params)
+    units = Units(flatten(fn, params, batch, unroll=False))
+    lost = nothing(params)
     for (path, axis), entries in kept.items():
-        lost = _with(units, lost, *_asked(graph, units, path, axis, entries))
+        try:
+            with_units(units, lost, *_asked(units, path, axis, entries))
+        except _Tied as error:
+            raise ValueError(f"{error}\n{trace(fn, params, batch).explain(path)}") from None
     zeroed = _tree.map_named(lambda path, leaf: _zeroed(leaf, lost[path]) if path in lost else leaf, params)
-    return _shrunk(fn, zeroed, batch, lost)
+    return _shrunk(fn, zeroed, zeroed, batch, lost, {})
 
 
 def rebuilt(
     fn: Callable[[Tree, Any], Any], params: Tree, lost: Lost, shapes: dict[str, tuple[int, ...]], error: float
 ) -> SmallerNetwork:
     """The SmallerNetwork of fn with these smaller leaves. lost, shapes: those of the one that was taken apart."""
-    kept = {path: tuple(np.flatnonzero(~one) for one in every) for path, every in lost.items()}
-    small = SmallerNetwork(fn, params, kept, error, lost, shapes)
 
     def dense(path: str, leaf: Any) -> Any:
         if path in lost and is_floating(path, leaf):
             return np.broadcast_to(np.zeros((), leaf.dtype), shapes[path])
-        return small.expand({path: leaf})[path] if path in lost else leaf
+        return _expanded({path: leaf}, lost, shapes)[path] if path in lost else leaf
 
-    return replace(small, fn=_Smaller(fn, _tree.map_named(dense, params), lost))
-
-
-class _Smaller:
-    """fn with entries of params cut: the program of each signature of its batches, rewritten once."""
-
-    def __init__(self, fn: Callable[[Tree, Any], Any], params: Tree, lost: Lost):
-        self._fn, self._lost, self._known = fn, lost, {}
-        self._dense = jax.tree.map(_abstract, params)
-
-    def __call__(self, params: Tree, batch: Any) -> Any:
-        leaves, structure = jax.tree.flatten(batch)
-        key = structure, tuple((np.shape(x), str(jax.typeof(x).dtype)) for x in leaves)
-        if key not in self._known:
-            self._known[key] = self._rewritten(batch)
-        program, outputs = self._known[key]
-        arrays = {path: leaf for path, leaf in _tree.named_leaves(params) if _tree.is_array(leaf)}
-        return outputs.unflatten(program(arrays, [x for x in leaves if _tree.is_array(x) or np.isscalar(x)]))
-
-    def _rewritten(self, batch: Any) -> tuple[Rewritten, Any]:
-        with jax.ensure_compile_time_eval():  # loop counters are numbers, also where the caller traces
-            units = Units(flatten(self._fn, self._dense, batch))
-        shapes = jax.eval_shape(lambda c, r, b: self._fn(combine(c, r), b), *partition(self._dense, is_floating), batch)
-        outputs = jax.tree.structure(shapes)
-        return units.rewritten(units.gone(self._lost)), outputs
+    smaller = Smaller(fn, _tree.map_named(dense, params), lost)
+    return SmallerNetwork(smaller, params, error, 0, lost, shapes, {}, fn)
 
 
-def _shrunk(fn: Callable[[Tree, Any], Any], masked: Tree, batch: Any, lost: Lost) -> SmallerNetwork:
-    smaller = _Smaller(fn, masked, lost)
-    params = _tree.map_named(lambda path, leaf: _sliced(leaf, lost[path]) if path in lost else leaf, masked)
-    error = _checked(fn, masked, smaller, params, batch)
+class _Tied(ValueError):
+    """Entries that are no units that can be cut."""
+
+
+def _shrunk(
+    fn: Callable[[Tree, Any], Any],
+    masked: Tree,
+    moved: Tree,
+    batch: Any,
+    lost: Lost,
+    constant: dict[tuple[str, int], np.ndarray],
+) -> SmallerNetwork:
+    """moved: the masked leaves once constants have moved into biases."""
+    smaller = Smaller(fn, masked, lost)
+    params = _tree.map_named(lambda path, leaf: _sliced(leaf, lost[path]) if path in lost else leaf, moved)
+    check = checked(fn, masked, smaller, params, batch)
     shapes = {path: np.shape(leaf) for path, leaf in _tree.named_leaves(masked) if _tree.is_array(leaf)}
     cut = {path: every for path, every in lost.items() if any(one.any() for one in every)}
-    kept = {path: tuple(np.flatnonzero(~one) for one in every) for path, every in cut.items()}
-    return SmallerNetwork(smaller, params, kept, error, cut, shapes)
+    return SmallerNetwork(smaller, params, *check, cut, shapes, constant, fn)
 
 
-def _checked(fn: Callable, masked: Tree, smaller: Callable, params: Tree, batch: Any) -> float:
-    """By how much the smaller network's outputs differ from the masked one's, over the largest.
-
-    Raises ValueError where that is too much.
-    """
-    masked, params, batch = (jax.tree.map(_widened, tree) for tree in (masked, params, batch))
-    before, after = jax.tree.leaves(jax.jit(fn)(masked, batch)), jax.tree.leaves(jax.jit(smaller)(params, batch))
-    error = _difference(before, after)
-    if not error <= _TOLERANCE:
-        raise ValueError(
-            f"the smaller network differs from the masked one by {error:.2g} of the largest output, more than "
-            f"{_TOLERANCE:g}; please report this network"
-        )
-    return error
-
-
-def _widened(leaf: Any) -> Any:
-    """Floating arrays in float32 at least, so that rounding hides no difference."""
-    if _tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
-        return jnp.asarray(leaf).astype(_tree.wide(leaf.dtype))
-    return leaf
-
-
-def _difference(before: Sequence[Any], after: Sequence[Any]) -> float:
-    """The largest |after - before| over the largest |before|, of arrays of numbers."""
-    pairs = [
-        (np.asarray(a, np.float64), np.asarray(b, np.float64))
-        for a, b in zip(before, after, strict=True)
-        if jnp.issubdtype(a.dtype, jnp.inexact)
-    ]
-    largest = max((float(np.max(np.abs(a), initial=0.0, where=np.isfinite(a))) for a, _ in pairs), default=0.0)
-    apart = max(
-        (float(np.max(np.abs(np.subtract(a, b, where=a != b, out=np.zeros_like(a))), initial=0.0)) for a, b in pairs),
-        default=0.0,
-    )
-    return apart / largest if largest else apart
-
-
-def _without_effect(units: Units, masked: Tree, masks: Mapping[str, Any]) -> Lost:
-    """The entries of the units that masking leaves without effect, and of those whose effect goes with them."""
-    lost, free = _nothing(masked), [group for group in units.groups if not group.blocked]
-    chosen = {path for path in lost if masks.get(path) is not None}
-    live = {
-        path: np.array(masks[path]) if path in chosen else np.array(leaf != 0)
-        for path, leaf in _tree.named_leaves(masked)
-        if path in lost
-    }
-    while True:
-        found = False
-        for group, gone in _dead(units, free, live, chosen):
-            for path, axis in group.members:
-                entries = units.places(group, path, axis)[gone]
-                fresh = ~lost[path][axis][entries]
-                found |= bool(fresh.any())
-                lost[path][axis][entries] = True
-                np.moveaxis(live[path], axis, 0)[entries.ravel()] = False
-        if not found:
-            return lost
-
-
-def _dead(
-    units: Units, groups: Sequence[Group], live: Mapping[str, np.ndarray], chosen: set[str]
-) -> list[tuple[Group, Bool[np.ndarray, " units"]]]:
-    """(group, units without effect): at every product or sum over them one side is zero, by what is zero of them.
-
-    Units of one group that are zero in the same members are alike, so that one reading judges one kind of every group.
-    """
-    kinds = []
-    for group in groups:
-        zero = np.stack([_zero_units(units, group, path, axis, live[path]) for path, axis in group.members], axis=1)
-        masked = np.array([path in chosen for path, _ in group.members])
-        patterns, which = np.unique(zero, axis=0, return_inverse=True)
-        able = [i for i, pattern in enumerate(patterns) if np.any(pattern & masked)]
-        kinds.append([(patterns[i], which.ravel() == i) for i in able])
-    found = []
-    for turn in range(max(map(len, kinds), default=0)):
-        now = [(group, *every[turn]) for group, every in zip(groups, kinds, strict=True) if turn < len(every)]
-        start = {path: [set() for _ in array.shape] for path, array in live.items()}
-        for group, pattern, _ in now:
-            for (path, axis), zero in zip(group.members, pattern, strict=True):
-                if zero:
-                    start[path][axis].add(units.atom(group))
-        frozen = {path: [frozenset(one) for one in every] for path, every in start.items()}
-        left = {unit for unit, _ in units.zeros(frozen).left}
-        found += [(group, which) for group, _, which in now if units.atom(group) not in left]
-    return found
-
-
-def _zero_units(units: Units, group: Group, path: str, axis: int, live: np.ndarray) -> Bool[np.ndarray, " units"]:
-    """Whether nothing of a leaf is left in a unit's entries of an axis."""
-    along = np.any(live, axis=tuple(k for k in range(live.ndim) if k != axis))
-    return ~np.any(along[units.places(group, path, axis)], axis=1)
-
-
-def _asked(graph: Graph, units: Units, path: str, axis: int, entries: Any) -> tuple[Group, Bool[np.ndarray, " units"]]:
+def _asked(units: Units, path: str, axis: int, entries: Any) -> tuple[Group, Bool[np.ndarray, " units"]]:
     """(group, units to cut) of entries to keep."""
     groups = units.of(path, axis)
     n = units.type_of(path).shape[axis]
@@ -291,21 +211,38 @@ def _asked(graph: Graph, units: Units, path: str, axis: int, entries: Any) -> tu
         explained[units.places(group, path, axis)[gone]] = True
         if np.array_equal(explained, lost):
             if group.blocked:
-                raise ValueError(f"kept: units of '{path}' cannot be cut.\n{graph.explain(path)}")
+                raise _Tied(f"kept: units of '{path}' cannot be cut.")
             return group, gone
-    raise ValueError(f"kept: the entries cut from axis {axis} of '{path}' are no whole units.\n{graph.explain(path)}")
+    raise _Tied(f"kept: the entries cut from axis {axis} of '{path}' are no whole units.")
 
 
-def _nothing(params: Tree) -> Lost:
-    arrays = [(path, np.shape(leaf)) for path, leaf in _tree.named_leaves(params) if _tree.is_array(leaf)]
-    return {path: tuple(np.zeros(n, bool) for n in shape) for path, shape in arrays}
+def _check_finite(params: Tree) -> None:
+    """Zeros cut from what is not finite prove nothing: 0 times infinity is no zero."""
+    path = _tree.first_nonfinite(params)
+    if path is not None:
+        raise ValueError(f"params: leaf '{path}' holds a NaN or an infinity; mend the weights first")
 
 
-def _with(units: Units, lost: Lost, group: Group, gone: Bool[np.ndarray, " units"]) -> Lost:
-    """`lost` and the entries of these units."""
-    for path, axis in group.members:
-        lost[path][axis][units.places(group, path, axis)[gone]] = True
-    return lost
+def _sizes(batch: Any) -> list[Any]:
+    """The batch, and one of another size where all its arrays count examples along their first axis."""
+    lengths = {np.shape(x)[:1] for x in jax.tree.leaves(batch)}
+    if len(lengths) != 1 or () in lengths:
+        return [batch]
+    ((n,),) = lengths
+    other = (lambda x: x[: n // 2]) if n > 1 else (lambda x: np.concatenate([x, x]))
+    return [batch, jax.tree.map(other, batch)]
+
+
+def _expanded(tree: Tree, lost: Lost, shapes: Mapping[str, tuple[int, ...]]) -> Tree:
+    """A tree of smaller leaves with zeros where entries were cut."""
+
+    def one(path: str, leaf: Any) -> Any:
+        if path not in lost:
+            return leaf
+        full = jnp.zeros(shapes[path], leaf.dtype)
+        return full.at[np.ix_(*(~which for which in lost[path]))].set(leaf)
+
+    return _tree.map_named(one, tree)
 
 
 def _sliced(leaf: Any, lost: Sequence[Bool[np.ndarray, " n"]]) -> Any:
@@ -319,11 +256,4 @@ def _zeroed(leaf: Any, lost: Sequence[Bool[np.ndarray, " n"]]) -> Any:
         place = [1] * np.ndim(leaf)
         place[k] = -1
         leaf = jnp.where(one.reshape(place), jnp.zeros((), leaf.dtype), leaf) if one.any() else leaf
-    return leaf
-
-
-def _abstract(leaf: Any) -> Any:
-    """An array of the same type without memory of its own; whole numbers and keys as they are."""
-    if _tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
-        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
     return leaf

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from pruneopt.program.keys import Literal
-from pruneopt.program.program import Atom, Equation, Program, straightened
+from pruneopt.program.program import Atom, Equation, Program
 
 _STACKS = "it stacks layers: one entry of it is read at a time"
 _PARTS = 64  # parts of one axis; beyond it the axis is blocked, not split further
@@ -169,9 +169,10 @@ class Reader:
     right, left, right, primitive). roles: {axis: words}, of axes of
     parameters. unknown: [(primitive, reason, axes that it touches)], without a rule. read: for each equation, the axes
     of each input as it reads them: `of`, with axes of its own for copies. inner: {equation: the reader of its body}, of
-    loops that stayed whole. ends: the axes of the outputs. state: {variable of the batch: number of the output} that is
-    its value in the next call, such as keys and values: their units go too. within, given: for a body, the reader that
-    it shares axes with, and the axes of its inputs.
+    loops that stayed whole. ends: the axes of the outputs. updates: {output: the leaf that it renews}, cut like the
+    leaf. state: {variable of the batch: number of the output} that is its value in the next call, such as keys and
+    values: their units go too. within, given: for a body, the reader that it shares axes with, and the axes of its
+    inputs.
     """
 
     def __init__(
@@ -189,7 +190,7 @@ class Reader:
         self.contractions: list[tuple[int, int, Atom, Atom, str]] = []
         self.read: list[tuple[Ids, ...]] = []
         self.inner: dict[int, Reader] = {}
-        self.roles: dict[int, list[str]] = {}
+        self.roles: dict[int, list[str]] = {} if within is None else within.roles
         self.unknown: list[tuple[str, str, Ids]] = []
         self.copies: set[int] = set()  # axes along which all entries are equal
         self._of: dict[int, Ids] = {}
@@ -223,12 +224,26 @@ class Reader:
             tuple(self._own(axis) if axis in self.copies else axis for axis in self.of(atom))
             for atom in program.outputs
         ]
+        self.updates = {} if within is not None else self._updates()
         if within is None:
             for var, out in self.state.items():
                 for a, b in zip(self._of[var], self.ends[out], strict=True):
                     self.axes.tie(a, b, "carried from call to call")
-            for axis in (axis for i, ids in enumerate(self.ends) if i not in self.state.values() for axis in ids):
+            carried = {*self.state.values(), *self.updates}
+            for axis in (axis for i, ids in enumerate(self.ends) if i not in carried for axis in ids):
                 self.axes.block(axis, "it is an output of fn")
+
+    def _updates(self) -> dict[int, str]:
+        """{output: the leaf of params whose new value it is}, by the last name of its path and by its axes."""
+        classes = {path: [self.axes.atoms(axis) for axis in ids] for path, ids in self.leaves.items() if ids}
+        found = {}
+        for i, (path, ids) in enumerate(zip(self.program.returned.paths, self.ends, strict=False)):
+            own = [self.axes.atoms(axis) for axis in ids]
+            named = [leaf for leaf in classes if own == classes[leaf] and _last(leaf) == _last(path)]
+            whole = [leaf for leaf in named if path.endswith(leaf)] or named
+            if whole and math.prod(self.axes.size[axis] for axis in ids) > 1:
+                found[i] = whole[0]
+        return found
 
     def of(self, atom: Atom) -> Ids:
         """The axes of a variable, of a constant or of a literal.
@@ -252,13 +267,10 @@ class Reader:
             self._now[key] = axes
         return axes
 
-    def inside(self, jaxpr: Any, held: Sequence[Any], inputs: Sequence[Ids], data: Iterable[int]) -> list[Ids]:
-        """Read the body of the equation at hand, whose inputs have these axes; the axes of its outputs.
-
-        data: the inputs that depend on the batch.
-        """
+    def inside(self, program: Program, inputs: Sequence[Ids]) -> list[Ids]:
+        """Read the body of the equation at hand, whose inputs have these axes; the axes of its outputs."""
         given = {str(i): ids for i, ids in enumerate(inputs)}
-        body = Reader(straightened(jaxpr, held, data), self._rules, self._whole, within=self, given=given)
+        body = Reader(program, self._rules, self._whole, within=self, given=given)
         self.inner[len(self.read) - 1] = body
         self.unknown += body.unknown
         return body.ends
@@ -359,3 +371,7 @@ def _uniform(value: Any, axis: int) -> bool:
         return False
     array = np.asarray(value)
     return bool(np.all(array == array.take([0], axis))) if array.size else False
+
+
+def _last(path: str) -> str:
+    return path.rsplit("/", 1)[-1]

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from pruneopt import _tree
 from pruneopt.network.calls import Loss
+from pruneopt.program.flatten import flatten
 from pruneopt.program.forms import Conv
 from pruneopt.program.keys import Literal
 from pruneopt.program.primitives import form_of
-from pruneopt.program.program import Equation, Program, flatten
+from pruneopt.program.program import Equation, Program
 
 Tree = Any
 

@@ -18,6 +18,7 @@ from jaxtyping import Bool
 from pruneopt.program.axes import Axes, Ids, Reader
 from pruneopt.program.keys import Literal
 from pruneopt.program.program import Atom
+from pruneopt.program.resize import Left
 
 SUMS = frozenset({"reduce_sum", "dot_general"})
 
@@ -25,16 +26,9 @@ SUMS = frozenset({"reduce_sum", "dot_general"})
 class Cut(Protocol):
     """A program with units deleted."""
 
-    def sizes(self, ids: Ids) -> tuple[int, ...]:
-        """Entries left of each axis."""
-        ...
-
-    def sliced(self, value: Any, ids: Ids, but: int = -1) -> Any:
-        """An array without the deleted entries of these axes, all but one of them."""
-        ...
-
-    def fitted(self, value: Any, own: Ids, read: Ids, but: int = -1) -> Any:
-        """An array with as many copies along each axis, all but one of them, as its reader needs."""
+    @property
+    def left(self) -> Left:
+        """What is left of its axes."""
         ...
 
     def narrow(self, i: int, values: Sequence[Any], sizes: Mapping[int, int]) -> list[Any]:
@@ -211,22 +205,22 @@ class Remainder:
         atom, read, program = self._reader.program.equations[i].inputs[p], self._reader.read[i][p], self._reader.program
         kind = self.kind(atom, k, unit)
         if kind == "zero":
-            shape = [1 if j == k else n for j, n in enumerate(cut.sizes(read))]
+            shape = [1 if j == k else n for j, n in enumerate(cut.left.sizes(read))]
             return jnp.zeros(shape, program.type_of(atom).dtype)
         if isinstance(atom, Literal) or atom in program.constants:
             value = jnp.asarray(atom.value if isinstance(atom, Literal) else program.constants[atom])
             at = np.zeros(1, int) if kind == "copies" else self._lost(read[k], unit, gone)
-            return cut.sliced(value.take(at, axis=k), read, k)
+            return cut.left.sliced(value.take(at, axis=k), read, k)
         value = jax.lax.slice_in_dim(arrays[atom], 0, 1, axis=k) if kind == "copies" else made[atom, k]
-        return cut.fitted(value, self._reader.of(atom), read, k)
+        return cut.left.fitted(value, self._reader.of(atom), read, k)
 
     def _whole(self, atom: Atom, read: Ids, cut: Cut, arrays: Mapping[Any, Any]) -> Any:
         """An input along which no unit stands, as an equation reads it."""
         if isinstance(atom, Literal):
             return atom.value
         if atom in self._reader.program.constants:
-            return cut.sliced(self._reader.program.constants[atom], read)
-        return cut.fitted(arrays[atom], self._reader.of(atom), read)
+            return cut.left.sliced(self._reader.program.constants[atom], read)
+        return cut.left.fitted(arrays[atom], self._reader.of(atom), read)
 
 
 def _places(equation: Any) -> list[tuple[tuple[int, int], ...]]:

@@ -1,13 +1,97 @@
-"""How primitives take the sizes that are left: their changed parameters and inputs."""
+"""How primitives take the sizes that are left once units are deleted."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 
-from pruneopt.program.rewrite import Resize, Site, taken
+from pruneopt.program.axes import Ids, Reader
+from pruneopt.program.program import Equation
+
+Gone = Mapping[int, Bool[np.ndarray, " units"]]  # {class of units: which of them are deleted}
+Resize = Callable[["Site", list[Any]], tuple[dict[str, Any], list[Any]]]  # (changed parameters, changed inputs)
+
+
+class Left:
+    """What is left of a program's axes where units `gone` are deleted."""
+
+    def __init__(self, reader: Reader, gone: Gone):
+        self.reader, self._gone = reader, gone
+        self._kept: dict[int, Bool[np.ndarray, " n"]] = {}
+
+    def kept(self, axis: int) -> Bool[np.ndarray, " n"]:
+        """Which entries of an axis are left."""
+        if axis not in self._kept:
+            axes = self.reader.axes
+            kept = np.ones(axes.size[axis], bool)
+            for atom in self._gone.keys() & set(axes.atoms(axis)):
+                kept &= ~np.any(axes.owned(axis, atom)[self._gone[atom]], axis=0)
+            self._kept[axis] = kept
+        return self._kept[axis]
+
+    def any(self, axis: int) -> bool:
+        """Whether any entry of an axis is left."""
+        return bool(self.kept(axis).any())
+
+    def sizes(self, ids: Ids) -> tuple[int, ...]:
+        """How many entries of each axis are left; all of an axis of copies, which each reader cuts for itself."""
+        return tuple(
+            self.reader.axes.size[axis] if axis in self.reader.copies else int(self.kept(axis).sum()) for axis in ids
+        )
+
+    def sliced(self, value: Any, ids: Ids, but: int = -1) -> Any:
+        """An array without the deleted entries of these axes, all but one of them."""
+        for k, axis in enumerate(ids):
+            if k != but and not (kept := self.kept(axis)).all():
+                value = taken(value, np.flatnonzero(kept), k)
+        return value
+
+    def fitted(self, value: Any, own: Ids, read: Ids, but: int = -1) -> Any:
+        """An array with as many copies along each axis, all but one of them, as its reader needs."""
+        for k, (axis, needed) in enumerate(zip(own, read, strict=True)):
+            if k != but and axis != needed and not (kept := self.kept(needed)).all():
+                value = jax.lax.slice_in_dim(value, 0, int(kept.sum()), axis=k)
+        return value
+
+    def resized(self, sizes: Mapping[int, int]) -> Left:
+        """The same where these axes have other sizes."""
+        other = Left(self.reader, self._gone)
+        other._kept = self._kept | {axis: np.ones(n, bool) for axis, n in sizes.items()}
+        return other
+
+
+class Site(NamedTuple):
+    """Where an equation stands: what is left of its inputs and outputs."""
+
+    left: Left
+    equation: Equation
+    read: tuple[Ids, ...]
+
+    def shape(self, i: int) -> tuple[int, ...]:
+        """Of input i before."""
+        return self.left.reader.shape(self.equation.inputs[i])
+
+    def kept(self, i: int, k: int) -> Bool[np.ndarray, " n"]:
+        """Entries of axis k of input i that are left."""
+        return self.left.kept(self.read[i][k])
+
+    def out(self, i: int) -> tuple[int, ...]:
+        """The shape of output i."""
+        return self.left.sizes(self.left.reader.of(self.equation.outputs[i]))
+
+
+def taken(value: Any, at: np.ndarray, axis: int) -> Any:
+    """The entries `at`, in order, along an axis: a slice where they are evenly spaced."""
+    steps = np.unique(np.diff(at))
+    if not len(at) or len(steps) > 1 or (len(steps) and steps[0] < 1):
+        return value.take(at, axis=axis)
+    step = int(steps[0]) if len(steps) else 1
+    place = tuple(slice(int(at[0]), int(at[-1]) + 1, step) if k == axis else slice(None) for k in range(value.ndim))
+    return value[place]
 
 
 def to_shape(name: str) -> Resize:
@@ -48,7 +132,7 @@ def dynamic_slice(site: Site, values: list[Any]) -> tuple[dict[str, Any], list[A
     for k, size in enumerate(site.equation.params["slice_sizes"]):
         kept = site.kept(0, k)
         if size != len(kept) and not kept.all():
-            known = site.program.reader.known(site.equation.inputs[1 + k])
+            known = site.left.reader.known(site.equation.inputs[1 + k])
             assert known is not None
             at = np.arange(size) + int(np.clip(known, 0, len(kept) - size))
             value = taken(value, (np.cumsum(kept) - 1)[at[kept[at]]], k)

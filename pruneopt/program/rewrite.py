@@ -13,12 +13,14 @@ from jaxtyping import Bool
 
 from pruneopt.program import versions
 from pruneopt.program.axes import Axes, AxisRule, Ids, Reader
+from pruneopt.program.flatten import straightened
 from pruneopt.program.keys import Literal
-from pruneopt.program.program import Atom, Equation, straightened
+from pruneopt.program.live import live
+from pruneopt.program.program import Atom, Equation
 from pruneopt.program.remainder import SUMS, Remainder
+from pruneopt.program.resize import Gone, Left, Resize, Site
 
-Gone = Mapping[int, Bool[np.ndarray, " units"]]  # {class of units: which of them are deleted}
-Resize = Callable[["Site", list[Any]], tuple[dict[str, Any], list[Any]]]  # (changed parameters, changed inputs)
+Seen = Callable[[Equation, Sequence[Any]], None]
 
 
 class Misaligned(ValueError):
@@ -60,75 +62,49 @@ class Rewritten:
     """
 
     def __init__(self, reader: Reader, gone: Gone, rules: Rules, remainder: Remainder | None = None):
-        self.reader, self._gone, self._rules, self._remainder = reader, gone, rules, remainder
-        self._kept: dict[int, Bool[np.ndarray, " n"]] = {}
-        self._last: dict[Atom, int] = {}
-        program = reader.program
-        self._calls: dict[int, list[Equation]] = {}
-        for at, call in program.calls:
-            self._calls.setdefault(at, []).append(call)
-        for i, equation in sorted([*enumerate(program.equations), *program.calls], key=lambda pair: pair[0]):
-            self._last.update({atom: i for atom in equation.inputs if isinstance(atom, int)})
-        self._left: dict[int, list[int]] = {}  # units of which a sum takes what is left
-        for i, equation in enumerate(program.equations if remainder else ()):
-            if remainder and equation.primitive.name in SUMS:
-                self._left[i] = [unit for unit in gone if remainder.summed(i, unit)]
-                if not all(remainder.is_known(i, unit) for unit in self._left[i]):
+        self.reader, self.left, self._gone, self._rules = reader, Left(reader, gone), gone, rules
+        self._remainder = remainder
+        self._rest: dict[int, list[int]] = {}  # units of which a sum takes what is left
+        needs: dict[int, set[int]] = {}
+        for i, equation in enumerate(reader.program.equations if remainder else ()):
+            if remainder and equation.primitive.name in SUMS and (units := [u for u in gone if remainder.summed(i, u)]):
+                if not all(remainder.is_known(i, unit) for unit in units):
                     raise NotImplementedError(
                         f"a derivative of its own sums ({equation.primitive.name}) what units that are gone leave, and "
                         "what that is is not known apart; its forward pass is right"
                     )
-                needs = {atom for unit in self._left[i] for atom in remainder.needs(i, unit)}
-                self._last.update({atom: max(i, self._last.get(atom, i)) for atom in needs})
+                self._rest[i], needs[i] = units, {atom for unit in units for atom in remainder.needs(i, unit)}
+        self._live = live(reader, self.left, needs)
 
-    def kept(self, axis: int) -> Bool[np.ndarray, " n"]:
-        """Which entries of an axis are left."""
-        if axis not in self._kept:
-            axes = self.reader.axes
-            kept = np.ones(axes.size[axis], bool)
-            for atom in self._gone.keys() & set(axes.atoms(axis)):
-                kept &= ~np.any(axes.owned(axis, atom)[self._gone[atom]], axis=0)
-            self._kept[axis] = kept
-        return self._kept[axis]
-
-    def sizes(self, ids: Ids) -> tuple[int, ...]:
-        """How many entries of each axis are left; all of an axis of copies, which each reader cuts for itself."""
-        return tuple(
-            self.reader.axes.size[axis] if axis in self.reader.copies else int(self.kept(axis).sum()) for axis in ids
-        )
-
-    def sliced(self, value: Any, ids: Ids, but: int = -1) -> Any:
-        """An array without the deleted entries of these axes, all but one of them."""
-        for k, axis in enumerate(ids):
-            if k != but and not (kept := self.kept(axis)).all():
-                value = taken(value, np.flatnonzero(kept), k)
-        return value
-
-    def fitted(self, value: Any, own: Ids, read: Ids, but: int = -1) -> Any:
-        """An array with as many copies along each axis, all but one of them, as its reader needs."""
-        for k, (axis, needed) in enumerate(zip(own, read, strict=True)):
-            if k != but and axis != needed and not (kept := self.kept(needed)).all():
-                value = jax.lax.slice_in_dim(value, 0, int(kept.sum()), axis=k)
-        return value
-
-    def __call__(self, leaves: Mapping[str, Any], batch: Sequence[Any]) -> list[Any]:
-        """The outputs, of leaves without the deleted entries."""
+    def __call__(self, leaves: Mapping[str, Any], batch: Sequence[Any], seen: Seen | None = None) -> list[Any]:
+        """The outputs, of leaves without the deleted entries. seen: called with each equation and what it gave."""
         reader, program = self.reader, self.reader.program
-        env: dict[Atom, Any] = {var: leaves[path] for path, var in program.leaves.items()}
+        env = _Values(self)
+        env.update((var, leaves[path]) for path, var in program.leaves.items())
         env.update(zip(program.batch, batch, strict=True))
         wanted = {atom for atom in program.outputs if isinstance(atom, int)}
-        for i, (equation, read) in enumerate(zip(program.equations, reader.read, strict=True)):
-            self._call(env, i)
-            values = [self._value(env, atom, ids) for atom, ids in zip(equation.inputs, read, strict=True)]
-            results = self._scan(i, equation, values) if i in reader.inner else self._run(equation, read, values)
-            for unit in self._left.get(i, ()):
+        for at, step in enumerate(self._live.steps):
+            i, equation = step.number, step.equation
+            read = reader.read[i] if i >= 0 else tuple(reader.of(atom) for atom in equation.inputs)
+            if step.takes >= 0:
+                results = [self._value(env, equation.inputs[step.takes], read[step.takes])]
+            else:
+                values = [self._value(env, atom, ids) for atom, ids in zip(equation.inputs, read, strict=True)]
+                results = self._step(i, equation, read, values)
+            for unit in self._rest.get(i, ()):
                 assert self._remainder is not None
                 results = [results[0] + self._remainder.value(i, unit, self._gone[unit], self, env)]
             env.update(zip(equation.outputs, results, strict=True))
-            for atom in {a for a in equation.inputs if isinstance(a, int) and self._last[a] == i} - wanted:
+            if seen is not None:
+                seen(equation, results)
+            for atom in {a for a in step.reads if self._live.last[a] == at} - wanted:
                 env.pop(atom, None)
-        self._call(env, len(program.equations))
         return [self._value(env, atom, ids) for atom, ids in zip(program.outputs, reader.ends, strict=True)]
+
+    def _step(self, i: int, equation: Equation, read: tuple[Ids, ...], values: list[Any]) -> list[Any]:
+        if i < 0:
+            return self._call(equation, values)
+        return self._scan(i, equation, values) if i in self.reader.inner else self._run(equation, read, values)
 
     def _inside(self, i: int) -> Rewritten:
         """The body of a loop."""
@@ -150,17 +126,11 @@ class Rewritten:
         )
         return [*carry, *stacked]
 
-    def _call(self, env: dict[Atom, Any], at: int) -> None:
-        """Put what calls with derivatives of their own give in the place of what their bodies gave."""
-        for call in self._calls.get(at, ()):
-            ids = [self.reader.of(atom) for atom in call.inputs]
-            values = [self._value(env, atom, one) for atom, one in zip(call.inputs, ids, strict=True)]
-            shapes = [self.reader.shape(atom) for atom in call.inputs]
-            if shapes == [tuple(np.shape(value)) for value in values]:
-                results = call.run(values)
-            else:
-                results = self._derived(call)(*values)
-            env.update((a, r) for a, r in zip(call.outputs, results, strict=True) if isinstance(a, int))
+    def _call(self, call: Equation, values: list[Any]) -> list[Any]:
+        """What a call with a derivative of its own gives, in the place of what its body would."""
+        if [self.reader.shape(atom) for atom in call.inputs] == [tuple(np.shape(value)) for value in values]:
+            return call.run(values)
+        return list(self._derived(call)(*values))
 
     def _derived(self, call: Equation) -> Callable[..., list[Any]]:
         """A call at the sizes that are left, with its own derivative."""
@@ -237,7 +207,7 @@ class Rewritten:
         """What is left of variables, by their axes or by those that read them."""
         reader, sides = self.reader, []
         for atom, ids in zip(atoms, read or [reader.of(atom) for atom in atoms], strict=False):
-            kept = tuple(None if axis in reader.copies else self.kept(axis) for axis in ids)
+            kept = tuple(None if axis in reader.copies else self.left.kept(axis) for axis in ids)
             zero = self._remainder.zeros(atom, self._gone) if self._remainder else [False] * len(ids)
             sides.append(_Side(kept, tuple(zero)))
         return sides
@@ -269,17 +239,17 @@ class Rewritten:
         if isinstance(atom, Literal):
             return atom.value
         if atom in reader.program.constants:
-            return self.sliced(reader.program.constants[atom], read)
-        return self.fitted(env[atom], reader.of(atom), read)
+            return self.left.sliced(reader.program.constants[atom], read)
+        return self.left.fitted(env[atom], reader.of(atom), read)
 
     def narrow(self, i: int, values: Sequence[Any], sizes: Mapping[int, int]) -> list[Any]:
         """The results of equation `i` where these axes have other sizes."""
         part = copy(self)
-        part._kept = self._kept | {axis: np.ones(n, bool) for axis, n in sizes.items()}
+        part.left = self.left.resized(sizes)
         return part._run(self.reader.program.equations[i], self.reader.read[i], list(values))
 
     def _run(self, equation: Equation, read: tuple[Ids, ...], values: list[Any]) -> list[Any]:
-        site = Site(self, equation, read)
+        site = Site(self.left, equation, read)
         sizes = [site.out(i) for i in range(len(equation.outputs))]
         before = [self.reader.shape(atom) for atom in (*equation.inputs, *equation.outputs)]
         if before == [*(tuple(np.shape(v)) for v in values), *sizes]:
@@ -308,6 +278,17 @@ def _run(part: Rewritten, values: Sequence[Any]) -> list[Any]:
     return part({str(i): value for i, value in enumerate(values)}, ())
 
 
+class _Values(dict[Atom, Any]):
+    """Arrays of variables; of those that are not computed, being zero everywhere, zeros."""
+
+    def __init__(self, program: Rewritten):
+        self._program = program
+
+    def __missing__(self, atom: int) -> Any:
+        reader = self._program.reader
+        return jnp.zeros(self._program.left.sizes(reader.of(atom)), reader.program.type_of(atom).dtype)
+
+
 def _without_gradient(call: Equation, plain: Callable[..., list[Any]]) -> Any:
     function = jax.custom_jvp(plain)
 
@@ -319,33 +300,3 @@ def _without_gradient(call: Equation, plain: Callable[..., list[Any]]) -> Any:
         )
 
     return function
-
-
-class Site(NamedTuple):
-    """Where an equation stands: what is left of its inputs and outputs."""
-
-    program: Rewritten
-    equation: Equation
-    read: tuple[Ids, ...]
-
-    def shape(self, i: int) -> tuple[int, ...]:
-        """Of input i before."""
-        return self.program.reader.shape(self.equation.inputs[i])
-
-    def kept(self, i: int, k: int) -> Bool[np.ndarray, " n"]:
-        """Entries of axis k of input i that are left."""
-        return self.program.kept(self.read[i][k])
-
-    def out(self, i: int) -> tuple[int, ...]:
-        """The shape of output i."""
-        return self.program.sizes(self.program.reader.of(self.equation.outputs[i]))
-
-
-def taken(value: Any, at: np.ndarray, axis: int) -> Any:
-    """The entries `at`, in order, along an axis: a slice where they are evenly spaced."""
-    steps = np.unique(np.diff(at))
-    if not len(at) or len(steps) > 1 or (len(steps) and steps[0] < 1):
-        return value.take(at, axis=axis)
-    step = int(steps[0]) if len(steps) else 1
-    place = tuple(slice(int(at[0]), int(at[-1]) + 1, step) if k == axis else slice(None) for k in range(value.ndim))
-    return value[place]

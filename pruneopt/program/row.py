@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pruneopt.program import axes, rewrite, zeros
+from pruneopt.program import axes, resize, zeros
 from pruneopt.program.forms import Form
 from pruneopt.program.program import Atom, Equation, Program
 
@@ -60,7 +60,7 @@ class Row:
     axes: axes.AxisRule | None = None
     zeros: zeros.ZeroRule | None = None
     infinite: zeros.Infinite | None = None
-    resize: rewrite.Resize | None = None
+    resize: resize.Resize | None = None
     inlined: bool = False
     whole: str = ""
 

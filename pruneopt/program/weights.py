@@ -10,9 +10,9 @@ from pruneopt import _tree
 from pruneopt.network.leaves import is_floating, partition
 from pruneopt.network.readable import readable
 from pruneopt.program import versions
+from pruneopt.program.flatten import is_mask, traced
 from pruneopt.program.forms import PRODUCTS
 from pruneopt.program.primitives import row_of
-from pruneopt.program.program import is_mask, traced
 from pruneopt.program.rows_elementwise import ROWS as ELEMENTWISE
 from pruneopt.program.versions import CALLS, bodies, plain
 
@@ -39,7 +39,7 @@ def multiplied(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any) -> Mult
     by products with other leaves, as a learned query does. No loop is unrolled. Raises as `structure.trace`.
     """
     chosen, rest = partition(params, is_floating)
-    closed = traced(fn, chosen, rest, readable(batch))
+    closed, _ = traced(fn, chosen, rest, readable(batch))
     named = dict(_tree.named_leaves(chosen))
     walk = _Walk(named)
     given: list[Held] = [frozenset({path}) for path in named]

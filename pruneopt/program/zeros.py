@@ -28,6 +28,7 @@ class Zeros:
     """For each axis of each variable, the units whose entries are zero once they are zeroed in the leaves.
 
     left: (unit, why) where zeroing is no deletion: a product or sum takes the rest of it, or a value may be infinite.
+    products: for each contraction of the reader, the units that it takes the rest of; they are in `left` too.
     rules: {primitive: where its outputs are zero}; without one nowhere. infinite: {primitive: inputs}. start: {path:
     the units zeroed in it along each axis}; all by default, in every leaf. remainder:
     what sums take of units that are not zero there, where that is known.
@@ -46,6 +47,7 @@ class Zeros:
         self._of: dict[int, tuple[Found, ...]] = {}
         self._null: set[int] = set()
         self.left: list[tuple[int, str]] = []
+        self.products: list[Found] = []
         axes, program = reader.axes, reader.program
         atoms = {axis: frozenset(axes.atoms(axis)) for axis in range(len(axes.size))}
         self._everything = frozenset().union(*atoms.values())
@@ -68,10 +70,18 @@ class Zeros:
                 units = frozenset[int]().union(*(atoms[reader.read[i][0][k]] for k in dims))
                 why = _SUMMED if name == "reduce_sum" else _CONTRACTED.format(name)
                 self.left += [(unit, why) for unit in units if not self.remainder.is_known(i, unit)]
+        at = {
+            equation.inputs[:2]: i
+            for i, equation in enumerate(program.equations)
+            if equation.primitive.name == "dot_general" and all(isinstance(atom, int) for atom in equation.inputs)
+        }
         for a, b, left, right, name in reader.contractions:
-            if name not in SUMS:
-                units = atoms[b] - self.along(left, a) - self.along(right, b)
+            units = atoms[b] - self.along(left, a) - self.along(right, b)
+            if isinstance(left, int) and isinstance(right, int) and name in SUMS:
+                units = frozenset(unit for unit in units if not self.remainder.is_known(at[left, right], unit))
+            elif name not in SUMS:
                 self.left += [(unit, _CONTRACTED.format(name)) for unit in units]
+            self.products.append(units)
 
     def of(self, atom: Atom) -> tuple[Found, ...]:
         """For each axis, the units at which a variable is zero."""

@@ -15,8 +15,9 @@ import numpy as np
 from pruneopt import _tree
 from pruneopt.network.leaves import combine, is_floating, nearest, partition
 from pruneopt.program import versions
+from pruneopt.program.flatten import traced
 from pruneopt.program.forms import PRODUCTS
-from pruneopt.program.program import Program, traced
+from pruneopt.program.program import Program
 from pruneopt.program.versions import CALLS, bodies, plain
 from pruneopt.structure.graph import Graph, trace
 from pruneopt.structure.operators import Operator
@@ -176,7 +177,7 @@ class Difference:
 def differences(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any) -> Difference:
     """Our FLOPs of fn(params, batch) beside those of XLA's own cost analysis of the compiled function."""
     chosen, rest = partition(params, is_floating)
-    jaxpr = traced(fn, chosen, rest, batch).jaxpr
+    jaxpr = traced(fn, chosen, rest, batch)[0].jaxpr
     data = [_DATA] * len(jaxpr.invars)
     full, once, inside = (
         sum(count.body(jaxpr, data)[0].values()) for count in (_Count(), _Count(steps=False), _Count(False, False))

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt.network.leaves import is_prunable, nearest
+from pruneopt.program.flatten import flatten
 from pruneopt.program.forms import PRODUCTS, Form
 from pruneopt.program.primitives import TABLE, form_of, row_of
-from pruneopt.program.program import Equation, Program, flatten
+from pruneopt.program.program import Equation, Program
 from pruneopt.program.versions import carried, holds
 from pruneopt.structure.operators import Lookup, Operator, Refusal, Use, named
 from pruneopt.structure.reading import Unreadable, leaves_of, meets_data, read_operand, sources
@@ -86,7 +87,7 @@ class Graph:
 
     def units(self) -> Units:
         """Which axes of which leaves must be cut together, and which cannot be cut; unsure means blocked."""
-        return Units(self.program)
+        return Units(self.program.rolled())
 
     def explain(self, path: str) -> str:
         """In words: which operators a leaf feeds, what its axes are and are tied to, and why; what blocks cutting them.

@@ -20,9 +20,10 @@ from pruneopt import _store, _tree
 from pruneopt.network.batches import shared_length
 from pruneopt.network.readable import readable
 from pruneopt.program.axes import Reader
+from pruneopt.program.flatten import flatten
 from pruneopt.program.forms import PRODUCTS
 from pruneopt.program.primitives import column
-from pruneopt.program.program import Program, flatten
+from pruneopt.program.program import Program
 from pruneopt.program.rewrite import Rewritten, Rules, gone_units
 from pruneopt.program.segment import closure
 from pruneopt.structure.stopwatch import Compiled, device, race
@@ -145,7 +146,7 @@ def latency(
     would need more than 1,024 programs, and a file of another device, another network, or that is damaged.
     """
     batch = readable(batch)
-    program = flatten(fn, params, batch)
+    program = flatten(fn, params, batch, unroll=False)
     units = Units(program)
     grid = _grid(units, groups)
     identity = _identity(program, grid)
@@ -240,7 +241,7 @@ class _Stretch:
         cut = self._units.rewritten({atom: lost for atom, lost in gone.items() if lost.any()})
         axes, copies = self._whole.axes, self._whole.copies
         entries = [
-            (f"input {i}", self._reader.leaves[str(i)][k], ~cut.kept(axis))
+            (f"input {i}", self._reader.leaves[str(i)][k], ~cut.left.kept(axis))
             for i, var in enumerate(self._inputs)
             for k, axis in enumerate(self._whole.of(var))
             if axis not in copies and axes.size[axis] != 1
@@ -250,9 +251,9 @@ class _Stretch:
         for var in self._inputs:
             ids, kind = self._whole.of(var), self._whole.program.type_of(var)
             if var in self._given:
-                inputs.append(cut.sliced(jax.numpy.asarray(self._given[var]), ids))
+                inputs.append(cut.left.sliced(jax.numpy.asarray(self._given[var]), ids))
             else:
-                inputs.append(jax.numpy.asarray(rng.standard_normal(cut.sizes(ids)), kind.dtype))
+                inputs.append(jax.numpy.asarray(rng.standard_normal(cut.left.sizes(ids)), kind.dtype))
         return lambda *values: part({str(i): value for i, value in enumerate(values)}, ()), inputs
 
 

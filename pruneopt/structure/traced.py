@@ -9,7 +9,7 @@ import jax
 from pruneopt import _tree
 from pruneopt.network.leaves import is_default
 from pruneopt.network.network import Network
-from pruneopt.program.program import flatten
+from pruneopt.program.flatten import flatten
 from pruneopt.structure.graph import Graph, read
 from pruneopt.structure.operators import Operator
 

@@ -89,6 +89,11 @@ class Units:
         return Zeros(self._reader, column("zeros"), column("infinite"), start)
 
     @property
+    def reader(self) -> Reader:
+        """The axes of every variable of the program."""
+        return self._reader
+
+    @property
     def paths(self) -> list[str]:
         """Of all leaves."""
         return list(self._reader.leaves)
