@@ -3,10 +3,13 @@
 import itertools
 import os
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if version("jax").startswith("0.10."):  # XLA's older emitters compile in half the time; newer versions have no others
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 import jax
 import numpy as np

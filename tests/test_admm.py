@@ -165,6 +165,7 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.default_flags)])
+@pytest.mark.slow
 def test_degenerate_layers(name, dtype):
     x, m, constraint = DEGENERATE[name]
     solution = po.solve(problem(constraint, x.astype(dtype), dtype=dtype, m=m), ADMM(damping=1e-9, products="float32"))
@@ -231,6 +232,7 @@ def test_inverse_is_the_inverse(n):
 
 
 @pytest.mark.parametrize(("n", "block"), [(24, None), (24, 10), (300, None), (300, 299)])
+@pytest.mark.slow
 def test_a_host_and_a_device_find_the_same_factors(n, block):
     ready = prepared(problem(Cardinality(sparsity=0.6), inputs(n=n, rows=2 * n, spread=0.3)))
     wanted = factors.Wanted(0.01, 0.8, block, (1.0, 1.0), 1, None)

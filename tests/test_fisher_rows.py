@@ -130,6 +130,7 @@ def test_channels_go_by_what_each_costs_as_a_whole_in_the_metric_of_k_fac():
     np.testing.assert_array_equal(kept, np.argsort(np.argsort(costs)) >= 2)
 
 
+@pytest.mark.slow
 def test_chita_falls_and_is_stationary_on_its_support_after_the_refit():
     rng = np.random.default_rng(0)
     center = {"w": jnp.asarray(rng.standard_normal((20, 10)))}

@@ -49,6 +49,7 @@ def test_an_exact_step_is_the_formula(gradient):
     np.testing.assert_allclose(flat(raw.value), np.where(mask, t / scale, 0.0), atol=1e-10)
 
 
+@pytest.mark.slow
 def test_it_beats_the_largest_saliencies_and_greedy_removal_on_correlated_weights():
     rng = np.random.default_rng(0)
     center = {"w": jnp.asarray(rng.standard_normal((20, 10)))}

@@ -44,6 +44,7 @@ def best_exchange(h, w0, kept):
 @pytest.mark.parametrize("solver", [BALANCED, BEST], ids=["balanced", "best"])
 @pytest.mark.parametrize("kind", KINDS)
 class TestNoExchangeHelps:
+    @pytest.mark.slow
     def test_by_brute_force(self, kind, solver):
         n, rows, count = KINDS[kind]
         h, w0 = layer(0, n, rows)

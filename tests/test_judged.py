@@ -51,6 +51,7 @@ def pruned(method, held_out=None, batches=None, **given):
 
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("method", ["fisher", "taylor", "m_fac"])
+@pytest.mark.slow
 def test_predicted_is_the_model_s_and_measured_the_loss_s(method, held_out):
     got = pruned(method, [other()] if held_out else None)
     batch = other() if held_out else train()
@@ -135,6 +136,7 @@ def test_a_damping_that_cannot_be_solved_is_skipped_unless_all_are():
         pruned(Method(model, Picky(least=1.0), "test"), [other()])
 
 
+@pytest.mark.slow
 def test_held_out_examples_choose_the_damping_layer_by_layer():
     given = {"leaves": "a", "batches": [train()]}
     direct = po.plans.layerwise(

@@ -232,6 +232,7 @@ def test_repeated_blocks_are_compiled_once():
 
 
 @pytest.mark.parametrize("scanned", ["scan", "reverse", "fori"])
+@pytest.mark.slow
 def test_scanned_layers_are_their_own_layers(scanned):
     stack = {"w": draw(3, 6, 6)}
     order = (2, 1, 0) if scanned == "reverse" else (0, 1, 2)
@@ -252,6 +253,7 @@ def test_scanned_layers_are_their_own_layers(scanned):
     assert np.asarray(pruned.support["w"]).sum() == 54
 
 
+@pytest.mark.slow
 def test_shared_weights_see_all_their_inputs():
     """A recurrent network: one matrix at every step, its Gram the sum over the steps of the network as it was."""
     params = {"in": draw(6, 5), "again": draw(5, 5)}
@@ -270,6 +272,7 @@ def test_shared_weights_see_all_their_inputs():
     assert_same(pruned.params, {"in": w_in, "again": one_layer(params["again"], np.concatenate(seen))})
 
 
+@pytest.mark.slow
 def test_experts_are_problems_of_their_own():
     params = {"experts": draw(3, 6, 4)}
     routes = [np.array([0, 0, 1, 1, 1, 0, 1])]
@@ -499,6 +502,7 @@ def test_held_out_zeros_choose_nothing():
         run(held_out=[0 * BATCHES[0]])
 
 
+@pytest.mark.slow
 def test_overflow_inside_the_network_names_the_layer():
     fn = lambda p, x: jnp.log(-jnp.abs(jnp.asarray(x) @ p["a"])) @ p["z"]  # noqa: E731
     with pytest.raises(ValueError, match="the inputs of 'z' overflow or are not a number"):
@@ -538,6 +542,7 @@ def test_an_init_that_is_not_finite():
         po.solve(po.Problem(f, subject_to=HALF), ADMM(), init=np.nan * jnp.asarray(WEIGHTS["a"]))
 
 
+@pytest.mark.slow
 def test_a_layer_that_would_collapse_is_named():
     p = {"first": jnp.ones((2, 2), jnp.float32), "second": jnp.ones((2, 2), jnp.float32)}
     x = np.random.default_rng(0).standard_normal((8, 2)).astype(np.float32)

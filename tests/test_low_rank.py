@@ -54,6 +54,7 @@ def image_batch(n=5):
 
 
 @pytest.mark.parametrize("leaves", [["*"], pytest.param(["stem", "bias"], marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_gradients_of_a_network_of_convolutions_are_those_of_autodiff(leaves):
     params, batch = image_params(), image_batch()
     h = empirical_fisher(image_net, params, [batch], leaves)
@@ -86,6 +87,7 @@ def test_gradients_are_the_same_to_the_bit_however_the_data_is_cut(sizes, monkey
     np.testing.assert_allclose(ravel_pytree(diagonal.values)[0], np.diag(dense(tree(1))), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_each_example_may_have_a_key_of_its_own():
     def loss(params, batch):
         x, y, keys = batch
@@ -100,6 +102,7 @@ def test_each_example_may_have_a_key_of_its_own():
 
 
 @pytest.mark.default_flags
+@pytest.mark.slow
 def test_single_precision_and_bfloat16():
     params = tree(1)
     h = empirical_fisher(tiny_loss, params, tiny_batches(), BOTH)
@@ -158,6 +161,7 @@ def test_inverse_diagonal_over_several_blocks_of_columns(monkeypatch):
     np.testing.assert_allclose(ravel_pytree(h.inverse_diagonal())[0], expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_blocks_and_dense_are_the_matrix_by_autodiff():
     h = empirical_fisher(tiny_loss, tree(1), tiny_batches(), BOTH, ridge=0.3)
     matrix = dense(tree(1), 0.3)

@@ -68,6 +68,7 @@ def test_sensitivity_takes_layer_methods():
         assert found.losses[name][0] == pytest.approx(mean, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_few_positions_for_the_inputs_are_said_to_overfit():
     few, enough = [BATCHES[0]], [RNG.standard_normal((40, 6))]
     notes = lambda batches, method: [  # noqa: E731

@@ -106,6 +106,7 @@ def test_stories_batches_hold_windows_of_one_length():
     assert [batch.shape for batch in stories.batches(windows, size=2)] == [(2, 4), (1, 4), (1, 3)]
 
 
+@pytest.mark.slow
 def test_stories_generates_its_documented_text_also_scanned_over_its_layers(folder, story_params):
     pieces = stories.tokenizer(folder)
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."

@@ -114,6 +114,7 @@ def test_sensitivity_is_the_loss_of_each_leaf_pruned_alone():
     assert len(got.plot().get_lines()) == 3
 
 
+@pytest.mark.slow
 def test_sensitivity_to_a_leaf_does_not_see_what_a_method_moved_elsewhere():
     params, data = tree(1, SHAPES), tiny_batches((4, 6))
     got = po.plans.sensitivity(tiny_loss, params, data, (0.5,), method="m_fac", progress=False)
@@ -158,6 +159,7 @@ def test_lossless_removes_the_free_weights_and_keeps_the_tolerance():
     assert loose.history[0]["count"] == 24
 
 
+@pytest.mark.slow
 def test_lossless_gives_back_the_trained_weights_where_a_method_only_raises_the_loss():
     def rising(params, batch):
         return jnp.mean(batch[0][:, 0] ** 2) * jnp.sum(jnp.abs(params["a"] - trained["a"]))

@@ -95,6 +95,7 @@ def test_loops_over_time_drop_the_padded_positions(name, filler):
     check(fn, P, {"wi": (x, MASK), "wh": (before, MASK), "out": (after, MASK)}, x)
 
 
+@pytest.mark.slow
 def test_masks_do_not_depend_on_the_filler():
     def pruned(filler, target):
         data = [{"x": np.where(MASK[..., None] > 0, X, filler), "mask": MASK}]

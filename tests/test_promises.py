@@ -73,6 +73,7 @@ DEAD = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if "2:4" in name or "inputs" in name else name for name in DEAD]
 )
+@pytest.mark.slow
 def test_dead_inputs_are_free_only_where_the_problem_as_stated_says_so(name):
     h, constraint, damping = DEAD[name]
     task = problem(h, constraint, damping=damping)
@@ -133,6 +134,7 @@ def exact_refit(task, support):
     "dtype", [np.float64, pytest.param(np.float32, marks=[pytest.mark.default_flags, pytest.mark.slow])]
 )
 @pytest.mark.parametrize("rank", [None, "falling", 12, 5])
+@pytest.mark.slow
 def test_never_worse_than_what_each_solver_promises(rank, dtype):
     for constraint in (Cardinality(sparsity=0.8, per="leaf", floor=0), NM(2, 4)):
         task = problem(spectrum(rank), constraint, WIDE, dtype)
@@ -160,6 +162,7 @@ def test_never_worse_than_what_each_solver_promises(rank, dtype):
 @pytest.mark.parametrize(
     "dtype", [np.float64, pytest.param(np.float32, marks=[pytest.mark.default_flags, pytest.mark.slow])]
 )
+@pytest.mark.slow
 def test_global_admm_is_never_worse_than_the_refit_of_its_support_or_zero(dtype):
     """Few rows and a small ridge: conjugate gradients end far from the refit, and a large gradient makes zero good."""
     rng = np.random.default_rng(5)
@@ -219,6 +222,7 @@ def test_an_infeasible_init_is_refused_with_its_units(name):
 @pytest.mark.parametrize(
     "dtype", [np.float64, pytest.param(np.float32, marks=[pytest.mark.default_flags, pytest.mark.slow])]
 )
+@pytest.mark.slow
 def test_active_set_is_optimal_exactly_where_the_gap_proves_it(rank, dtype):
     """A Gram of rank 1 that float32 has made indefinite sent it to infinity."""
     h = np.asarray(spectrum(rank), dtype)

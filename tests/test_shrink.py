@@ -132,7 +132,10 @@ def test_more_kinds_of_units_are_free_and_cut_exactly(name):
         np.testing.assert_allclose(small.fn(small.params, batch), fn(zeroed, batch), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+DEAR = {"attention", "conv", "residual", "scanned"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DEAR)) for n in NETWORKS])
 class TestUnits:
     def test_every_free_group_is_cut_exactly(self, name):
         fn, params, batch = case(name)

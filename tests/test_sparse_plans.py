@@ -18,6 +18,7 @@ QUARTER = Cardinality(sparsity=0.75, floor=1)
 
 
 @pytest.mark.parametrize("early", [None, lambda p: jax.tree.map(lambda x: 2 * x, p)])
+@pytest.mark.slow
 def test_lottery_is_pruning_and_rewinding_by_hand(early):
     calls = []
 
@@ -62,6 +63,7 @@ def test_a_penalty_then_a_cut_beats_the_cut_alone():
     assert value(before.params) < value(po.prune(None, start, None, QUARTER, progress=False).params)
 
 
+@pytest.mark.slow
 def test_distillation_is_its_formula():
     rng = np.random.default_rng(0)
     x, teacher, w = (jnp.asarray(rng.standard_normal(s)) for s in ((6, 3), (3, 4), (3, 4)))

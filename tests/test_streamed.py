@@ -78,6 +78,7 @@ def made(name, sizes=(10,)):
     ("name", "sizes"),
     [pytest.param("Hessian", (4, 4, 2), marks=pytest.mark.slow), ("squares", (5, 5)), ("softmax", (5, 5))],
 )
+@pytest.mark.slow
 def test_products_diagonal_blocks_and_form_are_those_of_the_dense_matrix(name, sizes):
     h, expected = made(name, sizes)
     p, close = len(expected), {"rtol": 1e-11, "atol": 1e-12}
@@ -196,6 +197,7 @@ def test_a_function_that_fixes_float32_within_is_taken_in_its_own_precision():
 
 
 @pytest.mark.default_flags
+@pytest.mark.slow
 def test_form_is_float64_and_products_are_float32_in_the_default_mode():
     h = Hessian.of(tiny_loss, tree(1), tiny_batches((4, 6)), BOTH)
     d = tree(2)
@@ -391,6 +393,7 @@ def bent_down():
     return w, h
 
 
+@pytest.mark.slow
 def test_what_is_made_of_an_indefinite_hessian_does_not_call_itself_semidefinite():
     w, h = bent_down()
     positive = jax.tree.map(jnp.ones_like, w)
@@ -423,6 +426,7 @@ def test_the_others_check_their_numbers():
 
 @pytest.mark.parametrize("make", [lambda h, w: Shrunk.checked(h, jax.tree.map(jnp.ones_like, w), 0.1),
                                   lambda h, w: BlockDiagonal.of(h)], ids=["shrunk", "blocks"])  # fmt: skip
+@pytest.mark.slow
 def test_nothing_is_proven_of_an_indefinite_model_however_it_is_wrapped(make):
     w, h = bent_down()
     problem = po.Problem(Quadratic(w, make(h, w)), subject_to=po.constraints.L1Ball(1.0))
@@ -442,6 +446,7 @@ def test_shrinking_or_cutting_hides_no_indefinite_hessian_from_a_solver(solver):
 
 
 @pytest.mark.parametrize(("loss", "shrunk"), [(squares, False), (entropy, True), (welsch, False)])
+@pytest.mark.slow
 def test_certify_proves_the_gap_of_a_gauss_newton_where_the_loss_is_convex_and_not_elsewhere(loss, shrunk):
     center, params, rng = tree(3, SHAPES), tree(1, SHAPES), np.random.default_rng(0)
     h = GaussNewton.of(logits, loss, params, tiny_batches((10,)), BOTH)

@@ -52,6 +52,7 @@ def test_blocks_of_the_fisher(by):
     check(BlockDiagonal.of(h, by), expected)
 
 
+@pytest.mark.slow
 def test_blocks_of_the_hessian():
     h = Hessian.of(tiny_loss, tree(1), tiny_batches((4, 6)), BOTH)
     expected = np.zeros((12, 12))
@@ -78,6 +79,7 @@ def test_the_inverse_of_single_precision_gradients_is_exact_with_a_small_ridge()
 # ----------------------------------------------------------------------------------------------------- Kronecker
 
 
+@pytest.mark.slow
 def test_one_position_an_example_is_the_product_of_the_two_second_moments():
     h = Kronecker.of(tiny_loss, tree(1), tiny_batches((4, 6)), BOTH, ridge=0.1)
     x, y = tiny_batches()[0]
@@ -104,6 +106,7 @@ def test_it_is_the_fisher_where_inputs_and_gradients_are_independent():
     np.testing.assert_allclose(Kronecker.of(loss, params, [batch]).dense(), exact, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_convolution_sums_its_positions_and_every_cut_of_the_data_is_the_same():
     rng = np.random.default_rng(1)
     x, params = rng.standard_normal((6, 2, 4, 4)), {"k": jnp.asarray(rng.standard_normal((3, 2, 2, 2)))}
@@ -121,6 +124,7 @@ def test_a_convolution_sums_its_positions_and_every_cut_of_the_data_is_the_same(
         np.testing.assert_allclose(Kronecker.of(loss, params, batches).dense(), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_fused_and_stacked_leaves_are_one_operator_each():
     rng = np.random.default_rng(2)
     x = rng.standard_normal((8, 3))

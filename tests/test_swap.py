@@ -114,6 +114,7 @@ DEGENERATE = {
 
 @pytest.mark.default_flags
 @pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.slow
 def test_degenerate_layers(name):
     h, w, constraint = DEGENERATE[name]
     task = problem(constraint, h, w, np.float32)

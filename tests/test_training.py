@@ -109,6 +109,7 @@ class TestTransformation:
 
 
 @pytest.mark.parametrize("name", ["gradual", "admm", "l0"])
+@pytest.mark.slow
 def test_works_inside_a_chain_and_with_other_optimisers(name):
     make, kept = OPTIMIZERS[name]
     inner = make(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.02, weight_decay=0.1)))
@@ -158,6 +159,7 @@ def test_eight_devices_give_the_same_masks_and_values():
 
 
 @pytest.mark.parametrize(("begin", "end", "every"), [(0, 10, 2), (3, 10, 4), (5, 5, 3), (0, 7, 1), (2, 9, 100)])
+@pytest.mark.slow
 def test_interval_acts_when_it_says(begin, end, every):
     when = t.Interval(begin, end, every)
     steps = jnp.arange(end + 5, dtype=jnp.int32)
@@ -175,6 +177,7 @@ def test_interval_acts_when_it_says(begin, end, every):
     Slices(0, Cardinality(sparsity=0.5, per="leaf")), po.constraints.ByPath({"a*": HALF, "*": NM(1, 5)}),
     po.constraints.Intersection((HALF, Cardinality(sparsity=0.6, per="leaf"))),
 ], ids=str)  # fmt: skip
+@pytest.mark.slow
 def test_a_traced_stage_selects_what_the_relaxed_constraint_does(constraint):
     scores = {k: jnp.abs(v) for k, v in named(params(3)).items() if k in PRUNED}
     cuts = [0.3, 0.3, 1.0]
@@ -201,6 +204,7 @@ INNER = {
 
 
 @pytest.mark.parametrize("inner", INNER)
+@pytest.mark.slow
 def test_nothing_is_left_off_the_support(inner):
     mask = {"a/kernel": jnp.asarray(np.random.default_rng(1).random((4, 5)) < 0.5)}
     dense, optimizer = INNER[inner], t.freeze(INNER[inner], mask)
@@ -292,6 +296,7 @@ def test_the_wrong_order_is_found_out_where_the_last_word_is_on_values(name, aft
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("place", [(0, 0), (0, 299), (783, 0), (391, 150)])
+@pytest.mark.slow
 def test_a_later_step_on_any_one_weight_is_found_out(place, dtype):
     """At the sizes of LeNet's first layer, by a tenth of the weight."""
     rng = np.random.default_rng(0)
@@ -390,6 +395,7 @@ def test_gradual_cuts_the_smallest_on_the_cubic():
                 optimizer.finish(p, state)
 
 
+@pytest.mark.slow
 def test_gradual_equals_prune_and_freeze_by_hand():
     optimizer = t.gradual(ADAM(), NM(2, 4, axis="out"), begin=0, end=4, every=2, leaves="b/kernel")
     got, _, _ = trained(optimizer)
@@ -425,6 +431,7 @@ def lasso(x, y, weight, sweeps=4000):
 @pytest.mark.parametrize(("inner", "metric", "rate"), [
     (optax.adam, t.adam_metric(), 0.003), (optax.sgd, None, 0.02), (optax.rmsprop, t.rms_metric(), 0.001),
 ], ids=["adam", "sgd", "rmsprop"])  # fmt: skip
+@pytest.mark.slow
 def test_proximal_reaches_the_lasso_whatever_the_metric(inner, metric, rate):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((40, 8)) * np.logspace(-1, 0.5, 8)
@@ -468,6 +475,7 @@ def test_proximal_is_the_soft_threshold_in_the_metric():
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["what enters", "what enters and leaves"])
+@pytest.mark.slow
 def test_a_group_lasso_removes_whole_neurons(tied):
     neuron = jnp.arange(5, dtype=jnp.int32)
     labels = {"a": {"kernel": neuron[None], "bias": None}, "b": {"kernel": neuron[:, None] if tied else None}}
@@ -494,6 +502,7 @@ def test_a_group_lasso_removes_whole_neurons(tied):
 
 
 @pytest.mark.parametrize("name", ["rigl", "sparse_evolution"])
+@pytest.mark.slow
 def test_drop_and_grow_is_the_published_box(name):
     per_leaf = Cardinality(sparsity=0.5, per="leaf")
     optimizer = getattr(t, name)(optax.sgd(0.1), per_leaf, end=8, every=4, drop=0.6)
@@ -624,6 +633,7 @@ def test_gates_have_the_published_law():
 
 
 @pytest.mark.parametrize("per", ["weight", pytest.param("in", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_l0_is_the_gradient_of_the_reparameterised_loss(per):
     """Against autodiff through the gates, the loss written with them, in the user's place."""
     from pruneopt.training import gates
@@ -660,6 +670,7 @@ def test_l0_is_the_gradient_of_the_reparameterised_loss(per):
         np.testing.assert_allclose(named(done.params)[k], theta[k] * gates.estimate(alpha[k]), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_multiplier_finds_its_price_and_restarts():
     optimizer = t.lagrangian(optax.adam(0.05), HALF, end=400, ascent=0.05)
     p, state, _ = trained(optimizer, 0)

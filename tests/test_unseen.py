@@ -80,6 +80,7 @@ def test_a_leaf_of_zeros_in_every_batch_is_named(zero, method):
         prune(ZERO[zero], method)
 
 
+@pytest.mark.slow
 def test_the_others_can_be_pruned():
     found = prune(BLIND["stop_gradient"], "fisher", leaves="head")
     assert int(found.support["head"].sum()) == 7

@@ -128,6 +128,7 @@ class TestKnown:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.slow
 def test_the_gram_of_each_step_of_a_scan_is_numpys(reverse):
     found = capture(lambda p, x: _scan(p, x, reverse)[0], LOOPED, [X])
     h = X
