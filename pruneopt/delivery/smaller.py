@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _tree
-from pruneopt.network.leaves import combine, is_floating, partition
 from pruneopt.network.readable import readable
 from pruneopt.program.flatten import flatten
 from pruneopt.program.program import Outputs
@@ -102,8 +101,13 @@ def checked(fn: Callable[[Tree, Any], Any], masked: Tree, smaller: Smaller, para
 
 def compiled(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any) -> list[Any]:
     """The arrays that fn returns, in one compiled call."""
-    chosen, rest = partition(params, is_floating)
-    return jax.jit(lambda c, r, b: _leaves(fn(combine(c, r), b)))(chosen, rest, batch)
+    leaves, structure = jax.tree.flatten(params)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
+
+    def run(arrays: dict[int, Any], batch: Any) -> list[Any]:
+        return _leaves(fn(structure.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)]), batch))
+
+    return jax.jit(run)(arrays, batch)
 
 
 def difference(before: Sequence[Any], after: Sequence[Any]) -> float:
