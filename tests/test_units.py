@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from paper_reproductions.networks.small.attention import cached
-from pruneopt.program.program import flatten
+from pruneopt.program.flatten import flatten
 from pruneopt.structure import graph
 from pruneopt.structure.units import Units
 

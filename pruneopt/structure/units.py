@@ -137,7 +137,7 @@ class Units:
     def carried(self, gone: Mapping[int, Bool[np.ndarray, " units"]], arrays: Sequence[Any]) -> list[Any]:
         """The batch's arrays without these units, which stand in those of state alone."""
         cut, reader = self.rewritten(gone), self._reader
-        return [cut.sliced(x, reader.of(v)) for v, x in zip(reader.program.batch, arrays, strict=True)]
+        return [cut.left.sliced(x, reader.of(v)) for v, x in zip(reader.program.batch, arrays, strict=True)]
 
     def rewritten(self, gone: Mapping[int, Bool[np.ndarray, " units"]]) -> Rewritten:
         """The program without these units."""
