@@ -16,6 +16,7 @@ from pruneopt import _tree
 from pruneopt.delivery.apply import apply
 from pruneopt.delivery.smaller import TOLERANCE, Smaller, checked, compiled, difference
 from pruneopt.network.batches import Batches
+from pruneopt.network.leaves import is_floating
 from pruneopt.program.flatten import flatten
 from pruneopt.solution import Pruned, Solution
 from pruneopt.structure.dead import Lost, dead, nothing, with_units
