@@ -187,7 +187,7 @@ class Rewritten:
             closed = jax.make_jaxpr(dense)(*shapes)
             part = self._part(versions.plain(closed), versions.constants(closed), behind)
             results = iter(zip(_run(part, [*residuals, *cotangents]), part.reader.program.outputs, strict=True))
-            sizes = [self.sizes(self.reader.of(atom)) for atom in call.inputs]
+            sizes = [self.left.sizes(self.reader.of(atom)) for atom in call.inputs]
             return tuple(
                 None if missing else part.cut_copies(*next(results), size)
                 for missing, size in zip(absent, sizes, strict=True)
