@@ -21,6 +21,7 @@ import numpy as np
 
 from pruneopt import _store, _tree
 from pruneopt.delivery.shrink import SmallerNetwork, rebuilt
+from pruneopt.delivery.smaller import State
 from pruneopt.solution import Pruned
 
 Tree = Any
@@ -44,6 +45,7 @@ def save(network: Pruned | SmallerNetwork, file: str | os.PathLike[str]) -> None
             tensors |= {f"{_LOST}{k}:{path}": np.packbits(one) for k, one in enumerate(axes) if one.any()}
         shapes, texts = {path: list(shape) for path, shape in network.shapes.items()}, {"kind": _SMALLER}
         texts |= {"dense": json.dumps(shapes), "check": json.dumps([network.error])}
+        texts |= {"state": json.dumps(network.state.text())}
     elif isinstance(network, Pruned):
         tensors, leaves = _tensors(network.params, network.support)
         history = json.dumps(network.history, default=_plain)
@@ -91,6 +93,10 @@ def load_smaller(file: str | os.PathLike[str], fn: Callable[[Tree, Any], Any], l
         error = _store.read_json(texts.get("check", ""), list)
         dense = _store.read_json(texts.get("dense", ""), dict)
         lost = _cut(tensors, dense)
+        try:
+            state = State.of_text(_store.read_json(texts.get("state", ""), dict))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as wrong:
+            raise _store.Damaged("what it says of the state is not what was written") from wrong
         arrays, _ = _restored(tensors, described)
         if [type(e) for e in error] != [float] or dense.keys() != {p for p, a in described.items() if "key" not in a}:
             raise _store.Damaged("what it says of the check or of the dense network is not what was written")
@@ -99,7 +105,7 @@ def load_smaller(file: str | os.PathLike[str], fn: Callable[[Tree, Any], Any], l
                 raise _store.Damaged(f"its array '{path}' is not what was left of it")
     shapes = {path: tuple(shape) for path, shape in dense.items()}
     params = _filled(like, arrays, _kinds(described), file, shapes)
-    return rebuilt(fn, params, lost, shapes, error[0])
+    return rebuilt(fn, params, lost, shapes, error[0], state)
 
 
 def load_masks(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ from jaxtyping import Bool
 
 from pruneopt import _tree
 from pruneopt.delivery.apply import apply
-from pruneopt.delivery.smaller import TOLERANCE, Smaller, checked, compiled, difference
+from pruneopt.delivery.smaller import TOLERANCE, Smaller, State, checked, compiled, difference, sliced, zeroed
 from pruneopt.network.batches import Batches
 from pruneopt.network.leaves import is_floating
+from pruneopt.network.readable import readable
 from pruneopt.program.flatten import flatten
 from pruneopt.solution import Pruned, Solution
 from pruneopt.structure.dead import Lost, dead, nothing, with_units
@@ -38,6 +40,7 @@ class SmallerNetwork:
         of the dense array}.
     constant: {(path, axis): entries} of units that hold a number that depends on nothing and could not be added to a
         bias exactly: they stayed. dense_fn: the function that was given.
+    state: the arrays of the batch that are cut along, and how.
     """
 
     fn: Callable[[Tree, Any], Any]
@@ -48,6 +51,7 @@ class SmallerNetwork:
     shapes: dict[str, tuple[int, ...]]
     constant: dict[tuple[str, int], np.ndarray]
     dense_fn: Callable[[Tree, Any], Any] = field(repr=False)
+    state: State = field(default_factory=State)
 
     def __repr__(self) -> str:
         before = sum(math.prod(shape) for shape in self.shapes.values())
@@ -94,6 +98,10 @@ class SmallerNetwork:
         checked(fn, self.expand(), smaller, self.params, next(iter(Batches([batch]))))
         return smaller
 
+    def shrink_batch(self, batch: Any) -> Any:
+        """A batch whose state, such as the first cache of zeros, is cut along; `fn` takes and returns smaller state."""
+        return self.state.cut(batch)
+
     def shrink_like(self, tree: Tree) -> Tree:
         """Any tree whose subtrees look like the dense params, such as an optimiser's state, cut along."""
         paths = sorted(self.lost, key=len, reverse=True)
@@ -101,7 +109,7 @@ class SmallerNetwork:
         def one(path: str, leaf: Any) -> Any:
             for known in paths:
                 if (path == known or path.endswith("/" + known)) and np.shape(leaf) == self.shapes[known]:
-                    return _sliced(leaf, self.lost[known])
+                    return sliced(leaf, self.lost[known])
             return leaf
 
         return _tree.map_named(one, tree)
@@ -114,6 +122,7 @@ def shrink(
     support: Pruned | Solution | Tree,
     *,
     multiple: int = 1,
+    state: Mapping[str, str] = MappingProxyType({}),
 ) -> SmallerNetwork:
     """The smaller network that computes what fn computes of `params` masked by `support`.
 
@@ -126,6 +135,8 @@ def shrink(
     support: what `prune` or `solve` returned, or a tree of masks. params may have been trained since; they are masked.
     multiple: leave so many units of each group that the lengths of its axes are multiples of it, such as 8 or 64, or
         the whole group; units that could go stay as zeros for that.
+    state: {path in the batch: path in fn's outputs}, arrays or subtrees of the batch that a call renews and that start
+        as zeros, such as {"cache": "1"} where fn returns (logits, cache): units go there too.
     Raises ValueError for a function that cannot be read, and where the smaller network differs from the masked one by
         more than 1e-5 of the largest output, with the operator where they part.
     """
@@ -135,34 +146,45 @@ def shrink(
     masked = apply(params, support)
     masks = support.support if isinstance(support, Pruned | Solution) else support
     _check_finite(masked)
-    units = Units(flatten(fn, masked, batch, unroll=False))
-    found = dead(units, masked, dict(_tree.named_leaves(masks)), jax.tree.leaves(batch), multiple)
-    return _shrunk(fn, masked, found.params, batch, found.lost, found.constant)
+    units = _units(fn, masked, batch, state)
+    found = dead(units, masked, dict(_tree.named_leaves(masks)), jax.tree.leaves(readable(batch)), multiple)
+    carried = State(state, _carried(units, batch, found.lost))
+    return _shrunk(fn, masked, found.params, batch, found.lost, found.constant, carried)
 
 
 def shrink_units(
-    fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, kept: Mapping[tuple[str, int], Any]
+    fn: Callable[[Tree, Any], Any],
+    params: Tree,
+    batch: Any,
+    kept: Mapping[tuple[str, int], Any],
+    *,
+    state: Mapping[str, str] = MappingProxyType({}),
 ) -> SmallerNetwork:
     """The smaller network that keeps these units alone.
 
-    kept: {(path, axis): numbers of the entries to keep, or a boolean for each}; what is tied to them goes along.
+    kept: {(path, axis): numbers of the entries to keep, or a boolean for each}; what is tied to them goes along. state:
+        as of `shrink`.
     Raises ValueError for entries that cannot be cut, with what they are tied to and why; otherwise as `shrink`.
     """
     batch = next(iter(Batches([batch])))
     _check_finite(params)
-    units = Units(flatten(fn, params, batch, unroll=False))
-    lost = nothing(params)
+    units, lost = _units(fn, params, batch, state), nothing(params)
     for (path, axis), entries in kept.items():
         try:
             with_units(units, lost, *_asked(units, path, axis, entries))
         except _Tied as error:
             raise ValueError(f"{error}\n{trace(fn, params, batch).explain(path)}") from None
-    zeroed = _tree.map_named(lambda path, leaf: _zeroed(leaf, lost[path]) if path in lost else leaf, params)
-    return _shrunk(fn, zeroed, zeroed, batch, lost, {})
+    masked = _tree.map_named(lambda path, leaf: zeroed(leaf, lost[path]) if path in lost else leaf, params)
+    return _shrunk(fn, masked, masked, batch, lost, {}, State(state, _carried(units, batch, lost)))
 
 
 def rebuilt(
-    fn: Callable[[Tree, Any], Any], params: Tree, lost: Lost, shapes: dict[str, tuple[int, ...]], error: float
+    fn: Callable[[Tree, Any], Any],
+    params: Tree,
+    lost: Lost,
+    shapes: dict[str, tuple[int, ...]],
+    error: float,
+    state: State,
 ) -> SmallerNetwork:
     """The SmallerNetwork of fn with these smaller leaves. lost, shapes: those of the one that was taken apart."""
 
@@ -171,8 +193,8 @@ def rebuilt(
             return np.broadcast_to(np.zeros((), leaf.dtype), shapes[path])
         return _expanded({path: leaf}, lost, shapes)[path] if path in lost else leaf
 
-    smaller = Smaller(fn, _tree.map_named(dense, params), lost)
-    return SmallerNetwork(smaller, params, error, 0, lost, shapes, {}, fn)
+    smaller = Smaller(fn, _tree.map_named(dense, params), lost, state)
+    return SmallerNetwork(smaller, params, error, 0, lost, shapes, {}, fn, state)
 
 
 class _Tied(ValueError):
@@ -186,14 +208,28 @@ def _shrunk(
     batch: Any,
     lost: Lost,
     constant: dict[tuple[str, int], np.ndarray],
+    state: State,
 ) -> SmallerNetwork:
     """moved: the masked leaves once constants have moved into biases."""
-    smaller = Smaller(fn, masked, lost)
-    params = _tree.map_named(lambda path, leaf: _sliced(leaf, lost[path]) if path in lost else leaf, moved)
-    check = checked(fn, masked, smaller, params, batch)
+    smaller = Smaller(fn, masked, lost, state)
+    params = _tree.map_named(lambda path, leaf: sliced(leaf, lost[path]) if path in lost else leaf, moved)
+    check = checked(fn, masked, smaller, params, batch, state)
     shapes = {path: np.shape(leaf) for path, leaf in _tree.named_leaves(masked) if _tree.is_array(leaf)}
     cut = {path: every for path, every in lost.items() if any(one.any() for one in every)}
-    return SmallerNetwork(smaller, params, *check, cut, shapes, constant, fn)
+    return SmallerNetwork(smaller, params, *check, cut, shapes, constant, fn, state)
+
+
+def _units(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any, state: Mapping[str, str]) -> Units:
+    program = flatten(fn, params, batch, unroll=False)
+    return Units(program, State(state).numbers(readable(batch), program.returned))
+
+
+def _carried(units: Units, batch: Any, lost: Lost) -> Lost:
+    """What goes of the batch's arrays, those of state alone, with these entries of the leaves."""
+    left, reader = units.rewritten(units.gone(lost)).left, units.reader
+    every = [tuple(~left.kept(axis) for axis in reader.of(var)) for var in reader.program.batch]
+    paths = [path for path, _ in _tree.named_leaves(readable(batch))]
+    return {path: one for path, one in zip(paths, every, strict=True) if any(axis.any() for axis in one)}
 
 
 def _asked(units: Units, path: str, axis: int, entries: Any) -> tuple[Group, Bool[np.ndarray, " units"]]:
@@ -244,17 +280,3 @@ def _expanded(tree: Tree, lost: Lost, shapes: Mapping[str, tuple[int, ...]]) -> 
         return full.at[np.ix_(*(~which for which in lost[path]))].set(leaf)
 
     return _tree.map_named(one, tree)
-
-
-def _sliced(leaf: Any, lost: Sequence[Bool[np.ndarray, " n"]]) -> Any:
-    for k, one in enumerate(lost):
-        leaf = leaf if not one.any() else leaf.take(np.flatnonzero(~one), axis=k)
-    return leaf
-
-
-def _zeroed(leaf: Any, lost: Sequence[Bool[np.ndarray, " n"]]) -> Any:
-    for k, one in enumerate(lost):
-        place = [1] * np.ndim(leaf)
-        place[k] = -1
-        leaf = jnp.where(one.reshape(place), jnp.zeros((), leaf.dtype), leaf) if one.any() else leaf
-    return leaf

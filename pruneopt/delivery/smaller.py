@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from pruneopt import _tree
 from pruneopt.network.readable import readable
@@ -23,11 +25,68 @@ TOLERANCE = 1e-5  # of the largest output, in float32
 _PROGRAMS = 64  # signatures of batches whose programs are kept
 
 
+class State(NamedTuple):
+    """Arrays of the batch that a call renews, such as a cache of keys and values.
+
+    renewed: {path of an array or subtree of the batch: path of the output that is its value in the next call}. lost:
+    {path: for each axis, the entries that are cut}, of the arrays of the batch.
+    """
+
+    renewed: Mapping[str, str] = MappingProxyType({})
+    lost: Lost = MappingProxyType({})  # pyright: ignore[reportAssignmentType]
+
+    def numbers(self, batch: Any, outputs: Outputs) -> dict[int, int]:
+        """{array of the batch: output}. Raises ValueError for paths that are not there, or of other trees."""
+        paths, found = [path for path, _ in _tree.named_leaves(batch)], {}
+        for old, new in self.renewed.items():
+            mine = [i for i, path in enumerate(paths) if path == old or path.startswith(f"{old}/")]
+            names = [new + paths[i][len(old) :] for i in mine]
+            if not mine or not set(names) <= set(outputs.paths):
+                raise ValueError(
+                    f"state: '{old}' -> '{new}' names no arrays of the batch with outputs of the same names; the batch "
+                    f"has {_tree.listed(paths)}, fn returns {_tree.listed(outputs.paths)}"
+                )
+            found.update((i, outputs.paths.index(name)) for i, name in zip(mine, names, strict=True))
+        return found
+
+    def text(self) -> dict[str, Any]:
+        """In plain numbers and words."""
+        lost = {path: [np.flatnonzero(one).tolist() for one in every] for path, every in self.lost.items()}
+        lengths = {path: [len(one) for one in every] for path, every in self.lost.items()}
+        return {"renewed": dict(self.renewed), "lost": lost, "lengths": lengths}
+
+    @classmethod
+    def of_text(cls, text: Mapping[str, Any]) -> State:
+        """What `text` said. Raises ValueError, KeyError, TypeError or IndexError for anything else."""
+        lost = {}
+        for path, every in text["lost"].items():
+            flags = tuple(np.zeros(int(n), bool) for n in text["lengths"][path])
+            for one, at in zip(flags, every, strict=True):
+                one[np.asarray(at, int)] = True
+            lost[str(path)] = flags
+        return cls({str(old): str(new) for old, new in text["renewed"].items()}, lost)
+
+    def dense(self, batch: Any) -> Any:
+        """A batch whose arrays have all entries again, zeros where some were cut."""
+        return _tree.map_named(self._filled, batch) if self.lost else batch
+
+    def cut(self, batch: Any) -> Any:
+        """A batch whose arrays have lost these entries."""
+        return _tree.map_named(lambda path, x: sliced(x, self.lost[path]) if path in self.lost else x, batch)
+
+    def _filled(self, path: str, leaf: Any) -> Any:
+        lost = self.lost.get(path)
+        if lost is None or np.shape(leaf) == tuple(map(len, lost)):
+            return leaf
+        shape = [n if not one.any() else len(one) for n, one in zip(np.shape(leaf), lost, strict=True)]
+        return np.broadcast_to(np.zeros((), leaf.dtype), shape)
+
+
 class Smaller:
     """fn with entries of params cut: the program of each signature of its batches, rewritten once."""
 
-    def __init__(self, fn: Callable[[Tree, Any], Any], params: Tree, lost: Lost):
-        self._fn, self._lost = fn, lost
+    def __init__(self, fn: Callable[[Tree, Any], Any], params: Tree, lost: Lost, state: State = State()):  # noqa: B008
+        self._fn, self._lost, self._state = fn, lost, state
         self._known: dict[Any, tuple[Units, Rewritten, Outputs]] = {}
         self._dense = jax.tree.map(_abstract, params)
 
@@ -42,14 +101,16 @@ class Smaller:
         _, program, _ = self._program(readable(batch))
         return [program.left.sliced(x, ids) for x, ids in zip(outputs, program.reader.ends, strict=True)]
 
-    def parts(self, masked: Tree, params: Tree, batch: Any) -> Iterator[tuple[str, float]]:
+    def parts(self, masked: Tree, params: Tree, whole: Any, batch: Any) -> Iterator[tuple[str, float]]:
         """(equation in words, by how much the two programs differ there, over its largest entry), in order."""
         batch = readable(batch)
         units, program, _ = self._program(batch)
         arrays, small, dense = jax.tree.leaves(batch), {}, {}
         program(_arrays(params), arrays, lambda e, results: small.update(zip(e.outputs, results, strict=True)))
-        whole = units.rewritten({})
-        whole(_arrays(masked), arrays, lambda e, results: dense.update(zip(e.outputs, results, strict=True)))
+        before = jax.tree.leaves(readable(whole))
+        units.rewritten({})(
+            _arrays(masked), before, lambda e, results: dense.update(zip(e.outputs, results, strict=True))
+        )
         source = program.reader.program
         for equation in source.equations:
             for atom in small.keys() & dense.keys() & set(equation.outputs):
@@ -64,7 +125,8 @@ class Smaller:
         key = structure, tuple((np.shape(x), str(jax.typeof(x).dtype)) for x in leaves)
         if key not in self._known:
             with jax.ensure_compile_time_eval():  # loop counters are numbers, also where the caller traces
-                units = Units(flatten(self._fn, self._dense, batch, unroll=False))
+                program = flatten(self._fn, self._dense, self._state.dense(batch), unroll=False)
+                units = Units(program, self._state.numbers(batch, program.returned))
             while len(self._known) >= _PROGRAMS:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = units, units.rewritten(units.gone(self._lost)), units.reader.program.returned
@@ -80,21 +142,30 @@ class Check(NamedTuple):
     flipped: int
 
 
-def checked(fn: Callable[[Tree, Any], Any], masked: Tree, smaller: Smaller, params: Tree, batch: Any) -> Check:
+def checked(
+    fn: Callable[[Tree, Any], Any],
+    masked: Tree,
+    smaller: Smaller,
+    params: Tree,
+    batch: Any,
+    state: State = State(),  # noqa: B008
+) -> Check:
     """What the smaller network's outputs and the masked one's differ by, computed in float32 at least.
 
     Raises ValueError where that is too much, with the operator where they part.
     """
-    masked, params, batch = (jax.tree.map(_widened, tree) for tree in (masked, params, batch))
-    before = smaller.kept(batch, compiled(fn, masked, batch))
+    masked, params, whole = (jax.tree.map(_widened, tree) for tree in (masked, params, batch))
+    whole = _tree.map_named(lambda path, x: zeroed(x, state.lost[path]) if path in state.lost else x, whole)
+    batch = state.cut(whole)
+    before = smaller.kept(batch, compiled(fn, masked, whole))
     after = compiled(smaller, params, batch)
     error, flipped = difference(before, after), _flipped(before, after)
     if not any(jnp.issubdtype(x.dtype, jnp.inexact) for x in before):
-        error = max((apart for _, apart in smaller.parts(masked, params, batch)), default=0.0)
+        error = max((apart for _, apart in smaller.parts(masked, params, whole, batch)), default=0.0)
     if not error <= TOLERANCE:
         raise ValueError(
             f"the smaller network differs from the masked one by {error:.2g} of the largest output, more than "
-            f"{TOLERANCE:g}{_where(smaller, masked, params, batch)}; please report this network"
+            f"{TOLERANCE:g}{_where(smaller, masked, params, whole, batch)}; please report this network"
         )
     return Check(error, flipped)
 
@@ -125,15 +196,31 @@ def difference(before: Sequence[Any], after: Sequence[Any]) -> float:
     return apart / largest if largest else apart
 
 
-def _where(smaller: Smaller, masked: Tree, params: Tree, batch: Any) -> str:
+def _where(smaller: Smaller, masked: Tree, params: Tree, whole: Any, batch: Any) -> str:
     """The operator at which two programs part, in words."""
-    found = smaller.parts(masked, params, batch)
+    found = smaller.parts(masked, params, whole, batch)
     return next((f"; they part at {words}" for words, apart in found if not apart <= TOLERANCE), "")
 
 
 def _flipped(before: Sequence[Any], after: Sequence[Any]) -> int:
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if not jnp.issubdtype(a.dtype, jnp.inexact)]
     return sum(int(np.sum(np.asarray(a) != np.asarray(b))) for a, b in pairs if _tree.is_array(a))
+
+
+def sliced(leaf: Any, lost: Sequence[Bool[np.ndarray, " n"]]) -> Any:
+    """An array without these entries of its axes."""
+    for k, one in enumerate(lost):
+        leaf = leaf if not one.any() else leaf.take(np.flatnonzero(~one), axis=k)
+    return leaf
+
+
+def zeroed(leaf: Any, lost: Sequence[Bool[np.ndarray, " n"]]) -> Any:
+    """An array with zeros at these entries of its axes."""
+    for k, one in enumerate(lost):
+        place = [1] * np.ndim(leaf)
+        place[k] = -1
+        leaf = jnp.where(one.reshape(place), jnp.zeros((), leaf.dtype), leaf) if one.any() else leaf
+    return leaf
 
 
 def _leaves(outputs: Any) -> list[Any]:
