@@ -23,6 +23,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+CASES = 4
 MAPS, RUN = Path("/proc/self/maps"), itertools.count(1)
 
 
@@ -30,6 +31,21 @@ def pytest_runtest_teardown():
     """Let compiled programs go: each takes several of the 65,530 maps that Linux allows a process."""
     if next(RUN) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test with many cases the default selection runs a few, evenly spaced; the others are slow."""
+    tests = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            tests.setdefault((item.parent.nodeid, getattr(item, "originalname", item.name)), []).append(item)
+    for cases in tests.values():
+        few = next((mark.args[0] for mark in cases[0].iter_markers("cases")), CASES)
+        kept = {round(k * (len(cases) - 1) / (few - 1)) for k in range(few)}
+        for i, item in enumerate(cases):
+            if len(cases) > few and i not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

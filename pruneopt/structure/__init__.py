@@ -9,6 +9,7 @@ from pruneopt.structure.graph import Graph, trace
 from pruneopt.structure.latency import Block, Latency, latency
 from pruneopt.structure.layout import Layout, layout
 from pruneopt.structure.operators import Operator
+from pruneopt.structure.reach import Reach, reach
 from pruneopt.structure.units import Group, Units
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Layout",
     "Network",
     "Operator",
+    "Reach",
     "Statistics",
     "Units",
     "capture",
@@ -32,5 +34,6 @@ __all__ = [
     "latency",
     "layout",
     "partition",
+    "reach",
     "trace",
 ]
