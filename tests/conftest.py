@@ -23,7 +23,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-CASES = 4
+CASES = 2
 MAPS, RUN = Path("/proc/self/maps"), itertools.count(1)
 
 
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
             tests.setdefault((item.parent.nodeid, getattr(item, "originalname", item.name)), []).append(item)
     for cases in tests.values():
         few = next((mark.args[0] for mark in cases[0].iter_markers("cases")), CASES)
-        kept = {round(k * (len(cases) - 1) / (few - 1)) for k in range(few)}
+        kept = {round(k * (len(cases) - 1) / max(few - 1, 1)) for k in range(few)}
         for i, item in enumerate(cases):
             if len(cases) > few and i not in kept:
                 item.add_marker(pytest.mark.slow)

@@ -317,6 +317,7 @@ def problem_of(f_name, c_name):
 )
 @pytest.mark.parametrize("f_name", OBJECTIVES)
 class TestSolver:
+    @pytest.mark.cases(6)
     def test_solves_or_refuses_as_the_table_says(self, f_name, solver_name, tolerance):
         solver = SOLVERS[solver_name]
         for c_name in MATRIX_CONSTRAINTS if "reconstruction" in f_name else CONSTRAINTS:
@@ -451,6 +452,7 @@ EXEMPT = {
     "solver_name",
     [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in WITHIN | {"random": 0}],
 )
+@pytest.mark.cases(6)
 def test_a_solver_obeys_the_laws_and_is_near_the_optimum(solver_name, tolerance):
     solver, is_given = SOLVERS[solver_name], solver_name in GIVEN
     few = solver_laws.taken(solver, fixed=is_given)

@@ -87,6 +87,7 @@ def test_solvers_keep_each_problems_share(solver):
     np.testing.assert_array_equal(*shares)
 
 
+@pytest.mark.slow
 def test_scopes_of_outputs_inputs_and_groups_hold_in_each_problem():
     for constraint, axis in ((Cardinality(count=2, per="out"), 0), (Cardinality(count=1, per="in"), 2)):
         mask = np.asarray(layer(GROUPED, WIDE, constraint).support["kernel"]).reshape(18, 3, 2)
@@ -249,6 +250,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("scope", ["out", *(pytest.param(s, marks=pytest.mark.slow) for s in ("NM", "in", "span"))])
+@pytest.mark.slow
 def test_matrices_are_the_networks_whatever_the_layout(scope):
     constraint, n, groups = GROUPS[scope]
     masks = po.prune(attention, LEAVES, [POSITIONS], constraint, progress=False).support
@@ -365,6 +367,7 @@ def test_a_loss_tells_its_problems_matrices():
 
 
 @pytest.mark.default_flags
+@pytest.mark.slow
 def test_flax_attention_kernels_by_hand():
     nn = pytest.importorskip("flax.linen")
     model, x = nn.MultiHeadDotProductAttention(4), jnp.ones((1, 5, 32))

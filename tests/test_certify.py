@@ -58,6 +58,7 @@ def test_a_worse_support_is_not_optimal_whatever_it_claims(per):
     assert found.bound <= best.objective * (1 + 1e-12)
 
 
+@pytest.mark.slow
 def test_polish_on_one_row_and_one_column():
     for n, m in ((1, 3), (6, 1)):
         constraint = Slices(0, Cardinality(count=1, floor=0))

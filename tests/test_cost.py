@@ -320,6 +320,7 @@ def test_masks_that_fit_no_leaf_are_refused():
 
 
 @pytest.mark.default_flags
+@pytest.mark.slow
 def test_resnet20_costs_what_its_layers_say(folder):
     from paper_reproductions.networks import resnet20
 

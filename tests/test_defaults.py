@@ -96,6 +96,7 @@ def test_what_fn_multiplies_is_chosen_and_the_rest_is_said(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_every_method_chooses_them(case):
     """By magnitude, by derivatives and layer by layer, which takes those that it can read."""
     fn, params, batch, wanted, left_out = CASES[case]

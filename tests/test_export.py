@@ -94,6 +94,7 @@ def close(a, b):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_process_with_jax_alone_runs_it_at_other_sizes(tmp_path):
     image, text, dense = smaller_conv(), smaller_attention(), layers()
     assert po.export(image.fn, image.params, draw(3, 4, 4, 2), tmp_path / "image").any_size

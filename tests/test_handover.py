@@ -243,6 +243,7 @@ def test_a_smaller_resnet_runs_in_torch(tmp_path, folder, optimised):
     assert all(bits(a) == bits(b) for a, b in zip(*map(jax.tree.leaves, (back, small.params)), strict=True))
 
 
+@pytest.mark.slow
 def test_torch_reads_the_same_bits(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file as load_torch

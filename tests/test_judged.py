@@ -168,6 +168,7 @@ def test_numpy_weights_come_back_as_numpy(method):
     assert all(type(leaf) is np.ndarray for leaf in got.values())
 
 
+@pytest.mark.slow
 def test_the_softmax_gauss_newton_is_the_dense_one():
     params = {"a": tree(1)["a"][:2], "b": tree(2, {"b": (tree(1)["a"].shape[1], 3)})["b"]}
     w, back = jax.flatten_util.ravel_pytree(params)

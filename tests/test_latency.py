@@ -182,6 +182,7 @@ class TestRefusals:
         self.refused([*self.units.of("a", 1), *self.units.of("c", 1)], "block 'c' holds 2 groups and would need 8")
 
 
+@pytest.mark.slow
 def test_the_report_prints_what_was_predicted(counted):
     params, batch = arrays(**MLP), arrays(x=(7, 5))["x"]
     first, second = group(mlp, params, batch, "a", 1), group(mlp, params, batch, "c", 1)

@@ -178,6 +178,7 @@ def test_what_is_cut_before_stays_cut():
     assert np.asarray(pruned.support["a"]).sum() == 24
 
 
+@pytest.mark.slow
 def test_operators_with_one_input_share_one_gram(monkeypatch):
     seen = []
     sums = calibration.sums_of

@@ -30,6 +30,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("method", ["balanced", BALANCED, LAYER_METHODS["balanced"], LayerMethod(Score("random"))])
+@pytest.mark.slow
 def test_prune_is_layerwise(method):
     asked = BALANCED if method == "balanced" else method
     got = po.prune(forward, PARAMS, BATCHES, HALF, method=method, progress=False)

@@ -133,6 +133,7 @@ def test_wordpiece_by_hand():
     assert minilm.tokenize(["un un un un un"], vocab, 4)[0].tolist() == [[2, 4, 4, 3]]
 
 
+@pytest.mark.slow
 def test_minilm_puts_paraphrases_together(minilm_folder):
     vocab, params = minilm.vocabulary(minilm_folder), minilm.load(minilm_folder)
     sentences = ["A man is eating food.", "Someone eats a meal.", "The market fell sharply.", "Stocks dropped steeply."]

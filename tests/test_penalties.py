@@ -53,6 +53,7 @@ def test_slope_and_oscar_have_the_published_factors():
     np.testing.assert_allclose(OWL.oscar(1.0, 3, 0.5).factors, [2.0, 1.5, 1.0])
 
 
+@pytest.mark.slow
 def test_limits_are_the_simpler_penalties():
     w, groups = tree(2), Partition.slices(tree(2), axis=-1)
     for one, other in (

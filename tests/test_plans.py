@@ -97,6 +97,7 @@ def test_retrain_between_cuts_lowers_the_loss_and_is_recorded():
     assert pruned.history[-1]["tuned"] == pytest.approx(mean(pruned.params))
 
 
+@pytest.mark.slow
 def test_sensitivity_is_the_loss_of_each_leaf_pruned_alone():
     params, data = tree(1, SHAPES), tiny_batches((4, 6))
     levels = (0.25, 0.75)

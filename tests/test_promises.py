@@ -189,6 +189,7 @@ def test_global_admm_is_never_worse_than_the_refit_of_its_support_or_zero(dtype)
         assert value(flat(found.value)) <= value(0 * c) + slack
 
 
+@pytest.mark.slow
 def test_a_result_that_is_worse_than_init_is_replaced_and_said():
     task = problem(spectrum(5), Cardinality(sparsity=0.8), WIDE)
     good = po.solve(task, s.Then(s.ADMM(), s.Then(s.Polish(), s.Swap())))

@@ -144,6 +144,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("fn", CASES, ids=lambda fn: fn.__name__)
+@pytest.mark.slow
 def test_what_units_left_in_a_sum_is_added(fn):
     """Values and gradients are the masked network's; without the remainder they are not."""
     names, batch, count = CASES[fn]

@@ -321,6 +321,7 @@ class TestSupport:
         assert [small.params[name].shape for name in shapes] == [(5, 4), (4, 3), (3, 3)]
 
     @pytest.mark.default_flags  # optax mixes whole numbers and floats
+    @pytest.mark.slow
     def test_the_optimisers_state_is_cut_along(self):
         optimizer = optax.adam(1e-2)
         small = po.shrink(mlp, self.params, self.batch, self.masks(w2=[1, 3]))

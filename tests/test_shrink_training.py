@@ -61,6 +61,7 @@ def test_new_statistics_are_cut_as_the_old_ones_are(params, batch):
         np.testing.assert_allclose(new["statistics"][name], dense["statistics"][name][KEPT], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_predict_loss_and_step_are_cut_alike_and_training_goes_on(params, batch):
     small = po.shrink_units(predict, params, batch, {("weights/w1", 1): KEPT, ("weights/w2", 1): [0, 1, 4]})
     small_loss = small.of(loss, batch)

@@ -216,6 +216,7 @@ def test_form_is_float64_and_products_are_float32_in_the_default_mode():
 # --------------------------------------------------------------------------------------------------- true Fisher
 
 
+@pytest.mark.slow
 def test_the_exact_fisher_of_a_softmax_is_the_sum_over_labels_and_the_gauss_newton_matrix():
     params = tree(1, SHAPES)
     w, unravel = flat(params)

@@ -224,6 +224,7 @@ def test_nothing_is_left_off_the_support(inner):
     assert np.all(np.asarray(p["a"]["kernel"])[~off] != 0)
 
 
+@pytest.mark.slow
 def test_states_are_masked_after_a_step_only_where_they_must_be():
     from pruneopt.training.base import keeps_zeros
 

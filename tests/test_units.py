@@ -351,6 +351,7 @@ class TestConcatenated:
 class TestState:
     """What fn carries from call to call in the batch is cut along, and so is what it becomes."""
 
+    @pytest.mark.slow
     def test_keys_and_values_of_a_step_of_decoding(self):
         fn, params, batch = cached()
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):

@@ -70,15 +70,15 @@ class Zeros:
                 units = frozenset[int]().union(*(atoms[reader.read[i][0][k]] for k in dims))
                 why = _SUMMED if name == "reduce_sum" else _CONTRACTED.format(name)
                 self.left += [(unit, why) for unit in units if not self.remainder.is_known(i, unit)]
-        at = {
-            equation.inputs[:2]: i
-            for i, equation in enumerate(program.equations)
-            if equation.primitive.name == "dot_general" and all(isinstance(atom, int) for atom in equation.inputs)
-        }
+        at: dict[Any, list[int]] = {}
+        for i, equation in enumerate(program.equations):
+            if equation.primitive.name == "dot_general" and all(isinstance(atom, int) for atom in equation.inputs):
+                at.setdefault(equation.inputs, []).append(i)
         for a, b, left, right, name in reader.contractions:
             units = atoms[b] - self.along(left, a) - self.along(right, b)
             if isinstance(left, int) and isinstance(right, int) and name in SUMS:
-                units = frozenset(unit for unit in units if not self.remainder.is_known(at[left, right], unit))
+                known = [frozenset(u for u in units if self.remainder.is_known(i, u)) for i in at[left, right]]
+                units -= frozenset.intersection(*known)
             elif name not in SUMS:
                 self.left += [(unit, _CONTRACTED.format(name)) for unit in units]
             self.products.append(units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,12 +34,14 @@ class Constants:
             for atom in {a for a in equation.inputs if isinstance(a, int)}:
                 self._readers.setdefault(atom, []).append(i)
         self._outputs = {atom for atom in program.outputs if isinstance(atom, int)}
-        self._products = {
-            equation.inputs[:2]: i
+        pairs = [
+            (equation.inputs[:2], i)
             for i, equation in enumerate(program.equations)
             if equation.primitive.name in ("dot_general", "conv_general_dilated")
             and all(isinstance(atom, int) for atom in equation.inputs[:2])
-        }
+        ]
+        times = Counter(pair for pair, _ in pairs)
+        self._products = {pair: i for pair, i in pairs if times[pair] == 1}
         self._run = jax.jit(self._operands)
 
     def are_steady(self, zeros: Zeros, unit: int, products: Sequence[int]) -> bool:
