@@ -380,6 +380,7 @@ def test_a_set_and_everything_are_one_set(f_name, solver_name, tolerance):
 @pytest.mark.parametrize(
     "f_name", ["identity", "diagonal, damped", "singular reconstruction, damped", "reconstruction"]
 )
+@pytest.mark.cases(1)
 def test_bound_is_below_brute_force_is_below_objective(f_name, tolerance):
     matrix = "reconstruction" in f_name
     for c_name in (

@@ -134,6 +134,7 @@ def mlp(p, x):
 
 
 @pytest.mark.parametrize("sparsity", [0.77, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.5, 0.9))])
+@pytest.mark.slow
 def test_a_tree_budget_is_one_total_layer_by_layer(sparsity):
     pruned = layer(MLP, draw(20, 7), Cardinality(sparsity=sparsity), fn=mlp)
     sizes = np.asarray([35, 55, 33])
@@ -272,6 +273,7 @@ def optax_masks(constraint, layout):
     return optimizer.finish(params, optimizer.init(params)).support
 
 
+@pytest.mark.slow
 def test_layerwise_and_whole_network_methods_cut_the_same_matrices():
     leaves = {"query": LEAVES["query"], "out": LEAVES["out"]}
 

@@ -620,6 +620,7 @@ def mixed_network(params, bump, x):
     return jnp.mean(jnp.sum(x**4, axis=-1))
 
 
+@pytest.mark.slow
 def test_output_gradients_against_plain_autodiff():
     params = {"conv": draw(2, 2, 3, 4), "heads": draw(4, 2, 3), "join": draw(2, 3, 5), "tied": draw(5, 5)}
     shapes = {"conv": (2, 4, 4), "heads": (2, 3, 2, 4), "join": (5,), "tied1": (5,), "tied2": (5,)}

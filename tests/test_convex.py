@@ -69,7 +69,7 @@ def test_one_weight_for_all_outputs_or_one_each_and_a_warm_start_takes_fewer_ste
 def test_the_largest_useful_weight_gives_zero_and_no_weight_the_dense_matrix(solver):
     f = Reconstruction(matrix(1), Gram.checked(gram()), damping=0.01)
     most = L1(1.0).weight_max(f.slope(jnp.zeros_like(f.center)))
-    empty = po.solve(po.Problem(f, penalty=L1(most)), solver)
+    empty = po.solve(po.Problem(f, penalty=L1((1 + 1e-12) * most)), solver)  # at `most` itself rounding decides
     assert (empty.kept, empty.status) == (0, OPTIMAL)
     assert po.solve(po.Problem(f, penalty=L1(0.999 * most)), solver).kept > 0
     dense = po.solve(po.Problem(f, penalty=L1(0.0)), solver)

@@ -27,6 +27,7 @@ def double():
 
 
 @pytest.mark.parametrize("name", [n if n in CHEAP else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
+@pytest.mark.cases(1)
 def test_units_of_every_free_group_are_deleted_exactly(name):
     entry = NETWORKS[name]
     if entry.needs:

@@ -133,6 +133,7 @@ def test_what_is_loaded_is_what_was_exported(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["f"]
 
 
+@pytest.mark.slow
 def test_a_pruned_network_and_trees_go_through(tmp_path):
     pruned = po.prune(None, layers(), None, po.constraints.Cardinality(sparsity=0.5), progress=False)
 

@@ -69,6 +69,7 @@ LAYERS = [
 @pytest.mark.parametrize(
     ("layer", "sparsity", "expected"), [("minilm_l2_attn_out", 0.5, 6.184e-02), ("resnet20_l3_conv", 0.5, 3.424e-02)]
 )
+@pytest.mark.slow
 def test_wanda_is_a_row(folder, layer, sparsity, expected):
     with np.load(folder / "layers" / f"{layer}.npz", allow_pickle=False) as archive:
         gram = jnp.asarray(archive["H"] / archive["n_samples"].astype(np.float32))

@@ -228,6 +228,7 @@ def test_bad_knobs(make, message):
         pytest.param("resnet20_l3_conv", 0.9, GreedyOBS(), 1.225e-01, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_errors_are_the_peers(folder, layer, spec, solver, expected):
     with np.load(folder / "layers" / f"{layer}.npz", allow_pickle=False) as archive:
         h, w0 = archive["H"] / archive["n_samples"].astype(np.float32), archive["W0"].T

@@ -38,6 +38,7 @@ def test_mlpnet_has_its_dense_score(folder):
         pytest.param(resnet20.load_akamaster, resnet20.AKAMASTER, 91.5, 0.3842, 269722, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_resnet20_has_its_dense_score(folder, load, preprocessing, accuracy, loss, count):
     params = load(folder)
     leaves = jax.tree_util.tree_leaves_with_path(params)

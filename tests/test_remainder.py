@@ -163,6 +163,7 @@ def test_what_units_left_in_a_sum_is_added(fn):
     assert deletion.difference(deletion.zeroed(whole[1], cut.gone), small.expand(mine[1])) < 1e-11
 
 
+@pytest.mark.slow
 def test_two_passes_of_fewer_units_are_not_the_masked_ones():
     """The remainder is no rounding: fn on the small leaves is far from the masked network."""
     params, batch = arrays(a=(5, 6), b=(6, 7), o=(7, 3), scale=(6,)), arrays(x=FLAT)["x"]

@@ -98,6 +98,7 @@ def test_report_counts_by_hand():
     assert po.report(fn, params, pruned, batch, repeats=0).timings == ()
 
 
+@pytest.mark.slow
 def test_report_of_a_smaller_network():
     fn, params, batch = NETWORKS["dense"]
     small = po.shrink_units(fn, params, batch, {("w1", 1): range(0, 16, 2)})

@@ -59,6 +59,7 @@ def assert_continues(folder, first):
         np.testing.assert_array_equal(again.params[name], first.params[name])
 
 
+@pytest.mark.slow
 def test_it_continues_after_files_that_a_kill_left(folder, kept):
     for name in ("run.part", "mine.part", "layer-00001.safetensors.0123456789abcdef.part"):
         (folder / name).write_bytes(b"half")

@@ -250,6 +250,7 @@ class TestSupport:
         assert (path, axis, entries.tolist()) == ("b1", 0, [3])
         assert "1 constant units stay" in repr(small)
 
+    @pytest.mark.slow
     def test_a_constant_channel_at_the_border_of_padding_stays(self):
         """A convolution with padding adds less at the border, which no bias can."""
 

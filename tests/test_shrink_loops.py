@@ -76,6 +76,7 @@ def drawn(shapes):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.cases(1)
 def test_a_loop_is_cut_exactly_and_stays_one(name):
     fn, shapes, axes, bias = NETWORKS[name]
     params, x = drawn(shapes), jnp.asarray(RNG.normal(size=(2, 5, WIDTH)))
@@ -109,6 +110,7 @@ def test_a_long_recurrence_is_read_without_its_steps():
     assert len(flatten(lstm, params, jnp.ones((2, 1000, WIDTH)), unroll=False).equations) < 20
 
 
+@pytest.mark.slow
 def test_a_loop_whose_steps_differ_by_their_number_is_read_step_by_step():
     def fn(p, x):
         def block(h, both):

@@ -84,6 +84,7 @@ def test_predict_loss_and_step_are_cut_alike_and_training_goes_on(params, batch)
     np.testing.assert_allclose(logits, predict(mine, batch), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_step_that_returns_all_params_is_cut(params, batch):
     def step(p, batch):
         (value, new), gradient = jax.value_and_grad(lambda p: loss(p, batch), has_aux=True)(p)

@@ -94,6 +94,7 @@ def test_products_diagonal_blocks_and_form_are_those_of_the_dense_matrix(name, s
     assert h.semidefinite == (np.linalg.eigvalsh(expected)[0] > -1e-12)
 
 
+@pytest.mark.slow
 def test_solve_is_that_of_the_dense_matrix_where_it_is_positive():
     h, expected = made("squares")
     b = tree(6, SHAPES)
