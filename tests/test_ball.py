@@ -85,6 +85,7 @@ def test_a_group_ball_is_proven_too_and_a_point_outside_is_infeasible():
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_balls_hold_and_are_proven_in_float32(ball):
     f = Reconstruction(
         jnp.asarray(matrix(1), jnp.float32), Gram.checked(jnp.asarray(gram(), jnp.float32)), damping=0.01

@@ -147,6 +147,7 @@ def test_a_tree_budget_is_one_total_layer_by_layer(sparsity):
     assert {entry["scope"] for entry in pruned.history[0]["layers"]} == {pruned.scope}
 
 
+@pytest.mark.slow
 def test_counts_floors_patterns_and_stages_of_a_tree_budget():
     x = draw(20, 7)
     assert layer(MLP, x, Cardinality(count=60), fn=mlp).kept == 60

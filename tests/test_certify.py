@@ -109,6 +109,7 @@ def test_floor_zero_allows_an_empty_leaf_in_every_stage():
 
 
 @pytest.mark.default_flags
+@pytest.mark.slow
 def test_retraining_may_move_other_leaves_than_the_pruned_ones():
     def loss(p, batch):
         return tiny_loss({"a": p["a"], "b": p["b"]}, batch) + jnp.sum((p["bias"] - 1) ** 2)

@@ -113,6 +113,7 @@ def test_the_user_s_choice_wins():
     assert "left_out" not in pruned.history[0]
 
 
+@pytest.mark.slow
 def test_without_fn_shape_and_name_choose():
     assert default_leaves(None, VIT) is default_leaves(vit, VIT) is is_prunable
     pruned = po.prune(None, VIT, None, Cardinality(sparsity=0.5), progress=False)

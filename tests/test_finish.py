@@ -95,6 +95,7 @@ def test_inside_other_wrappers(name):
     assert_done(sparse.finish(params, state), params)
 
 
+@pytest.mark.slow
 def test_around_multi_steps():
     for inner in (optax.MultiSteps(optax.sgd(1e-2), 2), optax.flatten(optax.adam(1e-2))):
         sparse = training.gradual(inner, HALF, end=4, every=1, leaves="body/kernel")

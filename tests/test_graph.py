@@ -880,6 +880,7 @@ def paths_of(params, ndim):
 
 @pytest.mark.default_flags
 @pytest.mark.parametrize(("checkpoint", "convolutions"), [("chita", 21), ("akamaster", 19)])
+@pytest.mark.slow
 def test_every_kernel_of_resnet20(folder, checkpoint, convolutions):
     params = getattr(resnet20, f"load_{checkpoint}")(folder)
     kernels = paths_of(params, (2, 4))

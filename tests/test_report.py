@@ -152,6 +152,7 @@ class TestWhy:
         assert "batch 32: the units that went had 6.2 % of the FLOPs" in self.why(self.cut(15), faster=(1, 1.1, 1.04))
         assert "shrunk" not in self.why(self.cut(15), faster=(1, 1.1, 1.1))
 
+    @pytest.mark.slow
     def test_no_multiples_of_eight(self):
         said = self.why(self.cut(7))
         assert "FLOPs fell 2.29 times" in said

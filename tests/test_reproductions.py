@@ -72,6 +72,7 @@ def test_admm_grad_is_no_worse_than_its_mask_with_the_old_weights():
         assert meng.error(h, w0, w) < meng.error(h, w0, w0 * mask)
 
 
+@pytest.mark.slow
 def test_a_width_that_eight_does_not_divide_is_pruned_to_half_the_pattern():
     layer = {"w2": np.ones((12, 4), np.float32), "wq": np.ones((16, 4), np.float32)}
     network = decoder.Decoder({"layers": {"0": layer}}, None, ["layers/*/w*"])

@@ -117,6 +117,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.cases(1)
 def test_more_kinds_of_units_are_free_and_cut_exactly(name):
     fn, shapes, batch, count = OTHERS[name]
     params, batch = arrays(**shapes), arrays(x=batch)["x"]
@@ -223,6 +224,7 @@ class TestSupport:
 
         assert self.kept(self.masks(w1=(slice(None), [0])), fn) == list(range(1, 8))
 
+    @pytest.mark.slow
     def test_a_chain_of_constants_goes_from_bias_to_bias(self):
         shapes = {"w1": (5, 6), "b1": (6,), "w2": (6, 4), "b2": (4,), "w3": (4, 3), "b3": (3,)}
 

@@ -88,6 +88,7 @@ def test_a_weight_that_costs_too_much_goes_in_one_stage_and_not_in_ever_shorter_
     assert len(seen) == 4
 
 
+@pytest.mark.slow
 def test_a_first_step_is_as_much_of_the_model_s_as_other_examples_allow():
     data, others = tiny_batches((8, 2))[0], tiny_batches()[0]
     got = po.plans.staged(tiny_loss, tree(1, SHAPES), lambda stage: [data], Cardinality(sparsity=0.0), [others],

@@ -254,6 +254,7 @@ def test_the_sampled_fisher_is_unbiased_and_the_same_however_the_data_is_cut():
     assert not np.array_equal(one.gradients, found.gradients[:10])
 
 
+@pytest.mark.slow
 def test_the_sampled_fisher_of_another_likelihood():
     """Normal with variance 1/2, whose -log p is the sum of squares: its Fisher is their Gauss-Newton matrix."""
     params, copies = tree(1, SHAPES), 400

@@ -456,6 +456,7 @@ def test_proximal_reaches_the_lasso_whatever_the_metric(inner, metric, rate):
     np.testing.assert_array_equal(np.asarray(done.support["w"])[:, 0], expected != 0)
 
 
+@pytest.mark.slow
 def test_proximal_is_the_soft_threshold_in_the_metric():
     optimizer = t.proximal(ADAM(), L1(3.0), 0.02, metric=t.adam_metric())
     p, plain = params(), ADAM()
