@@ -102,6 +102,7 @@ def test_every_constraint_is_met_and_beats_the_score_with_its_exact_refit(name):
 
 @pytest.mark.default_flags
 @pytest.mark.parametrize("products", ["bfloat16", "float32"])
+@pytest.mark.slow
 def test_single_precision_finds_what_double_finds(products):
     task = problem(Cardinality(sparsity=0.6), dtype=np.float32)
     found = po.solve(task, ADMM(products=products))

@@ -291,6 +291,7 @@ PUBLISHED = [
 @pytest.mark.default_flags
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(("name", "spec", "expected"), PUBLISHED)
+@pytest.mark.slow
 def test_real_layers_have_the_errors_of_sparsegpt(folder, name, spec, expected):
     with np.load(folder / "layers" / f"{name}.npz", allow_pickle=False) as archive:
         h = jnp.asarray(archive["H"] / archive["n_samples"].astype(np.float32))

@@ -327,6 +327,7 @@ def test_budgets_that_need_no_orientation_are_taken_without_a_trace():
         assert po.prune(None, leaves, None, constraint, progress=False).kept == kept
 
 
+@pytest.mark.slow
 def test_what_a_layout_cannot_tell_is_refused():
     tied, x = {"w": draw(4, 4), "b": draw(2, 2, 2)}, draw(3, 4)
 

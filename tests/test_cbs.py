@@ -31,6 +31,7 @@ LEAF = np.repeat(np.arange(len(tree(1))), [x.size for x in jax.tree.leaves(tree(
 
 @pytest.mark.parametrize("gradient", [None, 9])
 @pytest.mark.parametrize("per", ["tree", "leaf"])
+@pytest.mark.slow
 def test_no_swap_of_any_pair_lowers_what_it_returns(per, gradient):
     budget = Cardinality(sparsity=0.5, per=per, floor=0 if per == "tree" else None)
     gains = []

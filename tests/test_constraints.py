@@ -95,6 +95,7 @@ def test_one_run_is_a_leaf_and_a_span_of_one_is_no_span():
     assert Cardinality(sparsity=0.7, per="in", span=np.int64(1)) == Cardinality(sparsity=0.7, per="in")
 
 
+@pytest.mark.slow
 def test_spans_relax_and_count_units():
     runs = Cardinality(sparsity=0.5, per="in", span=4)
     assert runs.relaxed(0.5).select(jnp.ones((8, 4))).sum() == 24

@@ -42,6 +42,7 @@ def accuracy(params, images):
 
 @pytest.mark.default_flags
 @pytest.mark.parametrize(("count", "expected"), MAGNITUDE)
+@pytest.mark.slow
 def test_magnitude_pruning_of_mlpnet_is_the_published_row(mlpnet, mnist_images, count, expected):
     pruned = po.prune(None, mlpnet, None, Cardinality(count=count), progress=False)
     assert pruned.kept == sum(np.count_nonzero(leaf) for leaf in pruned.params.values()) == count

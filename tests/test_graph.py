@@ -893,6 +893,7 @@ def test_every_kernel_of_resnet20(folder, checkpoint, convolutions):
 
 @pytest.mark.default_flags
 @pytest.mark.parametrize("kind", ["unrolled", "scanned"])
+@pytest.mark.slow
 def test_every_projection_of_stories(folder, kind):
     params = stories.load(folder)[0]
     shapes = {"embedding": (1, 64, 512, 1)}

@@ -71,6 +71,7 @@ def test_predicted_is_the_model_s_and_measured_the_loss_s(method, held_out):
     assert (stats["predicted"], stats["measured"]) == (record["predicted"], record["measured"])
 
 
+@pytest.mark.slow
 def test_each_stage_is_measured_from_where_it_started():
     got = pruned("fisher", [other()], schedule=Iterative(3))
     total = sum(h["measured"] for h in got.history)
@@ -106,6 +107,7 @@ def test_held_out_examples_choose_the_damping():
     assert staged.history[0]["loss"] <= min(losses) * (1 + 1e-9)  # of the same models, and shorter steps to each
 
 
+@pytest.mark.slow
 def test_a_shorter_step_that_breaks_a_bound_on_values_is_left_out():
     w, g = {"w": jnp.full((2, 2), 2.0)}, {"w": jnp.full((2, 2), 1.0)}
     loss = po.objectives.Loss(lambda p, b: jnp.mean((p["w"] - b) ** 2), w, [jnp.full((2, 2), 2.0)], leaves="w")

@@ -53,6 +53,7 @@ def test_each_step_is_a_thresholded_gradient_step_from_the_refit(gradient, rank)
         assert got.objective == pytest.approx(best_on(f, support)[0], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_it_lowers_the_refit_of_magnitude_where_thresholded_gradient_steps_do_not_move():
     f = correlated()
     problem = po.Problem(f, subject_to=Cardinality(sparsity=0.6))

@@ -61,6 +61,7 @@ def test_a_model_needs_its_texts(tmp_path):
         frantar.main(["--model", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_admm_grad_is_no_worse_than_its_mask_with_the_old_weights():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 12)) @ rng.standard_normal((12, 12))

@@ -78,6 +78,7 @@ def test_zeros_inside_smaller_leaves_cost_a_bit(tmp_path):
     same(small.params, po.load_smaller(tmp_path / "f", small.fn, params).params)
 
 
+@pytest.mark.slow
 def test_a_file_without_a_cut_and_one_cut_to_nothing_come_back(tmp_path):
     for keep in (np.arange(20), np.arange(0)):
         small = po.shrink_units(mlp, dense(), BATCH, {("in", 1): keep})

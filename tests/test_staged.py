@@ -136,6 +136,7 @@ def longest_that_improves(tried):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.slow
 def test_no_stage_is_worse_on_other_examples_than_the_plain_cut_where_the_model_overfits(seed):
     params, loss, stages, others = few_examples(seed)
     at = lambda w: float(loss({"w": w}, others))  # noqa: E731

@@ -95,6 +95,7 @@ def test_one_position_an_example_is_the_product_of_the_two_second_moments():
     np.testing.assert_allclose(h.dense(), expected, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_it_is_the_fisher_where_inputs_and_gradients_are_independent():
     """One linear layer whose loss is linear in its outputs with signs that do not depend on the input."""
     rng = np.random.default_rng(0)
