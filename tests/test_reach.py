@@ -51,7 +51,9 @@ def test_what_is_blocked_stays_and_says_why():
 class TestBadInput:
     """Of the cuts themselves."""
 
-    params, x = drawn(w1=(5, 8), w2=(8, 3)), jnp.asarray(RNG.normal(size=(4, 5)))
+    @pytest.fixture(autouse=True)
+    def network(self, flags):
+        self.params, self.x = drawn(w1=(5, 8), w2=(8, 3)), jnp.asarray(RNG.normal(size=(4, 5)))
 
     @staticmethod
     def fn(p, x):
