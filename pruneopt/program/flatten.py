@@ -203,7 +203,8 @@ def _unrolled(program: Program, eqn: Any, inputs: tuple[Atom, ...], keep: bool) 
 
 def _at(stacked: jax.Array, i: jax.Array) -> jax.Array:
     zero = jnp.zeros((), i.dtype)
-    picked = jax.lax.dynamic_slice(stacked, (i, *[zero] * (stacked.ndim - 1)), (1, *stacked.shape[1:]))
+    start = (i, *[zero] * (stacked.ndim - 1))  # bound as it is: known steps need no care for negative numbers
+    picked = jax.lax.dynamic_slice_p.bind(stacked, *start, slice_sizes=(1, *stacked.shape[1:]))
     return jax.lax.squeeze(picked, (0,))
 
 

@@ -22,7 +22,7 @@ class Literal(NamedTuple):
 def literal(value: Any, aval: Any) -> Literal:
     """A literal of exactly the dtype that the equation expects."""
     array = np.asarray(value, aval.dtype) if not hasattr(value, "dtype") else value
-    return Literal(array, (str(aval.dtype), np.asarray(array).tobytes()))
+    return Literal(array, (aval.dtype, np.asarray(array).tobytes()))
 
 
 def frozen(value: Any) -> Hashable:
@@ -83,7 +83,7 @@ class _Same:
 
 def type_key(aval: Any) -> Hashable:
     """A key of a shape and dtype."""
-    return (tuple(aval.shape), str(aval.dtype), bool(getattr(aval, "weak_type", False)))
+    return (tuple(aval.shape), aval.dtype, bool(getattr(aval, "weak_type", False)))
 
 
 def is_array_of_numbers(value: Any) -> bool:
