@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import numpy as np
 
 from pruneopt import _tree
@@ -16,7 +15,7 @@ from pruneopt.network.leaves import is_floating
 from pruneopt.structure.cost import Cost
 from pruneopt.structure.graph import Graph
 from pruneopt.structure.latency import Latency
-from pruneopt.structure.stopwatch import Compiled, Memory, Seconds, race, resized
+from pruneopt.structure.stopwatch import Compiled, Memory, Seconds, nothing, race, resized
 
 Tree = Any
 
@@ -78,7 +77,7 @@ def timings(
             ) from error
         if small is not None:
             programs["shrunk"] = Compiled(small.fn, small.params, examples)
-        empty = Compiled(_nothing, dense, examples)
+        empty = Compiled(nothing, dense, examples)
         calls = {"dense": programs["dense"], "masked": programs["dense"].with_params(masked), **programs}
         seconds = race({**calls, "empty": empty}, repeats)
         memory = {name: program.memory() for name, program in programs.items()}
@@ -162,10 +161,6 @@ def _reason(timing: Timing, work: Cost, small: SmallerNetwork, cut: Cost) -> str
         f"FLOPs fell {less:.2f} times, but activations, which are read and written, {held:.2f} times"
         + f", and the widths {', '.join(map(str, odd[:4]))} are no multiples of {_LANES}" * bool(odd)
     )
-
-
-def _nothing(params: Tree, batch: Any) -> Any:
-    return jax.numpy.zeros(())
 
 
 def masked_by(small: SmallerNetwork) -> Tree:

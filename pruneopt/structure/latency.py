@@ -26,7 +26,7 @@ from pruneopt.program.primitives import column
 from pruneopt.program.program import Program
 from pruneopt.program.rewrite import Rewritten, Rules, gone_units
 from pruneopt.program.segment import closure
-from pruneopt.structure.stopwatch import Compiled, device, race
+from pruneopt.structure.stopwatch import Compiled, device, nothing, race
 from pruneopt.structure.units import Group, Units
 
 Tree = Any
@@ -152,7 +152,7 @@ def latency(
     identity = _identity(program, grid)
     if file is not None and Path(file).exists():
         return _read(file, identity, grid)
-    empty, whole = Compiled(_nothing, params, batch), Compiled(fn, params, batch)
+    empty, whole = Compiled(nothing, params, batch), Compiled(fn, params, batch)
     values = dict(_tree.named_leaves(params))
     given = {var: values[path] for path, var in program.leaves.items()}
     given.update(zip(program.batch, [leaf for leaf in jax.tree.leaves(batch) if hasattr(leaf, "dtype")], strict=True))
@@ -326,10 +326,6 @@ def _common(paths: Sequence[str]) -> str:
 def _named(group: Group) -> str:
     path, axis = group.members[0]
     return f"axis {axis} of '{path}'"
-
-
-def _nothing(params: Tree, batch: Any) -> Any:
-    return jax.numpy.zeros(())
 
 
 def _identity(program: Program, grid: Mapping[Group, tuple[int, ...]]) -> str:

@@ -145,6 +145,11 @@ def _hashable(fn: Any) -> Any:
     return fn
 
 
+def nothing(params: Tree, batch: Any) -> Any:
+    """A function that computes nothing: what a call with its arguments costs by itself."""
+    return jax.numpy.zeros(())
+
+
 def resized(batch: Any, size: int) -> Any:
     """A batch of `size` examples: those of `batch`, the first axis of its arrays, again and again or the first ones.
 
