@@ -226,6 +226,18 @@ class TestState:
             np.testing.assert_allclose(new["v"], whole["v"][:, :, :1], rtol=1e-12)
             mine, dense = {**mine, "cache": new}, {**dense, "cache": whole}
 
+    def test_whether_it_runs_as_is_is_asked_of_a_batch_with_the_smaller_cache(self, decoder):
+        assert not self.cut(decoder).runs_as_is(self.start())  # the heads are written down in fn
+
+        def two_wide(p, batch):
+            h = jnp.tanh(batch["h"] @ p["w"] + batch["x"] @ p["u"])
+            return h @ p["o"], h
+
+        params = {n: jnp.asarray(RNG.normal(size=s)) for n, s in {"w": (5, 5), "u": (4, 5), "o": (5, 3)}.items()}
+        batch = {"h": jnp.zeros((2, 5)), "x": jnp.asarray(RNG.normal(size=(2, 4)))}
+        small = po.shrink_units(two_wide, params, batch, {("o", 0): [0, 2]}, state={"h": "1"})
+        assert small.runs_as_is(batch)
+
     def test_it_is_saved_and_loaded(self, decoder, tmp_path):
         small = self.cut(decoder)
         po.save(small, tmp_path / "small.safetensors")

@@ -16,13 +16,14 @@ from jaxtyping import Bool
 from pruneopt import _tree
 from pruneopt.delivery.apply import apply
 from pruneopt.delivery.smaller import TOLERANCE, Smaller, State, checked, compiled, difference, sliced, zeroed
-from pruneopt.network.batches import Batches
+from pruneopt.network.batches import Batches, shared_length
 from pruneopt.network.leaves import is_floating
 from pruneopt.network.readable import readable
 from pruneopt.program.flatten import flatten
 from pruneopt.solution import Pruned, Solution
 from pruneopt.structure.dead import Lost, dead, nothing, with_units
 from pruneopt.structure.graph import trace
+from pruneopt.structure.stopwatch import resized
 from pruneopt.structure.units import Group, Units
 
 Tree = Any
@@ -78,6 +79,7 @@ class SmallerNetwork:
         size. Most need the rewritten `fn`: frameworks check shapes, a mean divides by the width that it finds.
         """
         for one in _sizes(next(iter(Batches([batch])))):
+            one = self.shrink_batch(one)
             expected = compiled(self.fn, self.params, one)
             try:
                 found = compiled(self.dense_fn, self.params, one)
@@ -262,12 +264,8 @@ def _check_finite(params: Tree) -> None:
 
 def _sizes(batch: Any) -> list[Any]:
     """The batch, and one of another size where all its arrays count examples along their first axis."""
-    lengths = {np.shape(x)[:1] for x in jax.tree.leaves(batch)}
-    if len(lengths) != 1 or () in lengths:
-        return [batch]
-    ((n,),) = lengths
-    other = (lambda x: x[: n // 2]) if n > 1 else (lambda x: np.concatenate([x, x]))
-    return [batch, jax.tree.map(other, batch)]
+    n = shared_length(readable(batch))
+    return [batch] if n is None else [batch, resized(batch, n // 2 if n > 1 else 2)]
 
 
 def _expanded(tree: Tree, lost: Lost, shapes: Mapping[str, tuple[int, ...]]) -> Tree:
