@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import pruneopt as po
+from pruneopt.delivery.smaller import difference
 
 RNG = np.random.default_rng(0)
 MOMENTUM, EPSILON = 0.9, 1e-5
@@ -104,6 +105,21 @@ def test_features_that_are_returned_still_block(params, batch):
 
     with pytest.raises(ValueError, match="it is an output of fn"):
         po.shrink_units(features, params, batch, {("weights/w1", 1): KEPT})
+
+
+@pytest.mark.parametrize(
+    ("after", "apart"),
+    [([1j, 2.0], 0.0), ([1j, 2.0 + 1e-3j], 5e-4), ([-1j, 2.0], 1.0), ([np.nan, 2.0], np.nan)],
+)
+def test_the_difference_of_complex_outputs_sees_both_parts(after, apart):
+    np.testing.assert_allclose(difference([np.array([1j, 2.0])], [np.array(after, complex)]), apart, rtol=1e-12)
+
+
+def test_what_is_not_finite_alike_does_not_differ():
+    a = np.array([np.nan, np.inf, 4.0])
+    assert difference([a], [a]) == 0
+    assert difference([a], [np.array([np.nan, np.inf, 5.0])]) == 0.25
+    assert np.isnan(difference([np.array([1.0]), a], [np.array([np.nan]), a]))
 
 
 class TestRunsAsIs:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pruneopt import _store, _tree
+from pruneopt.delivery.smaller import difference
 from pruneopt.network.batches import shared_length
 from pruneopt.solution import Pruned
 
@@ -206,12 +207,8 @@ def _agree(whole: Callable[[Any], Any], one_by_one: Callable[[Any], Any], batch:
         if not jnp.issubdtype(a.dtype, jnp.inexact):
             continue  # a number that rounding tips over is no sign of mixed examples
         tolerance = _TOLERANCE[a.dtype.itemsize // (2 if jnp.iscomplexobj(a) else 1)]
-        a, b = (np.asarray(x).astype(np.complex128 if jnp.iscomplexobj(x) else np.float64) for x in (a, b))
-        differs = (a != b) & ~(np.isnan(a) & np.isnan(b))
-        apart = np.max(np.abs(np.subtract(a, b, where=differs, out=np.zeros_like(a))), initial=0.0)
-        largest = np.max(np.abs(a), initial=0.0, where=np.isfinite(a))
-        if not apart <= tolerance * largest:
-            raise ValueError(f"its {what} differs by {apart / (largest or 1.0):.2g} of the largest: fn mixes examples")
+        if not (apart := difference([a], [b])) <= tolerance:
+            raise ValueError(f"its {what} differs by {apart:.2g} of the largest: fn mixes examples")
 
 
 def _said(error: Exception) -> str:

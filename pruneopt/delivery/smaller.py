@@ -182,17 +182,19 @@ def compiled(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any) -> list[A
 
 
 def difference(before: Sequence[Any], after: Sequence[Any]) -> float:
-    """The largest |after - before| over the largest |before|, of arrays of numbers."""
-    pairs = [
-        (np.asarray(a, np.float64), np.asarray(b, np.float64))
-        for a, b in zip(before, after, strict=True)
-        if jnp.issubdtype(a.dtype, jnp.inexact)
-    ]
-    largest = max((float(np.max(np.abs(a), initial=0.0, where=np.isfinite(a))) for a, _ in pairs), default=0.0)
-    apart = max(
-        (float(np.max(np.abs(np.subtract(a, b, where=a != b, out=np.zeros_like(a))), initial=0.0)) for a, b in pairs),
-        default=0.0,
-    )
+    """The largest |after - before| over the largest finite |before|, of arrays of real or complex numbers.
+
+    Equal infinities and NaNs at the same places do not differ; a NaN at one alone makes the result a NaN.
+    """
+    largest, apart = 0.0, 0.0
+    for a, b in zip(before, after, strict=True):
+        if jnp.issubdtype(a.dtype, jnp.inexact):
+            wide = np.complex128 if jnp.iscomplexobj(a) else np.float64
+            a, b = np.asarray(a, wide), np.asarray(b, wide)
+            differs = (a != b) & ~(np.isnan(a) & np.isnan(b))
+            each = np.abs(np.subtract(a, b, where=differs, out=np.zeros_like(a)))
+            apart = float(np.maximum(apart, np.max(each, initial=0.0)))
+            largest = max(largest, float(np.max(np.abs(a), initial=0.0, where=np.isfinite(a))))
     return apart / largest if largest else apart
 
 
