@@ -49,7 +49,9 @@ def flatten(
     closed, returned = traced(fn, chosen, rest, readable(batch))
     straight = partial(_straight, closed, params, chosen, rest, keep_derivatives)
     program = straight(unroll)
-    program.rolled, program.returned = lambda: replace(straight(False), returned=returned), returned
+    program.returned = returned
+    if unroll:
+        program.source = lambda: replace(straight(False), returned=returned)
     return program
 
 

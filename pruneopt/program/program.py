@@ -70,10 +70,6 @@ class Outputs(NamedTuple):
         return self.structure.unflatten([next(given) if leaf is ... else leaf for leaf in self.leaves])
 
 
-def _no_source() -> Program:
-    raise NotImplementedError("a program of a body alone is read as it is")
-
-
 @dataclass(eq=False)
 class Program:
     """Equations in order, over variables that are numbers.
@@ -83,9 +79,9 @@ class Program:
     batch, on params. maker: {variable: index of the equation that makes it}. outputs: the arrays that the function
     returns. loops: the scans that were unrolled, inner ones first. masks: whether the leaf of a path holds zeros and
     ones alone. lost: whether a product's own derivative was lost, since its call was inlined. calls: those with a
-    derivative of their own, inner ones first. unroll: whether loops over weights are read step by step. rolled: the
-    same function with them whole, and with variables of their own for what `calls` give. returned: what `outputs` are.
-    own: traces of functions of ours.
+    derivative of their own, inner ones first. unroll: whether loops over weights are read step by step. source: reads
+    the function anew for `rolled`; None where it was read so. returned: what `outputs` are. own: traces of functions of
+    ours.
     """
 
     equations: list[Equation] = field(default_factory=list)
@@ -105,11 +101,15 @@ class Program:
     lost: bool = False
     loops: list[Loop] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
-    rolled: Callable[[], Program] = field(default=lambda: _no_source())
+    source: Callable[[], Program] | None = None
     own: dict[Hashable, Any] = field(default_factory=dict)
     _known: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)
     _types: dict[int, Hashable] = field(default_factory=dict)
     _read: dict[int, tuple[Any, Parameters, Hashable]] = field(default_factory=dict)
+
+    def rolled(self) -> Program:
+        """The same function with loops whole, and with variables of their own for what `calls` give."""
+        return self if self.source is None else self.source()
 
     def new(self, aval: Any) -> int:
         """A new variable."""
