@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -51,8 +51,8 @@ class SmallerNetwork:
     lost: Lost
     shapes: dict[str, tuple[int, ...]]
     constant: dict[tuple[str, int], np.ndarray]
-    dense_fn: Callable[[Tree, Any], Any] = field(repr=False)
-    state: State = field(default_factory=State)
+    dense_fn: Callable[[Tree, Any], Any]
+    state: State
 
     def __repr__(self) -> str:
         before = sum(math.prod(shape) for shape in self.shapes.values())
