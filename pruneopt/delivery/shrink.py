@@ -94,6 +94,7 @@ class SmallerNetwork:
     def of(self, fn: Callable[[Tree, Any], Any], batch: Any) -> Callable[[Tree, Any], Any]:
         """The same cut of another function of the same params, such as a loss, checked on `batch` in the same way.
 
+        Its batch holds no state: of a network with state, what reads it is cut by a `shrink_units` of its own.
         Raises ValueError where its program ties what was cut otherwise, or to its outputs, with the reason.
         """
         smaller = Smaller(fn, self.expand(), self.lost)
