@@ -269,6 +269,24 @@ class TestSupport:
         inside = po.shrink(lambda p, x: fn(p, x, "VALID"), params, image, masks)
         assert inside.kept["k1"][3].tolist() == [0, 2, 3]
 
+    def test_a_constant_that_may_differ_at_positions_the_batch_lacks_stays(self):
+        """One token shows the first position's embedding alone: no bias can hold those of longer batches."""
+
+        def fn(p, x):
+            h = jnp.tanh(x @ p["w1"] + p["position"][: x.shape[1]][None])
+            return h @ p["w2"] + p["b2"][None, None]
+
+        params = arrays(w1=(5, 8), position=(6, 8), w2=(8, 3), b2=(3,))
+        masks = {"w1": np.ones((5, 8), bool)}
+        masks["w1"][:, 3] = False
+        tokens = arrays(x=(4, 6, 5))["x"]
+        for length in (1, 6):
+            small = po.shrink(fn, params, tokens[:, :length], masks)
+            assert "w1" not in small.kept
+            np.testing.assert_allclose(
+                small.fn(small.params, tokens), fn(po.apply(params, masks), tokens), rtol=1e-12, atol=1e-12
+            )
+
     def test_widths_in_multiples(self):
         small = po.shrink(mlp, self.params, self.batch, self.masks(w2=[1, 3, 6]), multiple=4)
         assert small.params["w1"].shape == (5, 8)

@@ -23,7 +23,7 @@ class Constants:
     """The program of `units`, asked where units are constant. batch: arrays to evaluate it on.
 
     That params alone decide a value is read from the program; that it is the same at every position and example, so
-    that a bias can take its place, is then seen from its values.
+    that a bias can take its place, is then seen from its values, of which the batch must show two along each axis.
     """
 
     def __init__(self, units: Units, batch: Sequence[Any]):
@@ -131,8 +131,11 @@ class Constants:
         axis = (a, b)[side]
         owned = np.any(reader.axes.owned(axis, self._units.atom(group))[which], axis=0)
         sides = list(operands[number])
+        k = reader.read[number][side].index(axis)
+        if 1 in (n for j, n in enumerate(np.shape(sides[side])) if j != k):
+            return None  # one position shows nothing of others that a longer batch has
         place = [1] * np.ndim(sides[side])
-        place[reader.read[number][side].index(axis)] = -1
+        place[k] = -1
         sides[side] = jnp.where(owned.reshape(place), sides[side], jnp.zeros((), sides[side].dtype))
         met = self._bias(equation.outputs[0], equation.run(sides)[0])
         if met is None:
