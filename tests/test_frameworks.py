@@ -366,6 +366,7 @@ def keras() -> Network:
     """{variable.path: value}, with the integer seeds of dropout."""
     import keras
 
+    keras.utils.clear_session()  # names count on from what other tests of this process made
     keras.utils.set_random_seed(0)
     inputs = keras.Input((8, 8), dtype="int32")
     x = keras.layers.Embedding(17, 4, name="embed")(inputs)
