@@ -166,6 +166,29 @@ def map_named(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(name(path), *leaves), tree, *rest)
 
 
+def map_hosted(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    """`map_named` of `fn(path, leaf)` where an array of one device is NumPy's: JAX would compile each shape anew.
+
+    Tracers, arrays of several devices and random keys are as they are; what fn makes of an array is where it was.
+    """
+
+    def one(path: str, leaf: Any) -> Any:
+        if not is_local(leaf):
+            return fn(path, leaf)
+        host = np.asarray(leaf)
+        made = fn(path, host)
+        return leaf if made is host else jax.device_put(made, leaf.sharding)
+
+    return map_named(one, tree)
+
+
+def is_local(leaf: Any) -> bool:
+    """Whether a leaf is a concrete array of numbers on one device."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    return len(leaf.sharding.device_set) == 1 and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
 @dataclass(frozen=True)
 class Layout:
     """A tree as one vector: its leaves in order, each flattened row by row; holes take no entries. Hashable."""
@@ -278,9 +301,13 @@ def _outside(leaves: list[jax.Array], masks: list[jax.Array]) -> list[jax.Array]
     return [_linalg.blocked_sum(count, x, m) for x, m in zip(leaves, masks, strict=True)]
 
 
-@jax.jit
-def _nonfinite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_linalg.blocked_sum(lambda x: (~jnp.isfinite(x)).astype(jnp.uint32), x) for x in leaves]
+_all_finite = jax.jit(lambda x: jnp.all(jnp.isfinite(x)))
+
+
+def _is_finite(x: Any) -> bool:
+    """Whether an array is finite; the host reads what stands there, so that no shape is compiled for it."""
+    on_host = isinstance(x, np.ndarray) or (is_local(x) and next(iter(x.devices())).platform == "cpu")
+    return bool(np.all(np.isfinite(np.asarray(x))) if on_host else _all_finite(x))
 
 
 @jax.jit
@@ -315,5 +342,4 @@ def dropped(tree: Tree, support: Tree) -> float:
 def first_nonfinite(tree: Tree) -> str | None:
     """Path of the first floating-point leaf that holds a NaN or an infinity, or None."""
     floating = [(p, x) for p, x in named_leaves(tree) if is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)]
-    counts = _nonfinite([x for _, x in floating])
-    return next((path for (path, _), n in zip(floating, counts, strict=True) if int(n)), None)
+    return next((path for path, x in floating if not _is_finite(x)), None)

@@ -115,7 +115,7 @@ class SmallerNetwork:
                     return sliced(leaf, self.lost[known])
             return leaf
 
-        return _tree.map_named(one, tree)
+        return _tree.map_hosted(one, tree)
 
 
 def shrink(
@@ -151,7 +151,7 @@ def shrink(
     _check_finite(masked)
     units = _units(fn, masked, batch, state)
     found = dead(units, masked, dict(_tree.named_leaves(masks)), jax.tree.leaves(readable(batch)), multiple)
-    carried = State(state, _carried(units, batch, found.lost))
+    carried = State(state, _carried(units, batch, found.lost) if state else {})
     return _shrunk(fn, masked, found.params, batch, found.lost, found.constant, carried)
 
 
@@ -177,8 +177,8 @@ def shrink_units(
             with_units(units, lost, *_asked(units, path, axis, entries))
         except _Tied as error:
             raise ValueError(f"{error}\n{trace(fn, params, batch).explain(path)}") from None
-    masked = _tree.map_named(lambda path, leaf: zeroed(leaf, lost[path]) if path in lost else leaf, params)
-    return _shrunk(fn, masked, masked, batch, lost, {}, State(state, _carried(units, batch, lost)))
+    masked = _tree.map_hosted(lambda path, leaf: zeroed(leaf, lost[path]) if path in lost else leaf, params)
+    return _shrunk(fn, masked, masked, batch, lost, {}, State(state, _carried(units, batch, lost) if state else {}))
 
 
 def rebuilt(
@@ -215,7 +215,7 @@ def _shrunk(
 ) -> SmallerNetwork:
     """moved: the masked leaves once constants have moved into biases."""
     smaller = Smaller(fn, masked, lost, state)
-    params = _tree.map_named(lambda path, leaf: sliced(leaf, lost[path]) if path in lost else leaf, moved)
+    params = _tree.map_hosted(lambda path, leaf: sliced(leaf, lost[path]) if path in lost else leaf, moved)
     check = checked(fn, masked, smaller, params, batch, state)
     shapes = {path: np.shape(leaf) for path, leaf in _tree.named_leaves(masked) if _tree.is_array(leaf)}
     cut = {path: every for path, every in lost.items() if any(one.any() for one in every)}
@@ -275,7 +275,11 @@ def _expanded(tree: Tree, lost: Lost, shapes: Mapping[str, tuple[int, ...]]) -> 
     def one(path: str, leaf: Any) -> Any:
         if path not in lost:
             return leaf
-        full = jnp.zeros(shapes[path], leaf.dtype)
-        return full.at[np.ix_(*(~which for which in lost[path]))].set(leaf)
+        places = np.ix_(*(~which for which in lost[path]))
+        if not isinstance(leaf, np.ndarray):
+            return jnp.zeros(shapes[path], leaf.dtype).at[places].set(leaf)
+        full = np.zeros(shapes[path], leaf.dtype)
+        full[places] = leaf
+        return full
 
-    return _tree.map_named(one, tree)
+    return _tree.map_hosted(one, tree)

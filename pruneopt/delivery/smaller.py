@@ -221,7 +221,8 @@ def zeroed(leaf: Any, lost: Sequence[Bool[np.ndarray, " n"]]) -> Any:
     for k, one in enumerate(lost):
         place = [1] * np.ndim(leaf)
         place[k] = -1
-        leaf = jnp.where(one.reshape(place), jnp.zeros((), leaf.dtype), leaf) if one.any() else leaf
+        where = np.where if isinstance(leaf, np.ndarray) else jnp.where
+        leaf = where(one.reshape(place), np.zeros((), leaf.dtype), leaf) if one.any() else leaf
     return leaf
 
 

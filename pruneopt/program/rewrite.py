@@ -37,7 +37,7 @@ def gone_units(axes: Axes, entries: Sequence[tuple[str, int, Bool[np.ndarray, " 
         explained = np.zeros(len(lost), bool)
         for atom in dict.fromkeys(axes.atoms(axis)):
             owned = axes.owned(axis, atom)
-            units = np.array([bool(np.any(own)) and bool(np.all(lost[own])) for own in owned], bool)
+            units = np.any(owned, axis=1) & ~np.any(owned[:, ~lost], axis=1)
             if np.any(units != found.setdefault(atom, units)):
                 raise Misaligned(f"the entries cut from {name} are not those of what it is tied to")
             explained |= np.any(owned[units], axis=0)
