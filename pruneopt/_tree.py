@@ -186,7 +186,7 @@ def is_local(leaf: Any) -> bool:
     """Whether a leaf is a concrete array of numbers on one device."""
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         return False
-    return len(leaf.sharding.device_set) == 1 and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return len(leaf.sharding.device_set) == 1 and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,8 @@ def shrink(
     zero because what makes it is. A unit that is a constant (its weights gone, its bias alive) goes where what it adds
     to each product can be added to a bias exactly; else it stays and is listed. Other masked weights stay as zeros. The
     result is compared with the masked network on `batch`, in float32 at least. Outputs that are new values of leaves of
-    params, such as the statistics of batch norm in `(loss, statistics)`, are cut as the leaves are.
+    params, such as the statistics of batch norm in `(loss, statistics)`, are cut as the leaves are. Scanned layers keep
+    one width; `structure.unstack` gives each of them one of its own first.
 
     support: what `prune` or `solve` returned, or a tree of masks. params may have been trained since; they are masked.
     multiple: leave so many units of each group that the lengths of its axes are multiples of it, such as 8 or 64, or

@@ -11,6 +11,7 @@ from pruneopt.structure.layout import Layout, layout
 from pruneopt.structure.operators import Operator
 from pruneopt.structure.reach import Reach, reach
 from pruneopt.structure.units import Group, Units
+from pruneopt.structure.unstack import Unstacked, unstack
 
 __all__ = [
     "Block",
@@ -24,6 +25,7 @@ __all__ = [
     "Reach",
     "Statistics",
     "Units",
+    "Unstacked",
     "capture",
     "combine",
     "cost",
@@ -36,4 +38,5 @@ __all__ = [
     "partition",
     "reach",
     "trace",
+    "unstack",
 ]

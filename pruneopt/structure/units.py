@@ -84,6 +84,10 @@ class Units:
             reached.setdefault((name, why), {}).update(dict.fromkeys(paths))
         self.refusals = [Refusal(name, tuple(paths), why) for (name, why), paths in reached.items()]
 
+    def __repr__(self) -> str:
+        free = sum(not group.blocked and group.size > 1 for group in self.groups)
+        return f"Units({len(self.groups)} groups, {free} of which units can be cut)"
+
     def zeros(self, start: Mapping[str, Sequence[frozenset[int]]] | None = None) -> Zeros:
         """Where variables are zero once units are zeroed in leaves, {path: those of each axis}; all by default."""
         return Zeros(self._reader, column("zeros"), column("infinite"), start)
