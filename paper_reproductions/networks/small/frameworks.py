@@ -87,7 +87,7 @@ def nnx_transformer():
 
     class Net(nnx.Module):
         def __init__(self, rngs):
-            self.embed = nnx.Embed(11, 8, rngs=rngs)
+            self.embed = nnx.Embed(11, 8, dtype=jnp.float64, rngs=rngs)
             self.norm1 = nnx.RMSNorm(8, rngs=rngs)
             self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
             self.norm2 = nnx.LayerNorm(8, rngs=rngs)
