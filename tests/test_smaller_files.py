@@ -1,6 +1,7 @@
 """Smaller networks in files: bit for bit, the same outputs, nothing unpickled; damage and other networks are errors."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,23 @@ def test_a_round_trip_is_bit_for_bit(file, like):
         assert bits(jax.jit(before.fn)(before.params, batch)) == bits(jax.jit(after.fn)(after.params, batch))
     same(before.expand(), after.expand())
     same(before.shrink_like(dense()), after.shrink_like(dense()))
+
+
+def test_what_the_check_found_and_what_stayed_come_back(tmp_path):
+    def fn(params, x):
+        h = jax.nn.relu(x @ params["w"] + params["b"])
+        return jnp.argmax(h @ params["v"], -1), h @ params["v"]
+
+    rng = np.random.default_rng(8)
+    params = {"w": rng.normal(size=(4, 6)), "b": rng.random(6) + 0.1, "v": rng.normal(size=(6, 3))}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    masks = {name: np.ones(x.shape, bool) for name, x in params.items()}
+    masks["w"][:, 2] = False
+    before = po.shrink(fn, params, BATCH, masks)
+    po.save(replace(before, flipped=3), tmp_path / "f")
+    after = po.load_smaller(tmp_path / "f", fn, params)
+    assert repr(after) == repr(replace(before, flipped=3))
+    assert [(key, x.tolist()) for key, x in after.constant.items()] == [(("b", 0), [2])]
 
 
 def test_zeros_inside_smaller_leaves_cost_a_bit(tmp_path):
@@ -130,6 +148,12 @@ def test_other_files_and_networks_are_refused(file, tmp_path):
         ("check", "[]"),
         ("check", '["x"]'),
         ("check", "3"),
+        ("check", '[0.0, "1"]'),
+        ("constant", "[]"),
+        ("constant", '{"0:none": [0]}'),
+        ("constant", '{"1:in": [20]}'),
+        ("constant", '{"1:in": [1.5]}'),
+        ("constant", '{"x:in": []}'),
         ("dense", "{}"),
         ("dense", "["),
         ("dense", None),

@@ -34,7 +34,7 @@ _HAS_SHAPE = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 @_tree.on_host
 def save(network: Pruned | SmallerNetwork, file: str | os.PathLike[str]) -> None:
     """Write what `prune` or `shrink` returned to `file` (safetensors), all or nothing: of a Pruned the values, masks,
-    history and scope, of a SmallerNetwork the smaller leaves, which entries were cut, and the check's error.
+    history and scope, of a SmallerNetwork the smaller leaves, which entries were cut, what the check found and which constant units stayed.
 
     Raises TypeError for anything else or an array that the format cannot hold, ValueError for what `load` could not
     give back (two leaves of one path, weights off the support), OSError where the file cannot be written.
@@ -44,7 +44,8 @@ def save(network: Pruned | SmallerNetwork, file: str | os.PathLike[str]) -> None
         for path, axes in network.lost.items():
             tensors |= {f"{_LOST}{k}:{path}": np.packbits(one) for k, one in enumerate(axes) if one.any()}
         shapes, texts = {path: list(shape) for path, shape in network.shapes.items()}, {"kind": _SMALLER}
-        texts |= {"dense": json.dumps(shapes), "check": json.dumps([network.error])}
+        texts |= {"dense": json.dumps(shapes), "check": json.dumps([network.error, network.flipped])}
+        texts |= {"constant": json.dumps({f"{k}:{path}": x.tolist() for (path, k), x in network.constant.items()})}
         texts |= {"state": json.dumps(network.state.text())}
     elif isinstance(network, Pruned):
         tensors, leaves = _tensors(network.params, network.support)
@@ -90,22 +91,39 @@ def load_smaller(file: str | os.PathLike[str], fn: Callable[[Tree, Any], Any], l
     with _said_of(file):
         tensors, texts = _read(file, _SMALLER)
         described = _store.read_json(texts.get("leaves", ""), dict)
-        error = _store.read_json(texts.get("check", ""), list)
+        check = _store.read_json(texts.get("check", ""), list)
         dense = _store.read_json(texts.get("dense", ""), dict)
         lost = _cut(tensors, dense)
         try:
             state = State.of_text(_store.read_json(texts.get("state", ""), dict))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as wrong:
             raise _store.Damaged("what it says of the state is not what was written") from wrong
+        constant = _constant(_store.read_json(texts.get("constant", ""), dict), dense)
         arrays, _ = _restored(tensors, described)
-        if [type(e) for e in error] != [float] or dense.keys() != {p for p, a in described.items() if "key" not in a}:
+        if [type(fact) for fact in check] != [float, int] or dense.keys() != {
+            p for p, a in described.items() if "key" not in a
+        }:
             raise _store.Damaged("what it says of the check or of the dense network is not what was written")
         for path, every in lost.items():
             if arrays[path].shape != tuple(int(np.sum(~one)) for one in every):
                 raise _store.Damaged(f"its array '{path}' is not what was left of it")
     shapes = {path: tuple(shape) for path, shape in dense.items()}
     params = _filled(like, arrays, _kinds(described), file, shapes)
-    return rebuilt(fn, params, lost, shapes, error[0], state)
+    return rebuilt(fn, params, lost, shapes, *check, constant, state)
+
+
+def _constant(texts: dict[str, Any], dense: dict[str, Any]) -> dict[tuple[str, int], np.ndarray]:
+    """{(path, axis): entries} of what was written for them. Raises Damaged for anything else."""
+    found = {}
+    for text, entries in texts.items():
+        axis, _, path = text.partition(":")
+        if not axis.isdecimal() or not isinstance(entries, list) or {type(k) for k in entries} - {int}:
+            raise _store.Damaged("what it says of constant units is not what was written")
+        shape = dense.get(path, ())
+        if int(axis) >= len(shape) or not all(0 <= k < shape[int(axis)] for k in entries):
+            raise _store.Damaged(f"it says that units of '{path}' are constant which that leaf does not have")
+        found[path, int(axis)] = np.asarray(entries, int)
+    return found
 
 
 def load_masks(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:

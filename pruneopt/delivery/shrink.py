@@ -188,9 +188,11 @@ def rebuilt(
     lost: Lost,
     shapes: dict[str, tuple[int, ...]],
     error: float,
+    flipped: int,
+    constant: dict[tuple[str, int], np.ndarray],
     state: State,
 ) -> SmallerNetwork:
-    """The SmallerNetwork of fn with these smaller leaves. lost, shapes: those of the one that was taken apart."""
+    """The SmallerNetwork of fn with these smaller leaves; the rest as of the one that was taken apart."""
 
     def dense(path: str, leaf: Any) -> Any:
         if path in lost and is_floating(path, leaf):
@@ -198,7 +200,7 @@ def rebuilt(
         return _expanded({path: leaf}, lost, shapes)[path] if path in lost else leaf
 
     smaller = Smaller(fn, _tree.map_named(dense, params), lost, state)
-    return SmallerNetwork(smaller, params, error, 0, lost, shapes, {}, fn, state)
+    return SmallerNetwork(smaller, params, error, flipped, lost, shapes, constant, fn, state)
 
 
 class _Tied(ValueError):
