@@ -34,7 +34,8 @@ _HAS_SHAPE = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 @_tree.on_host
 def save(network: Pruned | SmallerNetwork, file: str | os.PathLike[str]) -> None:
     """Write what `prune` or `shrink` returned to `file` (safetensors), all or nothing: of a Pruned the values, masks,
-    history and scope, of a SmallerNetwork the smaller leaves, which entries were cut, what the check found and which constant units stayed.
+    history and scope, of a SmallerNetwork the smaller leaves, which entries were cut, what the check found and which
+    constant units stayed.
 
     Raises TypeError for anything else or an array that the format cannot hold, ValueError for what `load` could not
     give back (two leaves of one path, weights off the support), OSError where the file cannot be written.
@@ -109,7 +110,7 @@ def load_smaller(file: str | os.PathLike[str], fn: Callable[[Tree, Any], Any], l
                 raise _store.Damaged(f"its array '{path}' is not what was left of it")
     shapes = {path: tuple(shape) for path, shape in dense.items()}
     params = _filled(like, arrays, _kinds(described), file, shapes)
-    return rebuilt(fn, params, lost, shapes, *check, constant, state)
+    return rebuilt(fn, params, lost, shapes, (check[0], check[1]), constant, state)
 
 
 def _constant(texts: dict[str, Any], dense: dict[str, Any]) -> dict[tuple[str, int], np.ndarray]:

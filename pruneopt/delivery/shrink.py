@@ -187,8 +187,7 @@ def rebuilt(
     params: Tree,
     lost: Lost,
     shapes: dict[str, tuple[int, ...]],
-    error: float,
-    flipped: int,
+    check: tuple[float, int],
     constant: dict[tuple[str, int], np.ndarray],
     state: State,
 ) -> SmallerNetwork:
@@ -200,7 +199,7 @@ def rebuilt(
         return _expanded({path: leaf}, lost, shapes)[path] if path in lost else leaf
 
     smaller = Smaller(fn, _tree.map_named(dense, params), lost, state)
-    return SmallerNetwork(smaller, params, error, flipped, lost, shapes, constant, fn, state)
+    return SmallerNetwork(smaller, params, *check, lost, shapes, constant, fn, state)
 
 
 class _Tied(ValueError):

@@ -69,7 +69,8 @@ def zeroed(params, gone):
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for axis, lost in gone.get(name, {}).items():
-            leaf = jnp.where(lost.reshape([-1 if k == axis else 1 for k in range(leaf.ndim)]), 0.0, leaf)
+            place = [-1 if k == axis else 1 for k in range(leaf.ndim)]
+            leaf = jnp.asarray(np.where(lost.reshape(place), np.zeros((), leaf.dtype), np.asarray(leaf)))
         return leaf
 
     return jax.tree_util.tree_map_with_path(one, params)
