@@ -2,8 +2,8 @@
 
 Each is judged by NumPy in float64 alone: values finite and of the weights' dtype, the constraint's NumPy twin met, the
 objective equal to the formula, the bound below it, `certify` of one mind, `optimal` only where enumeration agrees, a
-feasible init never beaten by what it led to, nothing that was given changed, the same answer twice. Two shapes, so that
-compilation does not dominate; scales only where the objective fits the dtype.
+feasible init never beaten by what it led to where the solver says so, nothing that was given changed, the same answer
+twice. Two shapes, so that compilation does not dominate; scales only where the objective fits the dtype.
 """
 
 import functools
@@ -69,7 +69,7 @@ def menu(n, m):
     ]
 
 
-MENUS = [menu(*shape) for shape in SHAPES]
+MENUS = [menu(*SHAPES[0]), menu(*SHAPES[1])[::4]]
 
 SOLVERS = (
     s.Score(),
@@ -112,7 +112,7 @@ def gram(rng, n):
 def draw(seed):
     """(problem, solver, twin, whether an init is given) of a seed."""
     rng = np.random.default_rng([15, seed])
-    which = int(rng.integers(2))
+    which = int(rng.random() < 0.3)
     n, m = SHAPES[which]
     dtype = np.dtype(rng.choice(["float32", "float32", "float64", "bfloat16", "float16"]).item())
     wide = np.float64 if dtype == np.float64 else np.float32
@@ -126,7 +126,7 @@ def draw(seed):
     )
     allowed, twin = MENUS[which][rng.integers(len(MENUS[which]))]
     problem = po.Problem(objective, subject_to=allowed)
-    order = rng.permutation(len(SOLVERS))
+    order = [seed % len(SOLVERS), *rng.permutation(len(SOLVERS))]
     solver = next(SOLVERS[i] for i in order if SOLVERS[i].refuses(problem) is None)
     return problem, solver, twin, bool(rng.random() < 0.3)
 
@@ -190,11 +190,10 @@ def faults(seed):
     check = po.certify(problem, solution)
     if (check.violation, check.outside, check.objective, check.bound) != (0, 0, solution.objective, solution.bound):
         found.append(f"certify says {check}")
-    if init is not None and init.status.is_usable and "random" not in repr(solver):
-        promised = not isinstance(solver, s.Score | s.BlockOBS | s.Thanos | s.GreedyOBS | s.FrankWolfe)
+    if init is not None and init.status.is_usable and "init" in solver.never_worse_than:
         start = value(h, np.asarray(init.value, np.float64) - w0)
         rounding = float(jnp.finfo(problem.objective.center.dtype).eps) * scale
-        if promised and twin(np.asarray(init.support)) and right > start + max(4 * wide * scale, rounding):
+        if twin(np.asarray(init.support)) and right > start + max(4 * wide * scale, rounding):
             found.append(f"worse than its init: {right:.9g}, {start:.9g}")
     if solution.status is po.Status.OPTIMAL and w0.size <= 12 and right > least(problem, twin) + 1e-6 * scale:
         found.append(f"not optimal: {right:.6g}")
@@ -210,6 +209,7 @@ def faults(seed):
 def test_every_promise_holds(chunk):
     found = []
     jax.clear_caches()  # a chunk compiles enough for a process of its own
-    for seed in range(chunk, PROBLEMS, CHUNKS):
-        found += faults(seed)
+    for seed in range(PROBLEMS):
+        if seed % len(SOLVERS) % CHUNKS == chunk:  # problems of a solver in one process, which compiles them once
+            found += faults(seed)
     assert not found, "\n".join(found)
