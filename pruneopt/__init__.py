@@ -10,7 +10,7 @@ The verbs are `prune` (a whole network), `solve` and `certify` (one problem), `a
 from pruneopt import structure  # first: it names `capture`, which stands on it
 
 # isort: split
-from pruneopt import bounds, constraints, curvature, objectives, penalties, plans, solvers, training
+from pruneopt import allocation, bounds, constraints, curvature, objectives, penalties, plans, solvers, training
 from pruneopt.certify import certify
 from pruneopt.delivery.apply import apply, from_masks
 from pruneopt.delivery.export import Exported, export, load_export
@@ -40,6 +40,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "Status",
+    "allocation",
     "apply",
     "bounds",
     "certify",

@@ -27,6 +27,7 @@ LADDER = [
     {"bounds"},
     {"solution"},
     {"certify"},
+    {"allocation"},
     {"solvers", "training"},
     {"solve"},
     {"delivery"},

@@ -1,0 +1,82 @@
+"""Prices of the resources: the Lagrangian dual of an allocation, by cutting planes (Kelley 1960), and a row near it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.optimize import linprog
+
+from pruneopt.allocation.chain import Chain, cheapest
+from pruneopt.allocation.exchange import exchanged, filled, repaired
+
+_CUTS = 200
+
+
+class Priced(NamedTuple):
+    """prices: of each resource. bound: no row within the room has less error. levels: a row within it, or None."""
+
+    prices: Float[np.ndarray, " resources"]
+    bound: float
+    levels: Int[np.ndarray, " groups"] | None
+
+
+def lagrangian(given: Chain) -> Priced:
+    """The prices that prove the largest bound, and the best row seen, bettered while there is room.
+
+    The dual is concave and piecewise linear, each row of levels a cut; with one resource the cuts' corner is where two
+    lines meet, and the prices are exact after as many cuts as there are corners on the way.
+    """
+    scale = _scale(given)
+    most = 1e3
+    best, rows = Priced(np.zeros(len(given.room)), -np.inf, None), []
+    cuts: list[tuple[float, np.ndarray]] = []
+    prices = np.zeros(len(given.room))
+    for _ in range(_CUTS):
+        levels = cheapest(given, prices)
+        rows.append(levels)
+        over, lost = given.spent(levels) - given.room, given.lost(levels)
+        if (value := lost + float(prices @ over)) > best.bound:
+            best = best._replace(prices=prices, bound=value)
+        cuts.append((lost, over * scale))
+        corner, ceiling = _corner(cuts, most)
+        if ceiling <= best.bound + 1e-12 * max(abs(best.bound), abs(ceiling)):
+            if np.all(corner < 0.99 * most) or most > 1e12:
+                break
+            most *= 1e3
+            corner, _ = _corner(cuts, most)
+        prices = corner * scale
+    return best._replace(levels=_near(given, best.prices, rows))
+
+
+def _corner(cuts: list[tuple[float, np.ndarray]], most: float) -> tuple[np.ndarray, float]:
+    """The prices within [0, most] at which the least of the cuts is largest, and that least."""
+    over = np.array([row for _, row in cuts])
+    rows = np.concatenate([np.ones((len(cuts), 1)), -over], axis=1)
+    limits = [(None, None), *[(0.0, most)] * over.shape[1]]
+    found = linprog([-1.0, *[0.0] * over.shape[1]], rows, [lost for lost, _ in cuts], bounds=limits, method="highs")
+    return np.maximum(found.x[1:], 0.0), float(found.x[0])
+
+
+def _scale(given: Chain) -> Float[np.ndarray, " resources"]:
+    """The error of a network over its cost, of each resource: prices in that unit are near 1."""
+    errors = np.where(np.isfinite(given.errors), given.errors, 0.0)
+    span = max(float((errors.max(1) - np.minimum(errors.min(1), 0.0)).sum()), 1e-300)
+    least = np.array(
+        [given.spent(cheapest(given, unit, error=0.0))[k] for k, unit in enumerate(np.eye(len(given.room)))]
+    )
+    return span / np.maximum(np.maximum(np.abs(given.room), least), 1e-300)
+
+
+def _near(
+    given: Chain, prices: Float[np.ndarray, " resources"], rows: list[Int[np.ndarray, " groups"]]
+) -> Int[np.ndarray, " groups"] | None:
+    """The best row within the room that is found from those seen, which lie near the optimum, and from the cheapest."""
+    last = cheapest(given, 1 / np.maximum(np.abs(given.room), 1e-300), error=0.0)
+    found = [repaired(given, levels, prices) for levels in [*rows[-6:], last]]
+    inside = [filled(given, levels) for levels in found if levels is not None]
+    if not inside:
+        return None
+    best = min(inside, key=given.lost)
+    return exchanged(given, best, prices) if given.is_separable else best
