@@ -97,7 +97,7 @@ def allocate(tables: Tables, budget: Mapping[str, float], *, gap: float = 1e-4, 
     """
     started = time.perf_counter()
     given, limits = chain(tables, _checked(tables, budget)), dict(budget)
-    priced = lagrangian(given)
+    priced = lagrangian(given, gap)
     levels = priced.levels
     if levels is None and len(limits) > 1:  # found by no change of one group: budgets that are hard to meet together
         levels = programme(given, priced.prices, math.inf, 1.0, seconds).levels

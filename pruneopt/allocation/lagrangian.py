@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 from pruneopt.allocation.chain import Chain, cheapest
 from pruneopt.allocation.exchange import exchanged, filled, repaired
 
-_CUTS = 200
+_CUTS, _SEEN, _BETTERED = 200, 20, 8
 
 
 class Priced(NamedTuple):
@@ -22,8 +22,8 @@ class Priced(NamedTuple):
     levels: Int[np.ndarray, " groups"] | None
 
 
-def lagrangian(given: Chain) -> Priced:
-    """The prices that prove the largest bound, and the best row seen, bettered while there is room.
+def lagrangian(given: Chain, gap: float = 0.0) -> Priced:
+    """The prices that prove the largest bound, and a row near it, bettered until `gap` apart, as a part of the error.
 
     The dual is concave and piecewise linear, each row of levels a cut; with one resource the cuts' corner is where two
     lines meet, and the prices are exact after as many cuts as there are corners on the way.
@@ -47,7 +47,7 @@ def lagrangian(given: Chain) -> Priced:
             most *= 1e3
             corner, _ = _corner(cuts, most)
         prices = corner * scale
-    return best._replace(levels=_near(given, best.prices, rows))
+    return best._replace(levels=_near(given, best.prices, rows, best.bound + gap * abs(best.bound)))
 
 
 def _corner(cuts: list[tuple[float, np.ndarray]], most: float) -> tuple[np.ndarray, float]:
@@ -70,13 +70,21 @@ def _scale(given: Chain) -> Float[np.ndarray, " resources"]:
 
 
 def _near(
-    given: Chain, prices: Float[np.ndarray, " resources"], rows: list[Int[np.ndarray, " groups"]]
+    given: Chain, prices: Float[np.ndarray, " resources"], rows: list[Int[np.ndarray, " groups"]], enough: float
 ) -> Int[np.ndarray, " groups"] | None:
-    """The best row within the room that is found from those seen, which lie near the optimum, and from the cheapest."""
+    """The best row within the room found from those seen last and from the cheapest; the first one below `enough`."""
     last = cheapest(given, 1 / np.maximum(np.abs(given.room), 1e-300), error=0.0)
-    found = [repaired(given, levels, prices) for levels in [*rows[-6:], last]]
-    inside = [filled(given, levels) for levels in found if levels is not None]
-    if not inside:
-        return None
-    best = min(inside, key=given.lost)
-    return exchanged(given, best, prices) if given.is_separable else best
+    distinct = {levels.tobytes(): levels for levels in [last, *rows[-_SEEN:]]}.values()
+    inside: list[Int[np.ndarray, " groups"]] = []
+    for levels in list(distinct)[::-1]:
+        fitted = repaired(given, levels, prices)
+        if fitted is not None:
+            inside.append(filled(given, fitted))
+            if given.lost(inside[-1]) <= enough:
+                return inside[-1]
+    inside.sort(key=given.lost)
+    for k, levels in enumerate(inside[:_BETTERED] if given.is_separable else []):
+        inside[k] = exchanged(given, levels, prices)
+        if given.lost(inside[k]) <= enough:
+            break
+    return min(inside, key=given.lost, default=None)
