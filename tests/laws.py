@@ -313,13 +313,14 @@ def problem_of(f_name, c_name):
 
 FEW = ("identity", "empirical Fisher, damped", "reconstruction")
 FLOAT32 = [pytest.mark.default_flags, pytest.mark.slow]
-
-
-@pytest.mark.parametrize(
+BY_TABLE = pytest.mark.parametrize(
     ("f_name", "tolerance"),
     [(name, "float64") for name in OBJECTIVES] + [pytest.param(name, "float32", marks=FLOAT32) for name in FEW],
     indirect=["tolerance"],
 )
+
+
+@BY_TABLE
 @pytest.mark.parametrize(
     "solver_name",
     [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SOLVERS],
@@ -481,8 +482,8 @@ def plain_descent(problem, iterations=20_000):
     return f.constant + 0.5 * (w - w0) @ h @ (w - w0) + penalty.value(unflat(w, f.center))
 
 
+@BY_TABLE
 @pytest.mark.parametrize("solver_name", SOLVERS)
-@pytest.mark.parametrize("f_name", OBJECTIVES)
 def test_penalised_problems_are_solved_or_refused_as_the_table_says(f_name, solver_name, tolerance):
     """Of a solver that takes any penalty with an objective, the table holds all or a sample."""
     solver, taken = SOLVERS[solver_name], PENALISED.get(solver_name, {}).get(f_name, set())
