@@ -5,6 +5,7 @@ from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.block import Blocks, Slices, Units
 from pruneopt.constraints.by_path import ByPath
 from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.constraints.coupled import Coupled, coupled
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.laid import Laid, laid
 from pruneopt.constraints.nm import NM
@@ -18,6 +19,7 @@ __all__ = [
     "ByPath",
     "Cardinality",
     "Constraint",
+    "Coupled",
     "GroupBall",
     "Intersection",
     "L1Ball",
@@ -27,6 +29,7 @@ __all__ = [
     "TransposableNM",
     "Units",
     "by_size",
+    "coupled",
     "erdos_renyi",
     "laid",
 ]

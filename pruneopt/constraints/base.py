@@ -118,6 +118,10 @@ class Constraint(abc.ABC):
         """
         return [self for _ in slots]
 
+    def implied(self, support: Tree) -> Tree:
+        """`support` without what it makes useless: entries of units that a part of it has cut already."""
+        return support
+
     def portion(self, support: Any, problem: int) -> Constraint:
         """This constraint on one problem of a stack, whose shared budgets are spent as in `support`, a mask of it."""
         return self

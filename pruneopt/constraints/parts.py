@@ -26,7 +26,8 @@ class Choice:
         scope, -1 for all of them; where `units`, that are one unit; None where the leaf decides.
     across: whether one scope holds all leaves. free: whether any so many single weights of a scope may live.
     units: whether whole boxes live or die. group: (n, m) of N:M. floor: weights that live in each leaf at least.
-    kept_of: how many of a scope of so many weights live, floors aside; counts: how many in each scope of a leaf of that
+    rows: the unit of each input of a matrix, -1 for those that always live, where units are inputs that need not be
+        neighbours. kept_of: how many of a scope of so many weights live, floors aside; counts: how many in each scope of a leaf of that
         shape, scope after scope. None for others than budgets of single weights.
     """
 
@@ -37,6 +38,7 @@ class Choice:
     units: bool = False
     group: tuple[int, int] | None = None
     floor: int = 0
+    rows: tuple[int, ...] | None = None
     kept_of: Callable[[int], int] | None = field(default=None, compare=False)
     counts: Callable[[tuple[int, ...]], np.ndarray] | None = field(default=None, compare=False)
 
@@ -154,6 +156,26 @@ def exchanges(constraint: Any, shape: tuple[int, ...]) -> tuple[int, Bool[np.nda
     if one is None or not one.free or one.box is None or (one.box[0] == 1 and one.box[1] != -1):
         return None
     return (shape[0] if one.box[0] == -1 else min(one.box[0], shape[0])), allowed
+
+
+def units_of_inputs(constraint: Any, inputs: int) -> tuple[np.ndarray, int] | None:
+    """(the unit of each input of a matrix, -1 where it lives in any case; how many units live) where whole units of
+    inputs live or die for all outputs; None for any other set.
+    """
+    found = of(constraint, ndim=2)
+    if found.masks or found.values or found.by_path or len(found.choices) > 1:
+        return None
+    if not found.choices:
+        return np.full(inputs, -1), 0
+    (choice,) = found.choices
+    if choice.rows is not None:
+        units = np.asarray(choice.rows)
+    elif choice.units and choice.box is not None and choice.box[0] != -1 and choice.box[1] == -1:
+        units = np.arange(inputs) // choice.box[0]
+    else:
+        return None
+    kept = np.asarray(choice.by.select(jnp.ones((inputs, 1))))[:, 0]
+    return units, len(np.unique(units[kept & (units >= 0)]))
 
 
 def no_exchange(what: str, constraint: Any) -> str:

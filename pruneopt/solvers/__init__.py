@@ -13,6 +13,7 @@ from pruneopt.solvers.descent import Descent
 from pruneopt.solvers.frank_wolfe import FrankWolfe
 from pruneopt.solvers.global_admm import GlobalADMM
 from pruneopt.solvers.greedy_obs import GreedyOBS
+from pruneopt.solvers.greedy_units import GreedyUnits
 from pruneopt.solvers.hard_threshold import HardThresholding
 from pruneopt.solvers.obs import OBS
 from pruneopt.solvers.polish import Polish
@@ -41,6 +42,7 @@ __all__ = [
     "FrankWolfe",
     "GlobalADMM",
     "GreedyOBS",
+    "GreedyUnits",
     "HardThresholding",
     "Outcome",
     "Polish",
