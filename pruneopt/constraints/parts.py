@@ -26,8 +26,9 @@ class Choice:
         scope, -1 for all of them; where `units`, that are one unit; None where the leaf decides.
     across: whether one scope holds all leaves. free: whether any so many single weights of a scope may live.
     units: whether whole boxes live or die. group: (n, m) of N:M. floor: weights that live in each leaf at least.
-    rows: the unit of each input of a matrix, -1 for those that always live, where units are inputs that need not be
-        neighbours. kept_of: how many of a scope of so many weights live, floors aside; counts: how many in each scope of a leaf of that
+    rows: the unit of each input of a matrix, -1 for those that always live, where the inputs of a unit need not be
+        neighbours; else None.
+    kept_of: how many of a scope of so many weights live, floors aside; counts: how many in each scope of a leaf of that
         shape, scope after scope. None for others than budgets of single weights.
     """
 

@@ -14,6 +14,7 @@ from pruneopt.plans.retrain import retrain
 from pruneopt.plans.schedules import CoarseThenFine, Cubic, Iterative, OneShot, Schedule, Stage
 from pruneopt.plans.sensitivity import Sensitivity, sensitivity
 from pruneopt.plans.staged import staged
+from pruneopt.plans.unit_tables import kl, squared, unit_tables
 
 __all__ = [
     "LAYER_METHODS",
@@ -32,6 +33,7 @@ __all__ = [
     "at_sparsity",
     "distil",
     "gauss_newton",
+    "kl",
     "layerwise",
     "lossless",
     "lottery",
@@ -41,5 +43,7 @@ __all__ = [
     "recalibrate",
     "retrain",
     "sensitivity",
+    "squared",
     "staged",
+    "unit_tables",
 ]

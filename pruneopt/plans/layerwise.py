@@ -79,11 +79,13 @@ def layerwise(
     if run_dir is not None:
         run.folder = RunFolder(run_dir, run.identity())
     run.go(progress)
-    support = _tree.map_named(lambda path, x: _tree.placed(run.supports.get(path), x), params)
+    chosen = constraint.implied(run.supports)
+    support = _tree.map_named(lambda path, x: _tree.placed(chosen.get(path), x), params)
     scope = constraint.scope(by_layer=True)
     record = {"stage": 0, "cut": 1.0, "method": name_of(method), "scope": scope} | standing(support, run.solutions)
     record |= {"seconds": time.perf_counter() - clock, "layers": run.account()} | left_out(network)
-    values = _tree.map_named(lambda p, x: _tree.like(run.now[p], x), params)
+    now = {path: x if chosen.get(path) is None else _tree.masked(x, chosen[path]) for path, x in run.now.items()}
+    values = _tree.map_named(lambda p, x: _tree.like(now[p], x), params)
     return Pruned(values, support, run.solutions, [record], scope)
 
 

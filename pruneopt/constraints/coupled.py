@@ -1,0 +1,369 @@
+"""Coupled units: what a trace found to live or die together, over all the leaves that hold a part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+from pruneopt import _tree
+from pruneopt.constraints.base import Constraint
+from pruneopt.constraints.by_path import ByPath
+from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.constraints.parts import Choice, Parts
+from pruneopt.structure.layout import Slot
+from pruneopt.structure.units import Units
+
+Tree = Any
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Units of one group. places: {(path, axis): for each entry of that axis its unit, -1 for none}."""
+
+    name: str
+    size: int
+    places: Mapping[tuple[str, int], np.ndarray]
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {self.size} units in {len(self.places)} axes"
+
+
+@dataclass(frozen=True, eq=False)
+class Coupled(Constraint):
+    """At most so many units of each group live; a unit is what it owns of every member, and lives or dies whole.
+
+    groups: what `coupled` found: channels, neurons, heads, experts, the width of a residual stream.
+    budget: how many units live: a Cardinality over units, per="leaf" (each group the same share) or per="tree" (all
+        groups together), its floor in units; or {name of a group: how many}, for some groups or all.
+
+    The score of a unit is the sum over its entries in all members, where one +inf keeps it; entries in two groups count
+    for both, so that `select` is exact only where no leaf has two. Layer by layer the operators that consume a group
+    choose its units, with all their rows, and what produces them goes along; each group needs one consumer then, and a
+    budget of its own.
+    """
+
+    groups: tuple[Members, ...]
+    budget: Cardinality | Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, Mapping):
+            names = [group.name for group in self.groups]
+            for name, count in self.budget.items():
+                if name not in names:
+                    raise ValueError(f"budget names the group '{name}'; there are {', '.join(names[:8])}")
+                size = next(group.size for group in self.groups if group.name == name)
+                if isinstance(count, bool) or not hasattr(count, "__index__") or not 0 <= int(count) <= size:
+                    raise ValueError(f"budget['{name}'] is {count!r}; pass a whole number from 0 to {size}")
+        elif not isinstance(self.budget, Cardinality):
+            raise TypeError(f"budget={self.budget!r}; pass how many units live: Cardinality(sparsity=0.5), or by name")
+        elif self.budget.per not in ("tree", "leaf"):
+            raise ValueError(f"budget per={self.budget.per!r}: units have no axes; pass per='leaf' or per='tree'")
+
+    def __repr__(self) -> str:
+        many = sum(group.size for group in self.groups)
+        return f"Coupled({many} units in {len(self.groups)} groups, {self.budget!r})"
+
+    @property
+    def _on_units(self) -> Constraint:
+        """The budget, on {name of a group: array of its units}."""
+        if isinstance(self.budget, Cardinality):
+            return self.budget
+        counts = {group.name: self.budget.get(group.name, group.size) for group in self.groups}
+        return ByPath({name: Cardinality(count=count, floor=0) for name, count in counts.items()})
+
+    @property
+    def exact(self) -> bool:
+        """Whether no leaf has units of two groups."""
+        owned = [path for group in self.groups for path in {path for path, _ in group.places}]
+        return len(owned) == len(set(owned))
+
+    @property
+    def allows_empty(self) -> bool:
+        """True: a leaf is as wide as its units."""
+        return True
+
+    def described(self, ndim: int | None = None) -> Parts:
+        """A choice of its own."""
+        return Parts(choices=(Choice(self, units=True),))
+
+    def check(self, variable: Tree) -> None:
+        """Raise ValueError for groups of another network, and budgets that no group can meet."""
+        shapes = {path: tuple(leaf.shape) for path, leaf in _tree.named_leaves(variable)}
+        for group in self.groups:
+            for (path, axis), places in group.places.items():
+                if path in shapes and (axis >= len(shapes[path]) or shapes[path][axis] != len(places)):
+                    raise ValueError(
+                        f"group '{group.name}' has {len(places)} entries along axis {axis} of '{path}', a leaf of "
+                        f"shape {shapes[path]}: its groups are another network's"
+                    )
+            if not any(path in shapes for path, _ in group.places):
+                raise ValueError(
+                    f"group '{group.name}': none of its leaves is decided; its groups are another network's"
+                )
+        if isinstance(self.budget, Cardinality):
+            units = {group.name: jax.ShapeDtypeStruct((group.size,), np.float32) for group in self.groups}
+            self.budget.check(units)
+
+    def select(self, scores: Tree) -> Tree:
+        """Units by the sums of their scores; traceable by JAX."""
+        named = dict(_tree.named_leaves(scores))
+        alive = self._on_units.select({group.name: _pooled(group, named) for group in self.groups})
+        return self._spread(alive, scores)
+
+    def violation(self, support: Tree) -> int:
+        """Units alive, with any entry of any member, beyond the budget."""
+        return self._on_units.violation(self.alive(support))
+
+    def alive(self, support: Tree) -> dict[str, Bool[Array, " units"]]:
+        """{group: whether each unit lives in any member}."""
+        named = {path: jnp.asarray(mask, jnp.float32) for path, mask in _tree.named_leaves(support)}
+        return {group.name: _pooled(group, named) > 0 for group in self.groups}
+
+    def implied(self, support: Tree) -> Tree:
+        """The support without the entries of units that any operator that consumes them has cut."""
+        named = dict(_tree.named_leaves(support))
+        dead = {}
+        for group in self.groups:
+            each = [
+                _pooled(group, {path: jnp.asarray(named[path], jnp.float32)}, axis)
+                for path, axis in group.places
+                if path in named
+            ]
+            dead[group.name] = jnp.all(jnp.stack(each) > 0, axis=0) if each else jnp.ones(group.size, bool)
+        return jax.tree.map(jnp.logical_and, jax.tree.map(jnp.asarray, support), self._spread(dead, support))
+
+    def density(self, variable: Tree) -> float:
+        """The fraction of units."""
+        if isinstance(self.budget, Cardinality):
+            return self.budget.density({g.name: jax.ShapeDtypeStruct((g.size,), np.float32) for g in self.groups})
+        kept = sum(int(self.budget.get(group.name, group.size)) for group in self.groups)
+        return kept / sum(group.size for group in self.groups)
+
+    def relaxed(self, cut: float) -> Coupled:
+        """As its budget is."""
+        if isinstance(self.budget, Cardinality):
+            return replace(self, budget=self.budget.relaxed(cut))
+        sizes = {group.name: group.size for group in self.groups}
+        return replace(
+            self, budget={n: sizes[n] - int((sizes[n] - int(k)) * cut + 1e-9) for n, k in self.budget.items()}
+        )
+
+    @property
+    def shares(self) -> bool:
+        """True: a unit lives in all members or in none."""
+        return True
+
+    def scope(self, by_layer: bool = False) -> str:
+        """Its groups."""
+        if isinstance(self.budget, Cardinality):
+            return f"coupled units of {len(self.groups)} groups: {self.budget.scope(by_layer)}"
+        return f"coupled units of {len(self.groups)} groups: a budget each"
+
+    def restricted(self, slots: Sequence[Slot]) -> list[Constraint]:
+        """Of each operator that consumes a group, its inputs by their units; everything of others."""
+        counts = self._counts()
+        cut = [group for group in self.groups if counts[group.name] < group.size]
+        found: dict[str, Constraint] = {}
+        for name, (slot, rows) in replace(self, groups=tuple(cut), budget={}).consumers(slots).items():
+            if slot.name in found:
+                raise ValueError(f"layer '{slot.name}' consumes units of several groups, one of which is '{name}'")
+            found[slot.name] = Rows(tuple(int(u) for u in rows), counts[name])
+        return [found.get(slot.name, Cardinality(sparsity=0.0)) for slot in slots]
+
+    def consumers(self, slots: Sequence[Slot]) -> dict[str, tuple[Slot, np.ndarray]]:
+        """{group: (the operator that consumes it, the unit of each of its inputs)}.
+
+        Raises ValueError for a group that no operator consumes, or several do.
+        """
+        found = {}
+        for group in self.groups:
+            each = [(slot, rows) for slot in slots if (rows := _inputs(group, slot)) is not None]
+            if len(each) != 1 or each[0][0].problems > 1:
+                names = ", ".join(f"'{slot.name}'" for slot, _ in each[:4]) or "no operator"
+                raise ValueError(
+                    f"group '{group.name}' is consumed by {names}; layer by layer its units are chosen by the one "
+                    "operator that consumes them: leave that group out of groups=, or rank its units by scores"
+                )
+            found[group.name] = each[0]
+        return found
+
+    def _counts(self) -> dict[str, int]:
+        """How many units of each group live, where each has a budget of its own."""
+        if isinstance(self.budget, Mapping):
+            return {group.name: int(self.budget.get(group.name, group.size)) for group in self.groups}
+        if self.budget.per == "tree":
+            raise ValueError(
+                f"budget={self.budget!r} ranks the units of all groups together, which layer by layer cannot be; pass "
+                "per='leaf', or how many of each: {group: count}, such as an allocation gives"
+            )
+        each = self.budget.select({group.name: jnp.ones(group.size) for group in self.groups})
+        return {name: int(mask.sum()) for name, mask in each.items()}
+
+    def _spread(self, alive: Mapping[str, Bool[Array, " units"]], like: Tree) -> Tree:
+        """Masks of the leaves."""
+
+        def one(path: str, leaf: Any) -> Any:
+            mask = jnp.ones(leaf.shape, bool)
+            for group in self.groups:
+                for (member, axis), places in group.places.items():
+                    if member == path:
+                        lives = jnp.where(places >= 0, alive[group.name][np.maximum(places, 0)], True)
+                        mask &= lives.reshape([-1 if k == axis else 1 for k in range(leaf.ndim)])
+            return mask
+
+        return _tree.map_named(one, like)
+
+
+@dataclass(frozen=True)
+class Rows(Constraint):
+    """At most `count` units of a matrix's inputs are nonzero; units need not be neighbours.
+
+    units: for each input its unit, 0, 1, ..., or -1 where it lives in any case.
+    """
+
+    units: tuple[int, ...]
+    count: int
+
+    def __repr__(self) -> str:
+        return f"Rows({max(self.units, default=-1) + 1} units of {len(self.units)} inputs, count={self.count})"
+
+    @property
+    def exact(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def allows_empty(self) -> bool:
+        """Where no unit is to live."""
+        return self.count == 0
+
+    def described(self, ndim: int | None = None) -> Parts:
+        """Units of inputs; nothing where all live."""
+        if self.count > max(self.units, default=-1):
+            return Parts()
+        return Parts(choices=(Choice(self, units=True, rows=self.units),))
+
+    def check(self, variable: Tree) -> None:
+        """Raise ValueError for a leaf with another number of inputs."""
+        for path, leaf in _tree.named_leaves(variable):
+            if len(leaf.shape) != 2 or leaf.shape[0] != len(self.units):
+                raise ValueError(f"{self!r} does not fit {_tree.called(path)} of shape {tuple(leaf.shape)}")
+
+    def select(self, scores: Tree) -> Tree:
+        """The units with the largest sums."""
+        return jax.tree.map(self._selected, scores)
+
+    def violation(self, support: Tree) -> int:
+        """Units alive beyond the count."""
+        group = self._group()
+        alive = [_pooled(group, {"": jnp.asarray(mask, jnp.float32)}) > 0 for mask in jax.tree.leaves(support)]
+        return sum(max(0, int(a.sum()) - self.count) for a in alive)
+
+    def density(self, variable: Tree) -> float:
+        """The fraction of units."""
+        return min(1.0, self.count / max(1, max(self.units, default=-1) + 1))
+
+    def relaxed(self, cut: float) -> Rows:
+        """More units."""
+        size = max(self.units, default=-1) + 1
+        return replace(self, count=size - int((size - self.count) * cut + 1e-9))
+
+    def scope(self, by_layer: bool = False) -> str:
+        """Units of inputs."""
+        return "units of inputs"
+
+    def _group(self) -> Members:
+        return Members("", max(self.units, default=-1) + 1, {("", 0): np.asarray(self.units)})
+
+    def _selected(self, scores: Shaped[Array, "n m"]) -> Bool[Array, "n m"]:
+        size, units = max(self.units, default=-1) + 1, np.asarray(self.units)
+        if not size:
+            return jnp.ones(scores.shape, bool)
+        pooled = {"": _pooled(self._group(), {"": scores})}
+        alive = Cardinality(count=min(self.count, size), floor=0).select(pooled)[""]
+        return jnp.broadcast_to(jnp.where(units >= 0, alive[np.maximum(units, 0)], True)[:, None], scores.shape)
+
+
+def coupled(units: Units, budget: Cardinality | Mapping[str, int], groups: Sequence[str] | None = None) -> Coupled:
+    """The set of a network's coupled units: `coupled(po.structure.trace(fn, params, batch).units(), budget)`.
+
+    groups: names, such as 'layers/0/up/kernel[1]' (a leaf and its axis), of those that may lose units; by default all
+        that can be cut, of several along one axis (heads and their width) the first alone.
+    Raises ValueError for a group that cannot be cut, with the reason, or that is not there.
+    """
+    free = {called(group): group for group in units.groups if not group.blocked and group.size > 1}
+    if groups is None:
+        taken: set[tuple[str, int]] = set()
+        chosen = []
+        for one in free.values():
+            if not taken & set(one.members):
+                chosen.append(one)
+                taken |= set(one.members)
+    else:
+        chosen = [_named(units, free, text) for text in groups]
+    found = []
+    for group in chosen:
+        places = {}
+        for path, axis in group.members:
+            ids = np.full(units.type_of(path).shape[axis], -1)
+            owned = units.places(group, path, axis)
+            ids[owned] = np.arange(group.size)[:, None]
+            places[path, axis] = ids
+        found.append(Members(called(group), group.size, places))
+    return Coupled(tuple(found), budget)
+
+
+def called(group: Any) -> str:
+    """What a group is called: the leaf and axis of its first member."""
+    path, axis = group.members[0]
+    return f"{path}[{axis}]"
+
+
+def _named(units: Units, free: Mapping[str, Any], text: str) -> Any:
+    for group in units.groups:
+        if text in {f"{path}[{axis}]" for path, axis in group.members}:
+            if group.blocked:
+                raise ValueError(f"groups: units of '{text}' cannot be cut: {group.blocked[0]}")
+            return group
+    raise ValueError(f"groups: there is no '{text}'; those that can be cut are {', '.join(list(free)[:8])}")
+
+
+def _pooled(group: Members, named: Mapping[str, Any], only: int | None = None) -> Float[Array, " units"]:
+    """The sum of scores over what each unit owns; +inf if any is, -inf if all are."""
+    total = jnp.zeros(group.size)
+    keep, some = jnp.zeros(group.size, bool), jnp.zeros(group.size, bool)
+    for (path, axis), places in group.places.items():
+        if path not in named or (only is not None and axis != only):
+            continue
+        scores = jnp.asarray(named[path])
+        rest = tuple(k for k in range(scores.ndim) if k != axis)
+        finite = jnp.where(jnp.isfinite(scores), scores, jnp.zeros((), scores.dtype)).sum(rest)
+        owner = np.where(places >= 0, places, group.size)
+        add = lambda x, owner=owner: jax.ops.segment_sum(x, owner, group.size + 1)[:-1]  # noqa: E731
+        total = total + add(finite).astype(total.dtype)
+        keep |= add(jnp.any(scores == jnp.inf, axis=rest).astype(jnp.int32)) > 0
+        some |= add(jnp.any(scores > -jnp.inf, axis=rest).astype(jnp.int32)) > 0
+    return jnp.where(keep, jnp.inf, jnp.where(some, total, -jnp.inf))
+
+
+def _inputs(group: Members, slot: Slot) -> np.ndarray | None:
+    """The unit of each input of a slot's matrices; None where its inputs are not this group's."""
+    leaves, varies = {}, False
+    for path, shape in zip(slot.paths, slot.leaf_shapes, strict=True):
+        ids = np.full(shape, -1)
+        for (member, axis), places in group.places.items():
+            if member == path:
+                ids = np.broadcast_to(places.reshape([-1 if k == axis else 1 for k in range(len(shape))]), shape)
+                varies = True
+        leaves[path] = ids
+    if not varies:
+        return None
+    found = np.asarray(slot.stack(leaves))
+    rows = found.reshape(-1, *found.shape[-2:])[0]
+    return rows[:, 0] if np.all(rows == rows[:, :1]) and len(set(rows[:, 0])) > 1 else None
