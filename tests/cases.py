@@ -10,6 +10,7 @@ from pruneopt import curvature as h
 from pruneopt import objectives as o
 from pruneopt import penalties as p
 from pruneopt import solvers as s
+from pruneopt.constraints.coupled import Members
 from pruneopt.structure import layout
 
 # Shapes small enough to enumerate every support of the whole tree: 12 weights.
@@ -67,6 +68,7 @@ _TURNED = layout(
 )
 
 # name: (constraint on SHAPES, the same set written again in NumPy on all supports at once: (a, b) -> feasible).
+_HIDDEN = (Members("h", 4, {("a", 1): np.arange(4), ("b", 0): np.arange(4)}),)
 CONSTRAINTS = {
     "cardinality over the tree": (c.Cardinality(sparsity=0.5, floor=0), lambda a, b: _total(a, b) <= 6),
     "cardinality with a floor": (
@@ -117,6 +119,10 @@ CONSTRAINTS = {
     "inputs of each leaf": (
         c.Slices(0, c.Cardinality(sparsity=0.5, per="leaf")),
         lambda a, b: (a.any(2).sum(1) <= 1) & (b.any(2).sum(1) <= 2),
+    ),
+    "coupled units": (
+        c.Coupled(_HIDDEN, c.Cardinality(count=2, floor=0)),
+        lambda a, b: (a.any(1) | b.any(2)).sum(1) <= 2,
     ),
     "a fixed support": (
         c.Support({"a": masks(7)["a"], "b": None}),
@@ -350,6 +356,7 @@ SOLVERS = {
     "Frank-Wolfe": s.FrankWolfe(30),
     "sparse swaps": s.SparseSwaps(),
     "greedy OBS": s.GreedyOBS(),
+    "greedy units": s.GreedyUnits(),
     "saliency, then swap": s.Then(s.Score(), s.Swap()),
     "OBS": s.OBS(),
     "CHITA": s.CHITA(1),
@@ -372,6 +379,7 @@ LAYER = {
     "Frank-Wolfe",
     "sparse swaps *",
     "greedy OBS *",
+    "greedy units *",
     "saliency, then swap *",
     "conjugate gradients s",
 }
@@ -390,6 +398,7 @@ REFUSED = {
     "sparse swaps": ("1:2 both ways", "inputs"),
     "saliency, then swap": ("1:2 both ways", "inputs"),
     "greedy OBS": ("cardinality in runs of 4 inputs", "1:2 both ways", "inputs"),
+    "greedy units": set(MATRIX_CONSTRAINTS) - {"inputs"},
     "CBS": set(CONSTRAINTS) - _BUDGETS,
     "OBS": set(CONSTRAINTS) - _BUDGETS,
 }

@@ -371,7 +371,7 @@ def test_solves_or_refuses_as_the_table_says(f_name, solver_name, tolerance):
 def test_bound_is_below_brute_force_is_below_objective(f_name, tolerance):
     matrix = "reconstruction" in f_name
     for c_name in (
-        ("cardinality", "1:3 along the inputs", "a fixed support")
+        ("cardinality", "1:3 along the inputs", "inputs", "a fixed support")
         if matrix
         else ("cardinality with a floor", "1:2 along the inputs", "neurons", "a fixed support")
     ):
@@ -387,6 +387,8 @@ def test_bound_is_below_brute_force_is_below_objective(f_name, tolerance):
             if not n.endswith(" s") or c_name == "a fixed support"
         }
         for solver_name in sorted(names):
+            if c_name in REFUSED.get(solver_name, ()):
+                continue
             solution = po.solve(problem, SOLVERS[solver_name])
             slack = 1e2 * tolerance * max(best, solution.objective, 1e-3)
             assert solution.bound <= best + slack, solver_name
@@ -416,6 +418,7 @@ WITHIN = {
     "Frank-Wolfe": 1.6,
     "sparse swaps": 1.7,
     "greedy OBS": 1.02,
+    "greedy units": 1.01,
     "saliency, then swap": 1.06,
     "OBS": 1.06,
     "CHITA": 1.5,

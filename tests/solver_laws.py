@@ -108,13 +108,18 @@ def _made(dtype):
     few = [layer(0, "cardinality in each output"), layer(1, "cardinality"), layer(4, "a fixed support")]
     few += [model(0, "cardinality over the tree"), model(1, "cardinality over the tree"), model(4, "a fixed support")]
     more = [layer(i, "cardinality") for i in (0, 2, 3)] + [model(i, "cardinality over the tree") for i in (2, 3)]
-    return few, few + more
+    units = [layer(i, "inputs") for i in (0, 1, 6, 7)]
+    return few, few + more, units
 
 
 def taken(solver, every=False, fixed=False):
-    """The cases that a solver does not refuse, few or every one, or those of a fixed support alone."""
-    made = _made(jnp.zeros(()).dtype)[every]
-    return [case for case in made if solver.refuses(case.problem) is None and (case.has_order or not fixed)]
+    """The cases that a solver does not refuse, few or every one, or those of a fixed support alone; units where it
+    takes nothing else.
+    """
+    few, all_of_them, units = _made(jnp.zeros(()).dtype)
+    found = [case for case in (all_of_them if every else few) if solver.refuses(case.problem) is None]
+    found = found or [case for case in units if solver.refuses(case.problem) is None]
+    return [case for case in found if case.has_order or not fixed]
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,7 +76,7 @@ class Coupled(Constraint):
         if isinstance(self.budget, Cardinality):
             return self.budget
         counts = {group.name: self.budget.get(group.name, group.size) for group in self.groups}
-        return ByPath({name: Cardinality(count=count, floor=0) for name, count in counts.items()})
+        return ByPath({glob.escape(name): Cardinality(count=count, floor=0) for name, count in counts.items()})
 
     @property
     def exact(self) -> bool:
@@ -297,14 +298,9 @@ def coupled(units: Units, budget: Cardinality | Mapping[str, int], groups: Seque
         that can be cut, of several along one axis (heads and their width) the first alone.
     Raises ValueError for a group that cannot be cut, with the reason, or that is not there.
     """
-    free = {called(group): group for group in units.groups if not group.blocked and group.size > 1}
+    free = {called(units, group): group for group in units.groups if not group.blocked and group.size > 1}
     if groups is None:
-        taken: set[tuple[str, int]] = set()
-        chosen = []
-        for one in free.values():
-            if not taken & set(one.members):
-                chosen.append(one)
-                taken |= set(one.members)
+        chosen = [one for one in free.values() if all(_comes_first(units, one, *at) for at in one.members)]
     else:
         chosen = [_named(units, free, text) for text in groups]
     found = []
@@ -315,19 +311,33 @@ def coupled(units: Units, budget: Cardinality | Mapping[str, int], groups: Seque
             owned = units.places(group, path, axis)
             ids[owned] = np.arange(group.size)[:, None]
             places[path, axis] = ids
-        found.append(Members(called(group), group.size, places))
+        found.append(Members(called(units, group), group.size, places))
     return Coupled(tuple(found), budget)
 
 
-def called(group: Any) -> str:
-    """What a group is called: the leaf and axis of its first member."""
+def called(units: Units, group: Any) -> str:
+    """What a group is called: the leaf and axis of its first member, and which part of it where that is not the first,
+    such as the width of heads: 'query/kernel[1].1'.
+    """
     path, axis = group.members[0]
-    return f"{path}[{axis}]"
+    part = units.of(path, axis).index(group)
+    return f"{path}[{axis}]" + (f".{part}" if part else "")
+
+
+def _leads(units: Units, group: Any, text: str) -> bool:
+    """Whether a group is the first part of the axis that a text such as 'query/kernel[1]' names."""
+    return any(text == f"{p}[{k}]" and units.of(p, k)[0] is group for p, k in group.members)
+
+
+def _comes_first(units: Units, group: Any, path: str, axis: int) -> bool:
+    """Whether no other group along this axis that can be cut holds the group's units inside its own."""
+    free = [other for other in units.of(path, axis) if not other.blocked and other.size > 1]
+    return free[0] is group
 
 
 def _named(units: Units, free: Mapping[str, Any], text: str) -> Any:
     for group in units.groups:
-        if text in {f"{path}[{axis}]" for path, axis in group.members}:
+        if text == called(units, group) or _leads(units, group, text):
             if group.blocked:
                 raise ValueError(f"groups: units of '{text}' cannot be cut: {group.blocked[0]}")
             return group

@@ -22,8 +22,8 @@ class GreedyUnits(Solver):
 
     A unit u, such as a channel with its window or a head, goes with all its rows of W. The one of least
     1/2 tr(W_u^T [C_uu]^-1 W_u), C the inverse of H on what is left, goes next; W moves by -C_:u [C_uu]^-1 W_u and C by
-    -C_:u [C_uu]^-1 C_u:, and so on. Then units outside and inside change places while that lowers the error: the one
-    that would gain most comes in, the one that is then the cheapest goes.
+    -C_:u [C_uu]^-1 C_u:, and so on. Then units outside and inside change places while that lowers the error: the
+    `candidates` that would gain most alone are tried, each against the one that is then the cheapest.
 
     exchanges: at most so many. batch: while more than twice as many units must go as this, units of one input each go
         so many at a time, the cheapest. damping: relative, added to the mean diagonal before inverting; times ten until
@@ -35,12 +35,13 @@ class GreedyUnits(Solver):
     """
 
     exchanges: int = 20
+    candidates: int = 16
     batch: int = 8
     damping: float = 1e-8
 
     def __post_init__(self) -> None:
         check_whole(self, 0, "exchanges")
-        check_whole(self, 1, "batch")
+        check_whole(self, 1, "candidates", "batch")
         check_not_negative(self, "damping")
 
     def refuses(self, problem: Problem) -> str | None:
@@ -73,7 +74,7 @@ class GreedyUnits(Solver):
         rows = _rows(units)
         alive = np.ones(len(rows), bool)
         alive[_eliminated(inverse, center, rows, count, self.batch)] = False
-        alive, moves = _exchanged(damped, center, rows, alive, self.exchanges)
+        alive, moves = _exchanged(damped, center, rows, alive, self.exchanges, self.candidates)
         support = np.broadcast_to(np.append(alive, True)[units][:, None], center.shape)
         value, _ = refit(damped, center, support, 0.0)
         value, kept = jnp.asarray(value, ready.center.dtype), jnp.asarray(support)
@@ -148,8 +149,9 @@ def _exchanged(
     rows: list[Int[np.ndarray, " g"]],
     alive: Bool[np.ndarray, " units"],
     most: int,
+    candidates: int,
 ) -> tuple[Bool[np.ndarray, " units"], int]:
-    """Units change places while that lowers the error: the best one comes in, then the cheapest goes."""
+    """Units change places while that lowers the error: the best of `candidates` comes in, then the cheapest goes."""
     alive, pull, owner = alive.copy(), gram @ center, np.full(len(gram), -1)
     for u, r in enumerate(rows):
         owner[r] = u
@@ -158,13 +160,16 @@ def _exchanged(
         if not len(outside) or not alive.any():
             return alive, moves
         gains = _gains(gram, pull, kept, [rows[u] for u in outside])
-        new = int(outside[gains.argmax()])
-        more = np.sort(np.concatenate([kept, rows[new]]))
-        c = np.linalg.inv(gram[np.ix_(more, more)])
-        inside = np.flatnonzero(alive | (np.arange(len(alive)) == new))
-        cost = _costs(c, c @ pull[more], [np.searchsorted(more, rows[u]) for u in inside])
-        old = int(inside[cost.argmin()])
-        if old == new or not cost.min() < gains.max() * (1 - 1e-9):
+        found = []
+        for k in np.argsort(-gains, kind="stable")[:candidates]:
+            new = int(outside[k])
+            more = np.sort(np.concatenate([kept, rows[new]]))
+            c = np.linalg.inv(gram[np.ix_(more, more)])
+            inside = np.flatnonzero(alive)
+            cost = _costs(c, c @ pull[more], [np.searchsorted(more, rows[u]) for u in inside])
+            found.append((float(cost.min() - gains[k]), new, int(inside[cost.argmin()])))
+        change, new, old = min(found)
+        if not change < -1e-9 * gains.max():
             return alive, moves
         alive[new], alive[old] = True, False
     return alive, most

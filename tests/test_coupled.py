@@ -1,0 +1,297 @@
+"""Coupled units: chosen, pruned, reconstructed and cut, over all leaves that hold a part of them."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import pruneopt as po
+from pruneopt.constraints.coupled import Members
+from pruneopt.curvature import Gram
+from pruneopt.objectives import Reconstruction
+from pruneopt.solvers import GreedyUnits, Polish
+
+pytestmark = pytest.mark.default_flags
+RNG = np.random.default_rng(0)
+HEADS, WIDTH = 3, 4
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape))
+
+
+def mlp(p, x):
+    return jax.nn.relu(jax.nn.relu(x @ p["a"] + p["b"]) @ p["c"] + p["d"]) @ p["e"]
+
+
+def mlp_params(first=6, second=5):
+    return {
+        "a": normal(4, first), "b": normal(first), "c": normal(first, second), "d": normal(second),
+        "e": normal(second, 3),
+    }  # fmt: skip
+
+
+def conv(p, x):
+    y = jax.lax.conv_general_dilated(x, p["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.nn.relu(y * p["scale"] + p["bias"])
+    y = jax.lax.conv_general_dilated(y, p["l"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jnp.mean(y, (1, 2))
+
+
+def conv_params():
+    return {"k": normal(3, 3, 2, 5), "scale": normal(5), "bias": normal(5), "l": normal(3, 3, 5, 4)}
+
+
+def attention(p, x):
+    q, k, v = (jnp.einsum("btd,de->bte", x, p[n]).reshape(*x.shape[:2], HEADS, WIDTH) for n in "qkv")
+    s = jax.nn.softmax(jnp.einsum("bthw,bshw->bhts", q, k))
+    return jnp.einsum("bhts,bshw->bthw", s, v).reshape(*x.shape[:2], -1) @ p["o"]
+
+
+def attention_params():
+    return {n: normal(5, HEADS * WIDTH) for n in "qkv"} | {"o": normal(HEADS * WIDTH, 5)}
+
+
+NETWORKS = {
+    "mlp": (mlp, mlp_params, lambda: normal(40, 4), "a[1]", ("a", 1), "c", 0),
+    "conv": (conv, conv_params, lambda: normal(6, 5, 5, 2), "bias[0]", ("k", 3), "l", 2),
+    "attention": (attention, attention_params, lambda: normal(8, 6, 5), "k[1]", ("q", 1), "o", 0),
+}
+
+
+def built(name, budget, groups=None):
+    fn, made, batch, *rest = NETWORKS[name]
+    params, x = made(), batch()
+    units = po.structure.trace(fn, params, x).units()
+    return fn, params, x, po.constraints.coupled(units, budget, groups), rest
+
+
+def test_groups_are_what_can_be_cut_and_heads_come_before_their_width():
+    *_, found, (name, _, _, _) = built("attention", {})
+    assert [(group.name, group.size) for group in found.groups] == [(name, HEADS)]
+    assert set(found.groups[0].places) == {("q", 1), ("k", 1), ("v", 1), ("o", 0)}
+    *_, found, _ = built("mlp", {})
+    assert [(group.name, group.size) for group in found.groups] == [("a[1]", 6), ("c[1]", 5)]
+
+
+@pytest.mark.parametrize("per", ["leaf", "tree"])
+def test_select_keeps_the_units_with_the_largest_sums(per):
+    budget = po.constraints.Cardinality(sparsity=0.5, per=per, floor=1 if per == "leaf" else 0)
+    _, params, _, found, _ = built("mlp", budget)
+    scores = jax.tree.map(lambda w: w**2, params)
+    support = found.select(scores)
+    totals = [
+        np.sum(scores["a"], 0) + scores["b"] + np.sum(scores["c"], 1),
+        np.sum(scores["c"], 0) + scores["d"] + np.sum(scores["e"], 1),
+    ]
+    if per == "leaf":
+        alive = [np.argsort(np.argsort(-np.asarray(t))) < len(t) // 2 for t in totals]
+    else:
+        both = np.concatenate(totals)
+        alive = np.split(np.argsort(np.argsort(-both)) < len(both) // 2, [6])
+    np.testing.assert_array_equal(support["b"], alive[0])
+    np.testing.assert_array_equal(support["d"], alive[1])
+    np.testing.assert_array_equal(support["a"], np.broadcast_to(alive[0], (4, 6)))
+    np.testing.assert_array_equal(support["c"], np.outer(*alive).astype(bool))
+    np.testing.assert_array_equal(support["e"], np.broadcast_to(alive[1][:, None], (5, 3)))
+    assert found.violation(support) == 0
+    more = support | {"b": jnp.ones(6, bool)}
+    assert found.violation(more) == 6 - int(alive[0].sum())
+
+
+@pytest.mark.parametrize("schedule", [None, po.plans.Iterative(3)])
+def test_a_network_is_pruned_by_units_and_becomes_smaller(schedule):
+    fn, params, x, found, _ = built("mlp", {"a[1]": 3, "c[1]": 2})
+    words = {} if schedule is None else {"schedule": schedule}
+    pruned = po.prune(fn, params, [x], found, method="magnitude", leaves=lambda *_: True, progress=False, **words)
+    small = po.shrink(fn, pruned.params, x, pruned)
+    assert {path: leaf.shape for path, leaf in small.params.items()} == {
+        "a": (4, 3), "b": (3,), "c": (3, 2), "d": (2,), "e": (2, 3),
+    }  # fmt: skip
+    assert small.error < 1e-12
+
+
+def test_units_are_pruned_while_training():
+    fn, params, x, found, _ = built("mlp", {"a[1]": 2})
+    y = normal(40, 3)
+    opt = po.training.gradual(optax.adam(1e-2), found, end=10, every=2)
+    state = opt.init(params)
+    for _ in range(15):
+        grads = jax.grad(lambda p: jnp.mean((fn(p, x) - y) ** 2))(params)
+        updates, state = opt.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    pruned = opt.finish(params, state)
+    assert int(found.alive(pruned.support)["a[1]"].sum()) == 2
+    assert po.shrink(fn, pruned.params, x, pruned).params["a"].shape == (4, 2)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.cases(3)
+def test_layer_by_layer_the_consumer_chooses_and_what_makes_its_inputs_goes_along(name):
+    fn, params, x, found, (group, producer, consumer, axis) = built(name, {}, None)
+    size = next(g.size for g in found.groups if g.name == group)
+    found = po.constraints.Coupled(found.groups, {group: size - 2})
+    method = po.plans.LayerMethod(GreedyUnits(), damping=1e-6, dampings=(), target="network")
+    pruned = po.plans.layerwise(fn, params, [x], found, method, leaves=lambda path, w: w.ndim > 1, progress=False)
+    assert found.violation(pruned.support) == 0
+    small = po.shrink(fn, pruned.params, x, pruned)
+    assert small.error < 1e-12
+    each = params[consumer].shape[axis] // size
+    assert small.params[consumer].shape[axis] == (size - 2) * each
+    assert small.params[producer[0]].shape[producer[1]] == (size - 2) * each
+    dense, cut = fn(params, x), fn(pruned.params, x)
+    kept = np.ones(params[consumer].shape[axis], bool)
+    alive = np.asarray(found.alive(pruned.support)[group])
+    kept[np.repeat(~alive, each)] = False
+    plain = {
+        **params,
+        consumer: params[consumer] * kept.reshape([-1 if k == axis else 1 for k in range(params[consumer].ndim)]),
+    }
+    assert float(jnp.sum((cut - dense) ** 2)) < float(jnp.sum((fn(plain, x) - dense) ** 2))
+
+
+def reconstruction(seed, units, each):
+    rng = np.random.default_rng(seed)
+    n = units * each
+    x = rng.normal(size=(60, n)) @ (np.eye(n) + 0.7 * rng.normal(size=(n, n)) / np.sqrt(n))
+    return Reconstruction(jnp.asarray(rng.normal(size=(n, 3))), Gram(jnp.asarray(x.T @ x / 60)), 1e-3)
+
+
+def least(f, ids, chosen):
+    """The objective of these units, refitted by least squares in NumPy."""
+    h, w0 = np.asarray(f.curvature.matrix), np.asarray(f.center)
+    h = h + f.damping * np.trace(h) / len(h) * np.eye(len(h))
+    s = np.flatnonzero(np.isin(ids, list(chosen)))
+    w = np.zeros_like(w0)
+    w[s] = np.linalg.solve(h[np.ix_(s, s)], (h @ w0)[s])
+    return 0.5 * np.sum((w - w0) * (h @ (w - w0)))
+
+
+def best_of_all(f, ids, count):
+    """The least objective over all choices of units."""
+    return min(least(f, ids, chosen) for chosen in itertools.combinations(range(ids.max() + 1), count))
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.cases(20)
+def test_elimination_and_exchanges_are_near_the_best_choice(seed, each):
+    from pruneopt.constraints.coupled import Rows
+
+    f = reconstruction(seed, 8, each)
+    ids = np.random.default_rng(seed).permutation(np.repeat(np.arange(8), each))  # units need not be neighbours
+    problem = po.Problem(f, subject_to=Rows(tuple(ids.tolist()), 4))
+    best = best_of_all(f, ids, 4)
+    found, plain = po.solve(problem, GreedyUnits()), po.solve(problem, GreedyUnits(exchanges=0))
+    assert best * (1 - 1e-9) <= found.objective <= min(plain.objective * (1 + 1e-9), 1.4 * best)
+    refitted = po.solve(po.Problem(f, subject_to=po.constraints.Support(found.support)), Polish())
+    assert found.objective == pytest.approx(refitted.objective, rel=1e-6)
+    kept = np.unique(ids[np.asarray(found.support)[:, 0]])
+    assert len(kept) == 4
+    for gone, new in itertools.product(kept, set(range(8)) - set(kept)):  # no exchange lowers it further
+        assert least(f, ids, [*set(kept) - {gone}, new]) >= found.objective * (1 - 1e-6)
+    order = GreedyUnits().order(po.Problem(f, subject_to=Rows(tuple(ids.tolist()), 1)))
+    assert len(order) == 7
+    assert set(np.unique(ids[np.asarray(plain.support)[:, 0]])) == set(range(8)) - set(order[:4])
+
+
+def test_what_a_unit_costs_is_what_removing_it_adds():
+    f = reconstruction(3, 6, 2)
+    problem = po.Problem(f, subject_to=po.constraints.Blocks((2, -1), po.constraints.Cardinality(count=5)))
+    ids = np.repeat(np.arange(6), 2)
+    assert po.solve(problem, GreedyUnits(exchanges=0)).objective == pytest.approx(best_of_all(f, ids, 5), rel=1e-6)
+
+
+def test_tables_are_the_losses_of_each_group_cut_alone():
+    fn, params, x, found, _ = built("mlp", {})
+    measured = normal(30, 4)
+    widths = {"a[1]": [2, 4, 6], "c[1]": [3, 5]}
+    tables = po.plans.unit_tables(
+        fn, params, [x], found, [measured], measure=po.plans.squared, widths=widths, damping=1e-6, progress=False
+    )
+    assert {group: tables.levels[group] for group in tables.groups} == widths
+    assert tables.errors["a[1]"][-1] == tables.errors["c[1]"][-1] == 0
+    assert tables.errors["a[1]"][0] > tables.errors["a[1]"][1] > 0
+    hidden = np.maximum(np.asarray(x @ params["a"] + params["b"]), 0)
+    gram, c = hidden.T @ hidden / len(hidden), np.asarray(params["c"])
+    gram += 1e-6 * np.mean(np.diagonal(gram)) * np.eye(6)
+    order = GreedyUnits().order(
+        po.Problem(Reconstruction(params["c"], Gram(jnp.asarray(hidden.T @ hidden / len(hidden))), 1e-6),
+                   subject_to=po.constraints.Blocks((1, -1), po.constraints.Cardinality(count=1)))
+    )  # fmt: skip
+    s = np.sort(order[4:] + [k for k in range(6) if k not in order])
+    w = np.zeros_like(c)
+    w[s] = np.linalg.solve(gram[np.ix_(s, s)], (gram @ c)[s])
+    before, after = fn(params, measured), fn(params | {"c": jnp.asarray(w)}, measured)
+    assert tables.errors["a[1]"][0] == pytest.approx(
+        float(jnp.sum((after - before) ** 2) / jnp.sum(before**2)), rel=1e-4
+    )
+
+
+def test_costs_are_those_of_the_smaller_network():
+    """A chain of widths: what the tables say of every choice, beside the cut network's own numbers."""
+    fn, params, x, found, _ = built("mlp", {})
+    words = {"measure": po.plans.squared, "widths": {"a[1]": [2, 4, 6], "c[1]": [3, 5]}, "progress": False}
+    tables = po.plans.unit_tables(fn, params, [x], found, [x], **words)
+    for choice in itertools.product(range(3), range(2)):
+        levels = dict(zip(tables.groups, choice, strict=True))
+        first, second = tables.levels["a[1]"][levels["a[1]"]], tables.levels["c[1]"][levels["c[1]"]]
+        small = po.shrink_units(fn, params, x, {("a", 1): range(first), ("c", 1): range(second)})
+        cost = po.structure.cost(po.structure.trace(small.fn, small.params, x))
+        assert tables.spent(levels) == {"flops": cost.flops, "parameters": cost.parameters}
+    budget = {"flops": 0.5 * tables.largest("flops"), "parameters": 0.7 * tables.largest("parameters")}
+    found = po.allocation.allocate(tables, budget)
+    assert all(found.spent[name] <= limit for name, limit in budget.items())
+
+
+@pytest.mark.parametrize(
+    ("budget", "groups", "match"),
+    [
+        ({"x": 1}, None, "budget names the group 'x'"),
+        ({"a[1]": 7}, None, r"budget\['a\[1\]'\] is 7"),
+        (po.constraints.Cardinality(sparsity=0.5, per="out"), None, "units have no axes"),
+        ({}, ["z[0]"], r"there is no 'z\[0\]'; those that can be cut are a\[1\], c\[1\]"),
+        ({}, ["e[1]"], r"units of 'e\[1\]' cannot be cut"),
+    ],
+)
+def test_budgets_and_groups_that_are_not_there_are_refused(budget, groups, match):
+    with pytest.raises(ValueError, match=match):
+        built("mlp", budget, groups)
+
+
+def test_groups_of_another_network_are_refused():
+    *_, found, _ = built("mlp", {})
+    with pytest.raises(ValueError, match="another network's"):
+        found.check(mlp_params(first=7))
+    with pytest.raises(ValueError, match="none of its leaves is decided"):
+        found.check({"other": normal(3)})
+
+
+def test_layer_by_layer_each_group_has_one_consumer_and_its_own_budget():
+    def shared(p, x):
+        h = jax.nn.relu(x @ p["a"])
+        return h @ p["b"] + h @ p["c"]
+
+    params, x = {"a": normal(4, 6), "b": normal(6, 3), "c": normal(6, 3)}, normal(9, 4)
+    found = po.constraints.coupled(po.structure.trace(shared, params, x).units(), {"a[1]": 3})
+    method = po.plans.LayerMethod(GreedyUnits(), dampings=())
+    with pytest.raises(ValueError, match=r"'a\[1\]' is consumed by 'b', 'c'"):
+        po.plans.layerwise(shared, params, [x], found, method, progress=False)
+    tree = po.constraints.Coupled(found.groups, po.constraints.Cardinality(sparsity=0.5))
+    with pytest.raises(ValueError, match="ranks the units of all groups together"):
+        po.plans.layerwise(shared, params, [x], tree, method, progress=False)
+
+
+def test_units_print_what_they_are():
+    group = Members("h", 4, {("a", 1): np.arange(4)})
+    assert repr(group) == "h: 4 units in 1 axes"
+    assert repr(po.constraints.Coupled((group,), {"h": 2})) == "Coupled(4 units in 1 groups, {'h': 2})"
