@@ -1,0 +1,177 @@
+"""Whole units cut within a budget of FLOPs, no retraining: test accuracy of ResNet-20 and MLPNet.
+
+    python paper_reproductions/head_to_head/structured.py [--networks resnet20 mlpnet] [--seeds 3] [--images 1000]
+        [--shares 0.7 0.51 0.33]
+
+Each seed draws training images: for the Grams, and 500 others on which the tables of errors are measured. Rows:
+magnitude, uniform: each group keeps the same share of its units, by the norms of the weights that make and read them;
+reconstructed, uniform: the operator that consumes a group chooses its units and is refitted, and so is every other, in
+one pass, towards what the dense network computes there; reconstructed, allocated: the same at widths that
+`allocation.allocate` finds on `plans.unit_tables`, with the loss that the tables predict and the one measured.
+As it is, and with batch-norm statistics estimated anew on 2,000 cropped training images. Settings (damping, widths in
+sixteenths) were chosen on training images. FLOPs are those of the shrunk program. Data: PRUNEOPT_DATA.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import pruneopt as po
+from paper_reproductions.networks import mlpnet, resnet20
+from pruneopt import _tree
+from pruneopt.solvers import GreedyUnits
+
+METHOD = po.plans.LayerMethod(GreedyUnits(), damping=0.01, dampings=())
+PIECE, MEASURED, ANEW = 250, 500, 2000
+ROWS = ("magnitude, uniform", "reconstructed, uniform", "reconstructed, allocated")
+
+
+class ResNet20:
+    """The checkpoint of CHITA under its own normalisation; the channels inside its blocks are cut."""
+
+    forward = staticmethod(resnet20.forward)
+
+    def __init__(self, folder):
+        self.params = resnet20.load_chita(folder)
+        self.train, _ = resnet20.cifar10(folder, "train20k", *resnet20.CHITA)
+        self.test = resnet20.cifar10(folder, "test1k", *resnet20.CHITA)
+        self.groups = [f"{s}/{b}/conv1/kernel[3]" for s in resnet20.STAGES for b in resnet20.BLOCKS]
+
+    def seen(self, images, rng):
+        return resnet20.cropped(images, *resnet20.CHITA, rng)
+
+    def anew(self, params, images):
+        return po.plans.recalibrate(lambda p, x: resnet20.train_forward(p, x)[1], params, pieces(images))
+
+
+class MLPNet:
+    """784-40-20-10 without biases; both hidden layers are cut, so that FLOPs are products of their widths."""
+
+    forward = staticmethod(mlpnet.forward)
+
+    def __init__(self, folder):
+        self.params = mlpnet.load(folder)
+        self.train, _ = mlpnet.mnist(folder, "train")
+        self.test = mlpnet.mnist(folder, "test")
+        self.groups = ["fc1[1]", "fc2[1]"]
+
+    def seen(self, images, rng):
+        return images
+
+    def anew(self, params, images):
+        return params
+
+
+def pieces(images):
+    return [images[i : i + PIECE] for i in range(0, len(images), PIECE)]
+
+
+def accuracy(network, fn, params):
+    run, (images, labels) = jax.jit(fn), network.test
+    right = [np.asarray(run(params, x).argmax(1)) for x in pieces(images)]
+    return 100 * float(np.mean(np.concatenate(right) == labels))
+
+
+def loss(network, params, images):
+    """The KL divergence from the dense network, as the tables have it."""
+    run = jax.jit(network.forward)
+    return float(np.mean([po.plans.kl(run(network.params, x), run(params, x)) for x in pieces(images)]))
+
+
+def by_magnitude(network, units):
+    scores = jax.tree.map(lambda w: jnp.square(w) if w.ndim > 1 else jnp.zeros_like(w), network.params)
+    support = units.select(scores)
+    return po.from_masks(network.params, dict(_tree.named_leaves(support)))
+
+
+def reconstructed(network, calibration, units):
+    """All operators refitted in one pass; those that consume a group choose its units."""
+    words = {"leaves": lambda _, w: w.ndim > 1, "progress": False}
+    return po.plans.layerwise(network.forward, network.params, calibration, units, METHOD, **words)
+
+
+def _nearest(widths, share):
+    """The number of the width next to this share of the largest."""
+    return min(range(len(widths)), key=lambda i: abs(widths[i] - share * widths[-1]))
+
+
+def uniform(tables, share):
+    """The largest equal share of every group's units within the budget."""
+    limit, best = share * tables.largest("flops"), None
+    for k in range(1, 17):
+        levels = {group: _nearest(tables.levels[group], k / 16) for group in tables.groups}
+        if tables.spent(levels)["flops"] <= limit:
+            best = levels
+    return {g: tables.label(g, level) for g, level in best.items()}
+
+
+def run(network, seed, given):
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(network.train))
+    calibration = pieces(network.seen(network.train[order[: given.images]], rng))
+    measured = network.train[order[-MEASURED:]]
+    graph = po.structure.trace(network.forward, network.params, network.train[:1])
+    units, clock = po.constraints.coupled(graph.units(), {}, network.groups), time.perf_counter()
+    tables = po.plans.unit_tables(
+        network.forward, network.params, calibration, units, pieces(measured), damping=1e-3, progress=False
+    )
+    print(f"seed {seed}: {tables!r}, {time.perf_counter() - clock:.0f} s", flush=True)
+    found = {}
+    for share in given.shares:
+        clock = time.perf_counter()
+        choice = po.allocation.allocate(tables, {"flops": share * tables.largest("flops")})
+        widths = {"uniform": uniform(tables, share), "allocated": {g: choice[g] for g in tables.groups}}
+        for name in ROWS:
+            cut = po.constraints.Coupled(units.groups, widths[name.split(", ")[1]])
+            if name.startswith("magnitude"):
+                pruned = by_magnitude(network, cut)
+            else:
+                pruned = reconstructed(network, calibration, cut)
+            small = po.shrink(network.forward, pruned.params, network.train[:4], pruned)
+            cost = po.structure.cost(po.structure.trace(small.fn, small.params, network.train[:1]))
+            dense = po.structure.cost(graph).flops
+            fresh = network.anew(pruned.params, network.seen(network.train[order[:ANEW]], rng))
+            found[name, share] = (
+                cost.flops / dense,
+                accuracy(network, small.fn, small.params),
+                accuracy(network, network.forward, fresh),
+            )
+        print(
+            f"  {share}: widths {list(widths['allocated'].values())}, gap {choice.gap:.1e}, predicted loss "
+            f"{choice.error:.4f}, measured {loss(network, pruned.params, measured):.4f}, "
+            f"{time.perf_counter() - clock:.0f} s",
+            flush=True,
+        )
+    return found
+
+
+def main():
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words.add_argument("--networks", nargs="+", default=["resnet20", "mlpnet"])
+    words.add_argument("--seeds", type=int, default=3)
+    words.add_argument("--images", type=int, default=1000)
+    words.add_argument("--shares", nargs="+", type=float, default=[0.7, 0.51, 0.33])
+    given = words.parse_args()
+    for name in given.networks:
+        network = {"resnet20": ResNet20, "mlpnet": MLPNet}[name](os.environ["PRUNEOPT_DATA"])
+        print(f"{name}: dense {accuracy(network, network.forward, network.params):.2f} %")
+        every = [run(network, seed, given) for seed in range(given.seeds)]
+        print(f"{'':<26} {'budget':>7} {'FLOPs':>7} {'as it is':>14} {'estimated anew':>16}")
+        for key in every[0]:
+            flops, plain, fresh = (np.array([one[key][k] for one in every]) for k in range(3))
+            spread = [x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0 for x in (plain, fresh)]
+            print(
+                f"{key[0]:<26} {key[1]:>7.2f} {flops.mean():>7.3f} {plain.mean():>8.2f} ±{spread[0]:.2f} "
+                f"{fresh.mean():>10.2f} ±{spread[1]:.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
