@@ -174,6 +174,7 @@ cholesky = _guarded(np.linalg.cholesky)  # the lower factor; raises np.linalg.Li
 cholesky_solve = _guarded(lambda factor, sides: scipy.linalg.cho_solve((factor, True), sides))
 triangular_solve = _guarded(partial(scipy.linalg.solve_triangular, lower=True, check_finite=False))
 inverse = _guarded(np.linalg.inv)
+solve = _guarded(np.linalg.solve)
 eigh = _guarded(np.linalg.eigh)
 eigvalsh = _guarded(np.linalg.eigvalsh)
 singular_values = _guarded(partial(np.linalg.svd, compute_uv=False))

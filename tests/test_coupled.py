@@ -125,10 +125,15 @@ def test_units_are_pruned_while_training():
     y = normal(40, 3)
     opt = po.training.gradual(optax.adam(1e-2), found, end=10, every=2)
     state = opt.init(params)
-    for _ in range(15):
+
+    @jax.jit
+    def step(params, state):
         grads = jax.grad(lambda p: jnp.mean((fn(p, x) - y) ** 2))(params)
         updates, state = opt.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(15):
+        params, state = step(params, state)
     pruned = opt.finish(params, state)
     assert int(found.alive(pruned.support)["a[1]"].sum()) == 2
     assert po.shrink(fn, pruned.params, x, pruned).params["a"].shape == (4, 2)

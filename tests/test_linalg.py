@@ -43,7 +43,16 @@ def test_large_factors_run_on_one_thread(two_threads, monkeypatch):
 
 
 def test_every_routine_is_guarded():
-    names = ("cholesky", "cholesky_solve", "triangular_solve", "inverse", "eigh", "eigvalsh", "singular_values")
+    names = (
+        "cholesky",
+        "cholesky_solve",
+        "triangular_solve",
+        "inverse",
+        "solve",
+        "eigh",
+        "eigvalsh",
+        "singular_values",
+    )
     for name in names:
         assert getattr(_linalg, name).__qualname__ == "_guarded.<locals>.guarded"
     a = np.array([[4.0, 1.0], [1.0, 3.0]])
@@ -52,6 +61,7 @@ def test_every_routine_is_guarded():
     np.testing.assert_allclose(_linalg.cholesky_solve(factor, a), np.eye(2), atol=1e-15)
     np.testing.assert_allclose(_linalg.triangular_solve(factor, factor), np.eye(2), atol=1e-15)
     np.testing.assert_allclose(_linalg.inverse(a) @ a, np.eye(2), atol=1e-15)
+    np.testing.assert_allclose(_linalg.solve(a, a), np.eye(2), atol=1e-15)
     np.testing.assert_allclose(_linalg.eigh(a)[0], _linalg.eigvalsh(a))
     np.testing.assert_allclose(_linalg.singular_values(a)[::-1], _linalg.eigvalsh(a))
     with pytest.raises(np.linalg.LinAlgError):

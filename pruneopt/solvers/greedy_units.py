@@ -115,7 +115,7 @@ def _eliminated(
         going = left[np.argsort(_costs(c, w, [rows[u] for u in left]), kind="stable")[:many]]
         at = np.concatenate([rows[u] for u in going])
         factor = c[:, at]
-        step = np.linalg.solve(c[np.ix_(at, at)], np.concatenate([c[at], w[at]], axis=1))
+        step = _linalg.solve(c[np.ix_(at, at)], np.concatenate([c[at], w[at]], axis=1))
         c -= factor @ step[:, : len(c)]
         w -= factor @ step[:, len(c) :]
         alive[going] = False
@@ -139,7 +139,7 @@ def _costs(
             found[some] = 0.5 * (w[at[:, 0]] ** 2).sum(1) / np.maximum(c[at[:, 0], at[:, 0]], np.finfo(float).tiny)
             continue
         blocks, each = c[at[:, :, None], at[:, None, :]], w[at]
-        found[some] = 0.5 * np.einsum("ugm,ugm->u", each, np.linalg.solve(blocks, each))
+        found[some] = 0.5 * np.einsum("ugm,ugm->u", each, _linalg.solve(blocks, each))
     return found
 
 
@@ -164,7 +164,7 @@ def _exchanged(
         for k in np.argsort(-gains, kind="stable")[:candidates]:
             new = int(outside[k])
             more = np.sort(np.concatenate([kept, rows[new]]))
-            c = np.linalg.inv(gram[np.ix_(more, more)])
+            c = _linalg.inverse(gram[np.ix_(more, more)])
             inside = np.flatnonzero(alive)
             cost = _costs(c, c @ pull[more], [np.searchsorted(more, rows[u]) for u in inside])
             found.append((float(cost.min() - gains[k]), new, int(inside[cost.argmin()])))
@@ -183,12 +183,12 @@ def _gains(
 ) -> Float[np.ndarray, " units"]:
     """By how much the error falls once each of these units joins those kept: the cost of the last one out."""
     every = np.concatenate(rows)
-    c, cross = np.linalg.inv(gram[np.ix_(kept, kept)]), gram[np.ix_(every, kept)]
+    c, cross = _linalg.inverse(gram[np.ix_(kept, kept)]), gram[np.ix_(every, kept)]
     through = cross @ c
     residual = pull[every] - through @ pull[kept]
     found, first = np.empty(len(rows)), 0
     for k, r in enumerate(rows):
         at = slice(first, first := first + len(r))
         schur = gram[np.ix_(r, r)] - through[at] @ cross[at].T
-        found[k] = 0.5 * float(np.sum(residual[at] * np.linalg.solve(schur, residual[at])))
+        found[k] = 0.5 * float(np.sum(residual[at] * _linalg.solve(schur, residual[at])))
     return found
