@@ -84,7 +84,7 @@ inner = {
 widths = {name: max(8, round(args.share * size / 8) * 8) for name, size in inner.items()}
 graph = po.structure.trace(resnet20.forward, params, images[:4])
 channels = po.constraints.coupled(graph.units(), widths, list(inner))
-method = po.plans.LayerMethod(po.solvers.GreedyUnits(), damping=0.01, dampings=())
+method = po.plans.LayerMethod(po.solvers.GreedyUnits(), damping=0.01, dampings=(), target="stream")
 pruned = po.plans.layerwise(
     resnet20.forward, params, calibration[:4], channels, method, leaves=lambda path, leaf: leaf.ndim > 1
 )

@@ -164,6 +164,41 @@ def test_layer_by_layer_the_consumer_chooses_and_what_makes_its_inputs_goes_alon
     assert float(jnp.sum((cut - dense) ** 2)) < float(jnp.sum((fn(plain, x) - dense) ** 2))
 
 
+def residual(p, x):
+    z = x + jax.nn.relu(x @ p["a"]) @ p["b"]
+    y = jax.nn.relu(z @ p["c"]) @ p["d"] * p["scale"] + p["shift"]
+    return z - y if p["minus"] else y + z
+
+
+def residual_params(minus):
+    shapes = {"a": (4, 6), "b": (6, 4), "c": (4, 7), "d": (7, 4), "shift": (4,)}
+    return {n: normal(*s) for n, s in shapes.items()} | {"scale": normal(4) ** 2 + 0.5, "minus": minus}
+
+
+@pytest.mark.parametrize("minus", [0, 1])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.cases(4)
+def test_outputs_make_up_for_what_the_stream_lost(minus, groups):
+    """Against least squares in NumPy: the last product is to bring the sum to the dense one, not its own output."""
+    params, x = residual_params(minus), normal(60, 4)
+    minus_static = lambda p, x: residual({**p, "minus": minus}, x)  # noqa: E731
+    params.pop("minus")
+    found = po.constraints.coupled(po.structure.trace(minus_static, params, x).units(), {"a[1]": 2}, ["a[1]"])
+    method = po.plans.LayerMethod(GreedyUnits(), damping=1e-12, dampings=(), target="stream")
+    pieces = [x[i::groups] for i in range(groups)]
+    pruned = po.plans.layerwise(minus_static, params, pieces, found, method, leaves=list("abcd"), progress=False).params
+    z = np.asarray(x + np.maximum(x @ pruned["a"], 0) @ pruned["b"])
+    h = np.maximum(z @ np.asarray(pruned["c"]), 0)
+    wanted = np.asarray(minus_static(params, x))
+    rest = (z - wanted if minus else wanted - z) - np.asarray(params["shift"])
+    best = np.linalg.lstsq(h, rest / np.asarray(params["scale"]), rcond=None)[0]
+    np.testing.assert_allclose(pruned["d"], best, rtol=1e-5, atol=1e-6)
+    plain = po.plans.LayerMethod(GreedyUnits(), damping=1e-12, dampings=(), target="network")
+    other = po.plans.layerwise(minus_static, params, pieces, found, plain, leaves=list("abcd"), progress=False).params
+    lost = [float(np.sum((np.asarray(minus_static(p, x)) - wanted) ** 2)) for p in (pruned, other)]
+    assert lost[0] < lost[1]
+
+
 def reconstruction(seed, units, each):
     rng = np.random.default_rng(seed)
     n = units * each

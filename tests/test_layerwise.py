@@ -419,7 +419,7 @@ def test_leaves_that_no_operator_reads_are_listed_or_refused():
 def test_bad_input():
     with pytest.raises(ValueError, match="the inputs of 'a' are zero in all batches"):
         run(batches=[np.zeros((4, 6))])
-    with pytest.raises(ValueError, match="target='dense' is unknown; pass 'layer' or 'network'"):
+    with pytest.raises(ValueError, match="target='dense' is unknown; pass 'layer', 'network' or 'stream'"):
         run(target="dense")
     with pytest.raises(ValueError, match=r"damping=\[0.1, 0.2\] is no single number; pass those to try as dampings="):
         run(damping=[0.1, 0.2])

@@ -12,8 +12,9 @@ import numpy as np
 
 from pruneopt import _linalg
 from pruneopt.capture import walk
+from pruneopt.capture.beside import Beside, beside
 from pruneopt.capture.positions import Positions, checked_weights
-from pruneopt.capture.sums import add, cross, is_finite, not_finite
+from pruneopt.capture.sums import add, against, cross, is_finite, not_finite
 from pruneopt.capture.sums import sums as sums_of
 from pruneopt.capture.walk import Cut, Env, Walk
 from pruneopt.network.batches import Batches, Source, explained
@@ -29,18 +30,20 @@ Step = Callable[[Env, Leaves], Env]
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """What reaches one problem: count of positions, Gram X^T X / count, cross term X^T X0 / count with X0 the dense
-    network's inputs (None where they are not followed).
+    network's inputs (None where they are not followed), missing X^T R / count with R what the outputs are to make up
+    for in the sum that takes them (`beside`; None where there is none).
     """
 
     count: float
     gram: Any
     cross: Any
+    missing: Any = None
 
     def target(self, center: Any, damping: float) -> Any:
-        """W0 - (H + lambda I)^-1 X^T (X - X0) W0 / N, in float64.
+        """W0 - (H + lambda I)^-1 X^T ((X - X0) W0 - R) / N, in float64.
 
         With this centre, 1/2 tr(D^T (H + lambda I) D) differs only by a constant from
-        ||X0 W0 - X W||^2 / 2N + lambda / 2 ||W - W0||^2. Directions that no input takes and no damping holds stay.
+        ||X0 W0 + R - X W||^2 / 2N + lambda / 2 ||W - W0||^2. Directions that no input takes and no damping holds stay.
         """
         if self.cross is None or not self.count:
             return center
@@ -48,7 +51,8 @@ class Inputs:
         values, vectors = _linalg.eigh(h)
         values += damping * np.mean(np.diagonal(h))
         live = values > len(h) * np.finfo(self.gram.dtype).eps * values[-1]
-        move = vectors[:, live] @ ((vectors[:, live].T @ ((cross - h) @ w)) / values[live, None])
+        wanted = (cross - h) @ w + (0.0 if self.missing is None else np.asarray(self.missing, np.float64))
+        move = vectors[:, live] @ ((vectors[:, live].T @ wanted) / values[live, None])
         return jnp.asarray(w + move, center.dtype)
 
 
@@ -56,7 +60,8 @@ class Calibration:
     """Every batch's live variables, in the pruned network and, if asked, in the dense one.
 
     It stops at the chosen operators. batches: read once. weights: batch -> weights of positions, or None.
-    dense: the leaves of the dense network, to follow it too; None to follow the pruned one alone.
+    dense: the leaves of the dense network, to follow it too; None to follow the pruned one alone. residual: whether
+    to see what an output is added to, in both.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Calibration:
         batches: Source,
         weights: Callable[[Any], Any] | None,
         dense: Leaves | None,
+        residual: bool = False,
     ):
         self._programs: list[Any] = []
         self._walks: dict[Any, Walk] = {}
@@ -72,6 +78,8 @@ class Calibration:
         self._envs: list[Env] = []
         self._weights: list[Any] = []
         self._operators: list[Operator] = []
+        self._chosen: dict[Any, list[Operator]] = {}
+        self._beside: dict[Any, dict[int, Beside]] = {}
         self._told: list[str] = []
         self._places: dict[Any, Positions] = {}
         stream = Batches(batches)
@@ -79,10 +87,12 @@ class Calibration:
         for batch in stream:
             program = (graph := traced.of(batch)).program
             if program not in self._walks:
-                self._operators = traced.chosen(graph)
+                self._operators = self._chosen[program] = traced.chosen(graph)
                 cuts = walk.cuts(self._operators)
                 self._cuts[program] = cuts
-                self._walks[program] = Walk(program, [d for cut in cuts for d in cut.demands])
+                self._beside[program] = _besides(program, self._operators) if residual else {}
+                others = [(one.other,) for one in self._beside[program].values()]
+                self._walks[program] = Walk(program, [d for cut in cuts for d in cut.demands] + others)
             self._programs.append(program)
             self._envs.append(self._walks[program].start(batch))
             self._told.append(explained(batch))
@@ -104,6 +114,9 @@ class Calibration:
         """Evaluate every batch up to a cut, the pruned network with `leaves`."""
         steps = {}
         for program, position in self._walks.items():
+            for op in self._cuts[program][cut - 1].operators if cut else ():
+                if op in self._beside[program]:
+                    position.release((self._beside[program][op].other,))
             demand = self._cuts[program][cut].inputs
             steps[program] = position.advance(demand)
             position.release(demand)
@@ -126,6 +139,8 @@ class Calibration:
             env, other = self._envs[i], None if self._dense is None else self._dense[i]
             first = self._cuts[program][cut]
             add(shared, self._reaching(i, first.operators[0], first.use, env, other))
+            for op in set(first.operators) & self._beside[program].keys():
+                add(own.setdefault(op, {}), {"missing": self._missing(i, op, leaves)})
             for op, use, step in ahead[program]:
                 env = step(env, leaves)
                 if other is not None and self._dense_leaves is not None:
@@ -161,19 +176,45 @@ class Calibration:
             position.release(use.inputs)
         return found
 
+    def _missing(self, i: int, op: int, leaves: Leaves) -> Any:
+        """X^T R of an operator in one batch: what its outputs are to make up for.
+
+        What they are added to is looked at ahead: operators on its way that are still to be pruned are as they are.
+        """
+        program = self._programs[i]
+        found, (use,) = self._beside[program][op], self._chosen[program][op].uses
+        assert self._dense is not None
+        assert self._dense_leaves is not None
+        step = self._walks[program].ahead().advance((found.other,))
+        before, after = step(self._dense[i], self._dense_leaves)[found.other], step(self._envs[i], leaves)[found.other]
+        arrays = walk.values(program, self._envs[i], use.inputs)
+        missing = found.missing(program, leaves, before, after)
+        return against(use.form, arrays, missing, self._spread(i, op, use))
+
+    def _spread(self, i: int, op: int, use: Use) -> Any:
+        """The weights of a product's positions in one batch, None for ones."""
+        weights = self._weights[i]
+        if weights is None:
+            return None
+        key = self._programs[i], np.shape(weights)
+        if key not in self._places:
+            self._places[key] = Positions(*key)
+        return self._places[key].spread(self._operators[op].name, use, weights)
+
     def _reaching(self, i: int, op: int, use: Use, env: Env, other: Env | None) -> dict[str, Any]:
         """The sums of one product of an operator in one batch."""
-        program, weights = self._programs[i], self._weights[i]
-        if weights is not None:
-            key = program, np.shape(weights)
-            if key not in self._places:
-                self._places[key] = Positions(*key)
-            weights = self._places[key].spread(self._operators[op].name, use, weights)
+        program, weights = self._programs[i], self._spread(i, op, use)
         arrays = walk.values(program, env, use.inputs)
         sums = sums_of(use.form, arrays, weights)
         if other is not None:
             sums["cross"] = cross(use.form, arrays, walk.values(program, other, use.inputs), weights)
         return sums
+
+
+def _besides(program: Program, operators: list[Operator]) -> dict[int, Beside]:
+    """{operator: what its output is added to}, of those with one product."""
+    found = {i: beside(program, op.uses[0]) for i, op in enumerate(operators) if len(op.uses) == 1}
+    return {i: one for i, one in found.items() if one is not None}
 
 
 def problem(sums: Mapping[str, Any], e: int) -> Inputs:
@@ -182,5 +223,6 @@ def problem(sums: Mapping[str, Any], e: int) -> Inputs:
         count = float(sums["count"][e])
         over = jnp.asarray(1.0 / count if count else 0.0, sums["gram"].dtype)
         cross = sums["cross"][e] * over if "cross" in sums else None
-        sums["problems"][e] = Inputs(count, sums["gram"][e] * over, cross)
+        missing = sums["missing"][e] * over if "missing" in sums else None
+        sums["problems"][e] = Inputs(count, sums["gram"][e] * over, cross, missing)
     return sums["problems"][e]

@@ -30,6 +30,11 @@ def cross(form: Form, inputs: Sequence[Any], others: Sequence[Any], weights: Any
     return _cross(form, inputs[0], others[0], inputs[1] if len(inputs) > 1 else None, weights)
 
 
+def against(form: Form, inputs: Sequence[Any], outputs: Any, weights: Any = None) -> Any:
+    """X^T Y over the positions, X the rows of `inputs`, Y of an array like the output: (problems, n_in, n_out)."""
+    return _against(form, inputs[0], outputs, inputs[1] if len(inputs) > 1 else None, weights)
+
+
 @partial(jax.jit, static_argnames=("form", "want"))
 def _sums(form: Form, x: Any, sizes: Any, weights: Any, want: tuple[str, ...]) -> dict[str, Any]:
     x = x.astype(_tree.wide(x.dtype))
@@ -55,6 +60,21 @@ def _sums(form: Form, x: Any, sizes: Any, weights: Any, want: tuple[str, ...]) -
 def _cross(form: Form, x: Any, y: Any, sizes: Any, weights: Any) -> Any:
     x, y = x.astype(_tree.wide(x.dtype)), y.astype(_tree.wide(y.dtype))
     return _blocked(form, gram, _each(form, sizes, weights, x.dtype), x, y)
+
+
+@partial(jax.jit, static_argnames=("form",))
+def _against(form: Form, x: Any, y: Any, sizes: Any, weights: Any) -> Any:
+    x = x.astype(_tree.wide(x.dtype))
+    rows, each = form.output_rows(y).astype(x.dtype), _each(form, sizes, weights, x.dtype)
+    blocks = form.blocks(x)
+    n = blocks.shape[0]
+    if n == 1:
+        return gram(form.rows(x), rows, each)
+    cut = lambda a: None if a is None else jnp.moveaxis(a.reshape(a.shape[0], n, -1, *a.shape[2:]), 1, 0)  # noqa: E731
+    parts = (blocks, cut(rows), cut(each))
+    of = lambda part: gram(form.rows(part[0]), part[1], part[2])  # noqa: E731
+    first = jax.eval_shape(of, jax.tree.map(lambda a: a[0], parts))
+    return jax.lax.scan(lambda total, part: (total + of(part), None), jnp.zeros(first.shape, first.dtype), parts)[0]
 
 
 def _each(form: Form, sizes: Any, weights: Any, dtype: Any) -> Any:

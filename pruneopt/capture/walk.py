@@ -92,7 +92,7 @@ class Walk:
         kept = [v for v in live if v not in made]
 
         def step(env: Env, leaves: Mapping[str, Any]) -> Env:
-            given = {v: env[v] if v in env else _fixed(program, v, leaves) for v in segment.inputs}
+            given = {v: env[v] if v in env else fixed(program, v, leaves) for v in segment.inputs}
             return {**{v: env[v] for v in kept}, **dict(zip(new, segment.run(given), strict=True))}
 
         return step
@@ -102,7 +102,7 @@ class Walk:
         self._left.subtract(v for v in demand if self._program.is_data(v))
 
 
-def _fixed(program: Program, var: int, leaves: Mapping[str, Any]) -> Any:
+def fixed(program: Program, var: int, leaves: Mapping[str, Any]) -> Any:
     """A constant or a leaf."""
     if var in program.constants:
         return program.constants[var]

@@ -135,7 +135,7 @@ class LayerTask:
     def _few(self, op: Operator, sums: Any) -> list[str]:
         """What is said of an operator whose Gram rests on few positions."""
         counts = [count for e in range(op.problems) if (count := calibration.problem(sums, e).count)]
-        if self._row.target != "network" or not counts or min(counts) >= _POSITIONS * op.n_in:
+        if self._row.target == "layer" or not counts or min(counts) >= _POSITIONS * op.n_in:
             return []
         return [
             f"{min(counts):g} positions for {op.n_in} inputs: with fewer than {_POSITIONS} an input the weights "

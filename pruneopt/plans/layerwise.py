@@ -103,8 +103,8 @@ class _Pass:
     ):
         before = dict(_tree.named_leaves(network.params))
         self._network, self._traced, self._row, self._key = network, Traced(network), row, key
-        dense = before if row.target == "network" else None
-        self._stream = Calibration(self._traced, network.batches, weights, dense)
+        dense = None if row.target == "layer" else before
+        self._stream = Calibration(self._traced, network.batches, weights, dense, row.target == "stream")
         self._aside = None
         if held_out is not None:
             self._aside = Calibration(self._traced, Batches(held_out, "held_out"), weights, None)

@@ -119,20 +119,21 @@ class LayerMethod:
 
     target: "network" matches what the dense network computes there, ||X0 W0 - X W||^2 with X0 its inputs, by moving
         the centre (`calibration.Inputs.target`); "layer" the dense layer on the pruned inputs (Frantar and Alistarh
-        2023), as most published methods do.
+        2023), as most published methods do; "stream" as "network", and what an output is added to, such as the stream
+        of a residual network, is to be the dense network's with it: outputs make up for what the stream lost before.
     damping: lambda / mean(diag H). dampings: tried where there are examples to choose on; empty for `damping` alone.
     """
 
     solver: Solver
     source: str = field(default="", compare=False)
     damping: float = 0.01
-    target: Literal["layer", "network"] = "network"
+    target: Literal["layer", "network", "stream"] = "network"
     dampings: tuple[float, ...] = DAMPINGS
 
     def __post_init__(self) -> None:
         _check_row(self)
-        if self.target not in ("layer", "network"):
-            raise ValueError(f"target={self.target!r} is unknown; pass 'layer' or 'network'")
+        if self.target not in ("layer", "network", "stream"):
+            raise ValueError(f"target={self.target!r} is unknown; pass 'layer', 'network' or 'stream'")
         if len(as_dampings("damping", self.damping)) != 1:
             raise ValueError(f"damping={self.damping!r} is no single number; pass those to try as dampings=")
 
