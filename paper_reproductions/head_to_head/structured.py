@@ -6,8 +6,9 @@
 Each seed draws training images: for the Grams, and 500 others on which the tables of errors are measured. Rows:
 magnitude, uniform: each group keeps the same share of its units, by the norms of the weights that make and read them;
 reconstructed, uniform: the operator that consumes a group chooses its units and is refitted, and so is every other, in
-one pass, towards what the dense network computes there and in the stream it is added to; reconstructed, allocated: the same at widths that
-`allocation.allocate` finds on `plans.unit_tables`, with the loss that the tables predict and the one measured.
+one pass, towards what the dense network computes there and in the stream that it is added to; reconstructed, allocated:
+the same at widths that `allocation.allocate` finds on `plans.unit_tables`, with the loss that the tables predict and
+the one measured.
 As it is, and with batch-norm statistics estimated anew on 2,000 cropped training images. Settings (damping, widths in
 sixteenths) were chosen on training images. FLOPs are those of the shrunk program. Data: PRUNEOPT_DATA.
 """
