@@ -116,7 +116,7 @@ def uniform(tables, share):
 def run(network, seed, given):
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(network.train))
-    calibration = pieces(network.seen(network.train[order[: given.images]], rng))
+    calibration = pieces(network.train[order[: given.images]])  # as the network will see them: not cropped
     measured = network.train[order[-MEASURED:]]
     graph = po.structure.trace(network.forward, network.params, network.train[:1])
     units, clock = po.constraints.coupled(graph.units(), {}, network.groups), time.perf_counter()
