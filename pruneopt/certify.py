@@ -14,7 +14,7 @@ from pruneopt.problem import Problem
 from pruneopt.solution import Solution, Status
 
 Tree = Any
-_OPTIMAL_GAP = 1e-6
+OPTIMAL_GAP = 1e-6
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,18 @@ def verify(problem: Problem, value: Tree, support: Tree, evidence: Evidence | No
     objective = problem.value(value) if finite else math.nan
     bound = evidence.bound(problem, value, support) if finite and evidence is not None else -math.inf
     constant = getattr(problem.objective, "constant", 0.0)  # no part of how good a point is
-    gap = _gap(objective - constant, bound - constant)
+    gap = relative_gap(objective - constant, bound - constant)
     if not math.isfinite(objective):
         status = Status.NONFINITE
     elif violation or outside or problem.value_violation(value) > 0:
         status = Status.INFEASIBLE
     else:
-        status = Status.OPTIMAL if gap <= _OPTIMAL_GAP else Status.FEASIBLE
+        status = Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE
     return Certificate(violation, outside, objective, bound, gap, status)
 
 
-def _gap(objective: float, bound: float) -> float:
+def relative_gap(objective: float, bound: float) -> float:
+    """(objective - bound) / max(|objective|, |bound|), 0 when equal, inf where either is not finite."""
     if not (math.isfinite(objective) and math.isfinite(bound)):
         return math.inf
     scale = max(abs(objective), abs(bound))

@@ -17,6 +17,7 @@ from pruneopt.allocation.lagrangian import lagrangian
 from pruneopt.allocation.programme import programme
 from pruneopt.allocation.search import search
 from pruneopt.allocation.tables import Tables
+from pruneopt.certify import OPTIMAL_GAP, relative_gap
 from pruneopt.solution import Status
 
 _SHOWN = 12
@@ -106,8 +107,8 @@ def allocate(tables: Tables, budget: Mapping[str, float], *, gap: float = 1e-4, 
     levels, bound = _proven(given, priced.prices, priced.bound, levels, gap, seconds)
     error = given.lost(levels)
     found = {group: int(level) for group, level in zip(tables.groups, levels, strict=True)}
-    apart = _gap(error, bound)
-    status = Status.OPTIMAL if apart <= 1e-6 else Status.FEASIBLE if apart <= gap else Status.LIMIT
+    apart = relative_gap(error, bound)
+    status = Status.OPTIMAL if apart <= OPTIMAL_GAP else Status.FEASIBLE if apart <= gap else Status.LIMIT
     prices = dict(zip(limits, (float(price) for price in priced.prices), strict=True))
     after = _next(tables, given, limits, priced.prices, levels)
     return Allocation(
@@ -130,7 +131,7 @@ def _proven(
 ) -> tuple[Int[np.ndarray, " groups"], float]:
     """The levels, and the bound, once a search has closed the gap."""
     best = given.lost(levels)
-    if _gap(best, bound) <= gap:
+    if relative_gap(best, bound) <= gap:
         return levels, bound
     # Nothing less than half of `gap` better is looked for, so that the ceiling is a bound where nothing is found.
     ceiling = best - 0.5 * gap * abs(best)
@@ -143,10 +144,6 @@ def _proven(
         return levels, max(bound, proven)
     better = filled(given, found)
     return better, max(bound, min(proven, given.lost(better)))
-
-
-def _gap(error: float, bound: float) -> float:
-    return max(error - bound, 0.0) / max(abs(error), abs(bound), 1e-300)
 
 
 def _checked(tables: Tables, budget: Mapping[str, float]) -> Mapping[str, float]:
