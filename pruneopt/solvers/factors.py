@@ -128,6 +128,16 @@ def _metric_on_host(ready: Layer, wanted: Wanted, damping: float, dtype: Any) ->
     return gram, scale, float(condition)
 
 
+def inverted(
+    gram: Float[np.ndarray, "n n"], mean: float, damping: float
+) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n n"], float]:
+    """(inverse, damped Gram, damping) of H + damping * mean I in float64; times ten until it has a factor."""
+    eye = np.eye(len(gram))
+    while (inverse := _linalg.inverse_on_host(damped := gram + damping * mean * eye)) is None:
+        damping = max(1e-8, 10 * damping)
+    return inverse, damped, damping
+
+
 def _inverse_on_host(scaled: np.ndarray, rho: float) -> np.ndarray:
     """rho (A + rho I)^-1, in float64 where its probe fails."""
     matrix = scaled.copy()

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from pruneopt import _linalg
 from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint
 from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
+from pruneopt.solvers.factors import inverted
 from pruneopt.solvers.polish import refit
 
 
@@ -106,9 +106,7 @@ class GreedyOBS(Solver):
 
     def _traced(self, problem: Problem, ready: Layer) -> tuple[Trace, np.ndarray, float]:
         center, gram = np.asarray(ready.center, np.float64), np.asarray(ready.gram, np.float64)
-        damping, mean, eye = self.damping, float(ready.mean), np.eye(len(gram))
-        while (inverse := _linalg.inverse_on_host(gram + damping * mean * eye)) is None:
-            damping = max(1e-8, 10 * damping)
+        inverse, damped, damping = inverted(gram, float(ready.mean), self.damping)
         allowed = parts.of(problem.subject_to).allowed(problem.objective.center)
         free = ~np.asarray(ready.dead)[:, None] & np.asarray(allowed)
         found = _group(problem.subject_to, len(gram))
@@ -120,7 +118,7 @@ class GreedyOBS(Solver):
             for i in range(0, center.shape[1], chunk)
         ]
         order, losses = (np.concatenate([t[part] for t in traces], axis=1) for part in (0, 1))
-        return Trace(order, losses, len(gram)), gram + damping * mean * eye, damping
+        return Trace(order, losses, len(gram)), damped, damping
 
 
 def _removals(

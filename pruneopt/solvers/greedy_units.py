@@ -13,6 +13,7 @@ from pruneopt import _linalg
 from pruneopt.constraints import parts
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
+from pruneopt.solvers.factors import inverted
 from pruneopt.solvers.polish import refit
 
 
@@ -61,7 +62,7 @@ class GreedyUnits(Solver):
         ready = prepared(problem)
         center, gram = np.asarray(ready.center, np.float64), np.asarray(ready.gram, np.float64)
         units, count = _units(problem, center)
-        inverse, _ = self._inverse(gram, float(ready.mean))
+        inverse, _, _ = inverted(gram, float(ready.mean), self.damping)
         return _eliminated(inverse, center, _rows(units), count, 1)
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
@@ -69,8 +70,7 @@ class GreedyUnits(Solver):
         ready = prepared(problem)
         center, gram = np.asarray(ready.center, np.float64), np.asarray(ready.gram, np.float64)
         units, count = _units(problem, center)
-        inverse, damping = self._inverse(gram, float(ready.mean))
-        damped = gram + damping * float(ready.mean) * np.eye(len(gram))
+        inverse, damped, damping = inverted(gram, float(ready.mean), self.damping)
         rows = _rows(units)
         alive = np.ones(len(rows), bool)
         alive[_eliminated(inverse, center, rows, count, self.batch)] = False
@@ -79,13 +79,6 @@ class GreedyUnits(Solver):
         value, _ = refit(damped, center, support, 0.0)
         value, kept = jnp.asarray(value, ready.center.dtype), jnp.asarray(support)
         return outcome(problem, ready, value, kept, stats={"damping": damping, "exchanges": moves})
-
-    def _inverse(self, gram: Float[np.ndarray, "n n"], mean: float) -> tuple[Float[np.ndarray, "n n"], float]:
-        """The inverse of the damped Gram, and the damping that it took."""
-        damping, eye = self.damping, np.eye(len(gram))
-        while (inverse := _linalg.inverse_on_host(gram + damping * mean * eye)) is None:
-            damping = max(1e-8, 10 * damping)
-        return inverse, damping
 
 
 def _units(problem: Problem, center: Float[np.ndarray, "n m"]) -> tuple[Int[np.ndarray, " n"], int]:
