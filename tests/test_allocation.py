@@ -105,6 +105,19 @@ def test_large_tables_are_proven_as_asked(groups, levels, resources, gap):
     assert theirs.fun * (1 - 1e-5) <= found.error <= theirs.fun * (1 + gap)
 
 
+def test_a_search_that_is_given_up_claims_no_more_than_its_prices(monkeypatch):
+    import sys
+
+    tables = drawn(4, 8, 6)
+    budget = {"r0": 0.4 * tables.largest("r0")}
+    whole, dual = allocate(tables, budget, gap=0.0), allocate(tables, budget, gap=1.0)
+    monkeypatch.setattr(sys.modules["pruneopt.allocation.search"], "_ROWS", 1)
+    found = allocate(tables, budget, gap=0.0)
+    assert dual.gap > 0
+    assert found.status is Status.LIMIT
+    assert found.bound == dual.bound <= whole.error <= found.error
+
+
 def test_widths_of_a_chain_of_products():
     """A perceptron's widths, whose cost is a product of neighbours, against enumeration over all."""
     widths = [8, 16, 24, 32]

@@ -167,7 +167,7 @@ def test_layer_by_layer_the_consumer_chooses_and_what_makes_its_inputs_goes_alon
 def residual(p, x):
     z = x + jax.nn.relu(x @ p["a"]) @ p["b"]
     y = jax.nn.relu(z @ p["c"]) @ p["d"] * p["scale"] + p["shift"]
-    return z - y if p["minus"] else y + z
+    return z - y if p.get("minus") else y + z
 
 
 def residual_params(minus):
@@ -197,6 +197,29 @@ def test_outputs_make_up_for_what_the_stream_lost(minus, groups):
     other = po.plans.layerwise(minus_static, params, pieces, found, plain, leaves=list("abcd"), progress=False).params
     lost = [float(np.sum((np.asarray(minus_static(p, x)) - wanted) ** 2)) for p in (pruned, other)]
     assert lost[0] < lost[1]
+
+
+def test_an_output_that_counts_for_nothing_makes_up_for_nothing():
+    """A norm's scale of zero hides an output from the sum: no finite weight could make up for the stream there."""
+    params, x = residual_params(0), normal(60, 4)
+    params.pop("minus")
+    params["scale"] = params["scale"].at[1].set(0.0)
+    found = po.constraints.coupled(po.structure.trace(residual, params, x).units(), {"a[1]": 2}, ["a[1]"])
+    words = {"leaves": list("abcd"), "progress": False}
+    made = [
+        po.plans.layerwise(
+            residual,
+            params,
+            [x],
+            found,
+            po.plans.LayerMethod(GreedyUnits(), damping=1e-9, dampings=(), target=t),
+            **words,
+        ).params["d"]
+        for t in ("stream", "network")
+    ]
+    assert np.all(np.isfinite(made[0]))
+    np.testing.assert_allclose(made[0][:, 1], made[1][:, 1], rtol=1e-6)
+    assert not np.allclose(made[0][:, 0], made[1][:, 0], rtol=1e-3)
 
 
 def reconstruction(seed, units, each):
