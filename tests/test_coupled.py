@@ -278,9 +278,9 @@ def test_tables_are_the_losses_of_each_group_cut_alone():
     fn, params, x, found, _ = built("mlp", {})
     measured = normal(30, 4)
     widths = {"a[1]": [2, 4, 6], "c[1]": [3, 5]}
-    tables = po.plans.unit_tables(
-        fn, params, [x], found, [measured], measure=po.plans.squared, widths=widths, damping=1e-6, progress=False
-    )
+    method = po.plans.LayerMethod(GreedyUnits(), damping=1e-6)
+    words = {"measure": po.plans.squared, "widths": widths, "method": method, "progress": False}
+    tables = po.plans.unit_tables(fn, params, [x], found, [measured], **words)
     assert {group: tables.levels[group] for group in tables.groups} == widths
     assert tables.errors["a[1]"][-1] == tables.errors["c[1]"][-1] == 0
     assert tables.errors["a[1]"][0] > tables.errors["a[1]"][1] > 0
@@ -310,7 +310,13 @@ def test_costs_are_those_of_the_smaller_network():
         first, second = tables.levels["a[1]"][levels["a[1]"]], tables.levels["c[1]"][levels["c[1]"]]
         small = po.shrink_units(fn, params, x, {("a", 1): range(first), ("c", 1): range(second)})
         cost = po.structure.cost(po.structure.trace(small.fn, small.params, x))
-        assert tables.spent(levels) == {"flops": cost.flops, "parameters": cost.parameters}
+        arrays = 3 * first + 3 * second  # before and after the bias, and after the rectifier
+        assert tables.spent(levels) == {
+            "flops": cost.flops,
+            "parameters": cost.parameters,
+            "bytes": cost.bytes,
+            "activations": 8 * 40 * (4 + arrays + 3),
+        }
     budget = {"flops": 0.5 * tables.largest("flops"), "parameters": 0.7 * tables.largest("parameters")}
     found = po.allocation.allocate(tables, budget)
     assert all(found.spent[name] <= limit for name, limit in budget.items())

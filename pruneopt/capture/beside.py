@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pruneopt.capture.affine import affine_steps, readers_of
 from pruneopt.capture.walk import fixed
 from pruneopt.program.program import Program
 from pruneopt.program.segment import Segment, closure
 from pruneopt.structure.operators import Use
 
-_AFFINE = frozenset({"add", "convert_element_type", "div", "mul", "neg", "sub"})
-_SUMS = {"add": 1.0, "add_any": 1.0, "sub": -1.0}
+_SUMS = frozenset({"add", "add_any", "sub"})
 _LEAST = 1e-3  # of the largest scale: an output that counts for less is not asked to make up for anything
 
 
@@ -46,28 +46,23 @@ class Beside(NamedTuple):
 
 def beside(program: Program, use: Use) -> Beside | None:
     """What a product's output is added to, through a norm by fixed statistics, a bias, a scale; None for other uses."""
-    readers: dict[int, list[int]] = {}
-    for i, equation in enumerate(program.equations):
-        for atom in dict.fromkeys(a for a in equation.inputs if isinstance(a, int)):
-            readers.setdefault(atom, []).append(i)
+    readers, shape = readers_of(program), program.shapes[program.equations[use.equation].outputs[0]].shape
     (output,) = program.equations[use.equation].outputs
     var = output
-    while len(readers.get(var, ())) == 1 and var not in program.outputs:
-        equation = program.equations[readers[var][0]]
-        name = equation.primitive.name
-        data = [a for a in equation.inputs if isinstance(a, int) and program.is_data(a)]
-        if name in _SUMS and len(data) == 2:
-            (other,) = [a for a in data if a != var] or [var]
-            alike = program.shapes[other].shape == program.shapes[output].shape
-            if other == var or not alike or _depends(program, other, output):
-                return None
-            return Beside(output, var, other, _SUMS[name])
-        divides = name == "div" and equation.inputs[0] != var
-        made = equation.outputs[0]
-        if name not in _AFFINE or len(data) != 1 or divides or program.shapes[made].shape != program.shapes[var].shape:
+    for var in affine_steps(program, readers, output):
+        if program.shapes[var].shape != shape:
             return None
-        var = made
-    return None
+    if len(readers.get(var, ())) != 1 or var in program.outputs:
+        return None
+    equation = program.equations[readers[var][0]]
+    data = [a for a in equation.inputs if isinstance(a, int) and program.is_data(a)]
+    if equation.primitive.name not in _SUMS or len(data) != 2 or data[0] == data[1]:
+        return None
+    (other,) = [a for a in data if a != var]
+    if program.shapes[other].shape != shape or _depends(program, other, output):
+        return None
+    sign = -1.0 if equation.primitive.name == "sub" else 1.0
+    return Beside(output, var, other, sign)
 
 
 def _depends(program: Program, var: int, on: int) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from pruneopt import _linalg
 from pruneopt.capture import walk
 from pruneopt.capture.beside import Beside, beside
 from pruneopt.capture.positions import Positions, checked_weights
-from pruneopt.capture.sums import add, against, cross, is_finite, not_finite
+from pruneopt.capture.sums import add, against, cross, is_finite, not_finite, summed
 from pruneopt.capture.sums import sums as sums_of
 from pruneopt.capture.walk import Cut, Env, Walk
 from pruneopt.network.batches import Batches, Source, explained
@@ -25,19 +26,58 @@ from pruneopt.structure.traced import Traced
 Tree = Any
 Leaves = Mapping[str, Any]
 Step = Callable[[Env, Leaves], Env]
+_MEANS = ("mean", "dense_mean", "missing_mean")  # the sums behind `Means`
+
+
+class Means(NamedTuple):
+    """Means over the positions of a problem: of its inputs, of the dense network's (None where they are not followed),
+    and of what its outputs are to make up for (None where there is nothing).
+    """
+
+    inputs: Any
+    dense: Any
+    missing: Any
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """What reaches one problem: count of positions, Gram X^T X / count, cross term X^T X0 / count with X0 the dense
     network's inputs (None where they are not followed), missing X^T R / count with R what the outputs are to make up
-    for in the sum that takes them (`beside`; None where there is none).
+    for in the sum that takes them (`beside`; None where there is none), means where they are seen.
     """
 
     count: float
     gram: Any
     cross: Any
     missing: Any = None
+    means: Means | None = None
+
+    @cached_property
+    def centred(self) -> Inputs:
+        """The same of inputs and outputs less their means: what is left to a problem with a free intercept."""
+        if self.means is None or not self.count:
+            return self
+        m, dense, missing = (None if x is None else np.asarray(x, np.float64) for x in self.means)
+        assert m is not None
+        less = lambda whole, by: jnp.asarray(np.asarray(whole, np.float64) - np.outer(m, by), self.gram.dtype)  # noqa: E731
+        cross = None if dense is None else less(self.cross, dense)
+        return Inputs(
+            self.count, less(self.gram, m), cross, None if missing is None else less(self.missing, missing), self.means
+        )
+
+    def intercept(self, center: Any, value: Any) -> np.ndarray:
+        """The best constant beside `value`: the mean of X0 W0 + R - X W."""
+        assert self.means is not None
+        m, dense, missing = (None if x is None else np.asarray(x, np.float64) for x in self.means)
+        found = (m if dense is None else dense) @ np.asarray(center, np.float64) - m @ np.asarray(value, np.float64)
+        return found if missing is None else found + missing
+
+    def moments(self, value: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance of X W, of inputs that are centred."""
+        assert self.means is not None
+        w = np.asarray(value, np.float64)
+        variance = np.einsum("im,im->m", w, np.asarray(self.gram, np.float64) @ w)
+        return np.asarray(self.means.inputs, np.float64) @ w, np.maximum(variance, 0.0)
 
     def target(self, center: Any, damping: float) -> Any:
         """W0 - (H + lambda I)^-1 X^T ((X - X0) W0 - R) / N, in float64.
@@ -61,7 +101,7 @@ class Calibration:
 
     It stops at the chosen operators. batches: read once. weights: batch -> weights of positions, or None.
     dense: the leaves of the dense network, to follow it too; None to follow the pruned one alone. residual: whether
-    to see what an output is added to, in both.
+    to see what an output is added to, in both. means: whether to see means.
     """
 
     def __init__(
@@ -71,7 +111,9 @@ class Calibration:
         weights: Callable[[Any], Any] | None,
         dense: Leaves | None,
         residual: bool = False,
+        means: bool = False,
     ):
+        self._want = ("gram", "mean") if means else ("gram",)
         self._programs: list[Any] = []
         self._walks: dict[Any, Walk] = {}
         self._cuts: dict[Any, list[Cut]] = {}
@@ -140,7 +182,7 @@ class Calibration:
             first = self._cuts[program][cut]
             add(shared, self._reaching(i, first.operators[0], first.use, env, other))
             for op in set(first.operators) & self._beside[program].keys():
-                add(own.setdefault(op, {}), {"missing": self._missing(i, op, leaves)})
+                add(own.setdefault(op, {}), self._missing(i, op, leaves))
             for op, use, step in ahead[program]:
                 env = step(env, leaves)
                 if other is not None and self._dense_leaves is not None:
@@ -176,8 +218,9 @@ class Calibration:
             position.release(use.inputs)
         return found
 
-    def _missing(self, i: int, op: int, leaves: Leaves) -> Any:
-        """X^T R of an operator in one batch: what its outputs are to make up for.
+    def _missing(self, i: int, op: int, leaves: Leaves) -> dict[str, Any]:
+        """X^T R of an operator in one batch, R what its outputs are to make up for, and the sum of R where means are
+        wanted.
 
         What they are added to is looked at ahead: operators on its way that are still to be pruned are as they are.
         """
@@ -188,8 +231,9 @@ class Calibration:
         step = self._walks[program].ahead().advance((found.other,))
         before, after = step(self._dense[i], self._dense_leaves)[found.other], step(self._envs[i], leaves)[found.other]
         arrays = walk.values(program, self._envs[i], use.inputs)
-        missing = found.missing(program, leaves, before, after)
-        return against(use.form, arrays, missing, self._spread(i, op, use))
+        given = use.form, arrays, found.missing(program, leaves, before, after), self._spread(i, op, use)
+        sums = {"missing": against(*given)}
+        return sums | ({"missing_mean": summed(*given)} if "mean" in self._want else {})
 
     def _spread(self, i: int, op: int, use: Use) -> Any:
         """The weights of a product's positions in one batch, None for ones."""
@@ -205,9 +249,12 @@ class Calibration:
         """The sums of one product of an operator in one batch."""
         program, weights = self._programs[i], self._spread(i, op, use)
         arrays = walk.values(program, env, use.inputs)
-        sums = sums_of(use.form, arrays, weights)
+        sums = sums_of(use.form, arrays, weights, self._want)
         if other is not None:
-            sums["cross"] = cross(use.form, arrays, walk.values(program, other, use.inputs), weights)
+            dense = walk.values(program, other, use.inputs)
+            sums["cross"] = cross(use.form, arrays, dense, weights)
+            if "mean" in self._want:
+                sums["dense_mean"] = sums_of(use.form, [dense[0], *arrays[1:]], weights, ("mean",))["mean"]
         return sums
 
 
@@ -222,7 +269,7 @@ def problem(sums: Mapping[str, Any], e: int) -> Inputs:
     if e not in sums["problems"]:
         count = float(sums["count"][e])
         over = jnp.asarray(1.0 / count if count else 0.0, sums["gram"].dtype)
-        cross = sums["cross"][e] * over if "cross" in sums else None
-        missing = sums["missing"][e] * over if "missing" in sums else None
-        sums["problems"][e] = Inputs(count, sums["gram"][e] * over, cross, missing)
+        of = {n: sums[n][e] * over for n in ("gram", "cross", "missing", *_MEANS) if n in sums}
+        means = Means(*(of.get(n) for n in _MEANS)) if "mean" in of else None
+        sums["problems"][e] = Inputs(count, of["gram"], of.get("cross"), of.get("missing"), means)
     return sums["problems"][e]

@@ -18,7 +18,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def sums(form: Form, inputs: Sequence[Any], weights: Any = None, want: tuple[str, ...] = ("gram",)) -> dict[str, Any]:
-    """Sums over the positions of one product's inputs: count, and what is wanted of gram, means, activations.
+    """Sums over the positions of one product's inputs: count, and what is wanted of gram, mean, means, activations.
 
     weights: one for each problem (or one row for all) and position, as `Positions.spread` gives them; None for ones.
     """
@@ -35,6 +35,11 @@ def against(form: Form, inputs: Sequence[Any], outputs: Any, weights: Any = None
     return _against(form, inputs[0], outputs, inputs[1] if len(inputs) > 1 else None, weights)
 
 
+def summed(form: Form, inputs: Sequence[Any], outputs: Any, weights: Any = None) -> Any:
+    """The sum over positions of an array like the output: (problems, n_out)."""
+    return _summed(form, inputs[1] if len(inputs) > 1 else None, outputs, weights)
+
+
 @partial(jax.jit, static_argnames=("form", "want"))
 def _sums(form: Form, x: Any, sizes: Any, weights: Any, want: tuple[str, ...]) -> dict[str, Any]:
     x = x.astype(_tree.wide(x.dtype))
@@ -43,8 +48,9 @@ def _sums(form: Form, x: Any, sizes: Any, weights: Any, want: tuple[str, ...]) -
     out: dict[str, Any] = {"count": jnp.sum(ones if each is None else jnp.broadcast_to(each, ones.shape), axis=1)}
     if "gram" in want:
         out["gram"] = _blocked(form, lambda rows, w: gram(rows, rows, w), each, x)
-    if "means" in want:
+    if "mean" in want or "means" in want:
         out["mean"] = _blocked(form, partial(_weighted, lambda r: r), each, x)
+    if "means" in want:
         out["absolute"] = _blocked(form, partial(_weighted, jnp.abs), each, x)
     if "activations" in want:
         units = form.units(x)
@@ -75,6 +81,13 @@ def _against(form: Form, x: Any, y: Any, sizes: Any, weights: Any) -> Any:
     of = lambda part: gram(form.rows(part[0]), part[1], part[2])  # noqa: E731
     first = jax.eval_shape(of, jax.tree.map(lambda a: a[0], parts))
     return jax.lax.scan(lambda total, part: (total + of(part), None), jnp.zeros(first.shape, first.dtype), parts)[0]
+
+
+@partial(jax.jit, static_argnames=("form",))
+def _summed(form: Form, sizes: Any, outputs: Any, weights: Any) -> Any:
+    rows = form.output_rows(outputs.astype(_tree.wide(outputs.dtype)))
+    each = _each(form, sizes, weights, rows.dtype)
+    return _weighted(lambda r: r, rows, each if each is None else jnp.broadcast_to(each, rows.shape[:2]))
 
 
 def _each(form: Form, sizes: Any, weights: Any, dtype: Any) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from pruneopt import _tree
 from pruneopt.capture import calibration
@@ -29,6 +30,25 @@ from pruneopt.structure.operators import Operator
 # Positions an input below which the history warns: at n / N = 1/4 the eigenvalues of a sample's Gram already spread
 # from 1/4 to 9/4 of the truth (Marchenko and Pastur 1967), and small ones are where a refit gains most.
 _POSITIONS = 4
+
+
+class Shift(NamedTuple):
+    """What the outputs of an operator's problems, one after the other, are moved by, and their mean and variance."""
+
+    by: Float[np.ndarray, " outputs"]
+    mean: Float[np.ndarray, " outputs"]
+    variance: Float[np.ndarray, " outputs"]
+
+    @classmethod
+    def of(cls, reaching: list[calibration.Inputs], center: Any, found: list[Solution]) -> Shift:
+        """Of what reached each problem, its dense weights, its solution; nothing of problems that saw no input."""
+        parts = []
+        for inputs, w, solution in zip(reaching, center, found, strict=True):
+            if inputs.means is None:
+                parts.append(np.zeros((3, w.shape[1])))
+            else:
+                parts.append(np.stack([inputs.intercept(w, solution.value), *inputs.moments(solution.value)]))
+        return cls(*np.concatenate(parts, axis=1))
 
 
 def problem_name(op: Operator, e: int) -> str:
@@ -75,11 +95,16 @@ class LayerTask:
             "constraint": self._constraint,
             "solver": self._row.solver,
             "target": self._row.target,
+            "centred": self._row.centred,
             "damping": self._dampings,
         }
 
-    def solve(self, i: int, sums: Any, others: Any, key: jax.Array) -> tuple[list[Solution], dict[str, Any]]:
-        """The solutions of an operator's problems, and what the history says of them."""
+    def solve(
+        self, i: int, sums: Any, others: Any, is_centred: bool, key: jax.Array
+    ) -> tuple[list[Solution], Shift | None, dict[str, Any]]:
+        """The solutions of an operator's problems, what its outputs are moved by where they are centred, and what the
+        history says of them.
+        """
         op = self._operators[i]
         center = op.to_matrix(self._before)
         center = center.astype(_tree.wide(center.dtype))
@@ -91,11 +116,13 @@ class LayerTask:
                 reaching[e] = calibration.Inputs(0.0, jnp.eye(op.n_in, dtype=center.dtype), None)
             else:
                 _check_inputs(reaching[e].gram, "batches", problem_name(op, e))
+        if is_centred:
+            reaching = [inputs.centred for inputs in reaching]
         targets = [reaching[e].target(center[e], self._dampings[0]) for e in range(op.problems)]
         with _about(op.name):
             constraints = self._by_problem(i, targets, reaching)
         for e, inputs in enumerate(reaching):
-            aside = _gram(others, e, problem_name(op, e))
+            aside = _gram(others, e, is_centred, problem_name(op, e))
             with _about(problem_name(op, e)):
                 given = (center[e], targets[e], inputs, aside, constraints[e])
                 objective, solution = self._best(*given, jax.random.fold_in(key, e))
@@ -111,13 +138,19 @@ class LayerTask:
             "scope": self._scope(i),
         }
         notes += self._few(op, sums)
-        return found, facts | ({"notes": notes} if notes else {})
+        shift = Shift.of(reaching, center, found) if is_centred else None
+        return found, shift, facts | ({"notes": notes} if notes else {})
 
-    def remembered(self, folder: RunFolder, i: int) -> tuple[list[Solution], dict[str, Any]] | None:
+    def remembered(
+        self, folder: RunFolder, i: int, is_centred: bool
+    ) -> tuple[list[Solution], Shift | None, dict[str, Any]] | None:
         """What `solve` returned for an operator in an earlier call, or None. Raises ValueError where it cannot have."""
         op = self._operators[i]
         shape = (op.problems, op.n_in, op.n_out)
-        stored = folder.load(i, {"value": (shape, _tree.wide(op.dtype)), "support": (shape, bool)})
+        expected = {"value": (shape, _tree.wide(op.dtype)), "support": (shape, bool)}
+        if is_centred:
+            expected |= dict.fromkeys(Shift._fields, ((op.problems * op.n_out,), np.float64))
+        stored = folder.load(i, expected)
         if stored is None:
             return None
         try:
@@ -130,7 +163,7 @@ class LayerTask:
             raise folder.damaged(i, "it holds a NaN or an infinity")
         if allowed.violation(support.reshape(self._slots[i].shape)) or _tree.outside(value, support):
             raise folder.damaged(i, f"its support is not in {allowed!r}")
-        return found, facts
+        return found, Shift(*(stored[0][name] for name in Shift._fields)) if is_centred else None, facts
 
     def _few(self, op: Operator, sums: Any) -> list[str]:
         """What is said of an operator whose Gram rests on few positions."""
@@ -218,12 +251,12 @@ def _scores(
     return jnp.asarray(scores, targets[0].dtype)
 
 
-def _gram(sums: Any, e: int, name: str) -> Gram | None:
+def _gram(sums: Any, e: int, is_centred: bool, name: str) -> Gram | None:
     """The Gram of what reached a problem from held-out data, None where nothing did."""
     if sums is None or not (inputs := calibration.problem(sums, e)).count:
         return None
     _check_inputs(inputs.gram, "held_out", name)
-    return Gram(inputs.gram)
+    return Gram((inputs.centred if is_centred else inputs).gram)
 
 
 @contextmanager
@@ -235,9 +268,10 @@ def _about(name: str) -> Iterator[None]:
         raise ValueError(f"layer '{name}': {error}") from error
 
 
-def packed(found: list[Solution], facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def packed(found: list[Solution], shift: Shift | None, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays and facts of an operator's solutions, for a folder."""
     arrays = {part: np.stack([np.asarray(getattr(s, part)) for s in found]) for part in ("value", "support")}
+    arrays |= {} if shift is None else shift._asdict()
     numbers = ("objective", "bound", "gap")
     said = [{"status": s.status.name, "relative_error": s.stats["relative_error"]} for s in found]
     said = [row | {"seconds": s.stats["seconds"]} for row, s in zip(said, found, strict=True)]

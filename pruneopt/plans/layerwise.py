@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from pruneopt import _tree
+from pruneopt.capture.affine import affine
 from pruneopt.capture.calibration import Calibration
 from pruneopt.constraints.base import Constraint
 from pruneopt.network.batches import Batches, Source
@@ -104,11 +105,14 @@ class _Pass:
         before = dict(_tree.named_leaves(network.params))
         self._network, self._traced, self._row, self._key = network, Traced(network), row, key
         dense = None if row.target == "layer" else before
-        self._stream = Calibration(self._traced, network.batches, weights, dense, row.target == "stream")
+        self._stream = Calibration(self._traced, network.batches, weights, dense, row.target == "stream", row.centred)
         self._aside = None
         if held_out is not None:
-            self._aside = Calibration(self._traced, Batches(held_out, "held_out"), weights, None)
+            self._aside = Calibration(self._traced, Batches(held_out, "held_out"), weights, None, means=row.centred)
         self.operators = self._traced.chosen(self._traced.first)
+        program = self._traced.first.program
+        alone = [op.uses[0] if row.centred and len(op.uses) == 1 else None for op in self.operators]
+        self._affine = [None if use is None else affine(program, use, before) for use in alone]
         dampings = row.dampings if row.dampings and held_out is not None else (row.damping,)
         self.task = LayerTask(self.operators, before, constraint, row, dampings)
         self.task.check()
@@ -158,19 +162,23 @@ class _Pass:
             self._aside.advance(number, self.now)
 
     def _known(self, i: int) -> Any:
-        return None if self.folder is None else self.task.remembered(self.folder, i)
+        return None if self.folder is None else self.task.remembered(self.folder, i, self._affine[i] is not None)
 
     def _solved(self, i: int, known: Any, sums: Any, others: Any, seconds: dict[str, float]) -> dict[str, Any]:
         """Solve operator i, or take what is known of it; put it in. Returns the layer's entry."""
-        clock, op = time.perf_counter(), self.operators[i]
-        found, facts = known or self.task.solve(i, sums, others, jax.random.fold_in(self._key, i))
+        clock, op, after = time.perf_counter(), self.operators[i], self._affine[i]
+        drawn = jax.random.fold_in(self._key, i)
+        found, shift, facts = known or self.task.solve(i, sums, others, after is not None, drawn)
         if self.folder is not None and known is None:
-            self.folder.store(i, *packed(found, facts))
+            self.folder.store(i, *packed(found, shift, facts))
         matrix, support = (jnp.stack([getattr(s, part) for s in found]) for part in ("value", "support"))
         self.now |= op.to_leaves(matrix, self.now)
         for path, mask in op.masks(support).items():
             self.supports[path] = mask & self.supports[path] if path in self.supports else mask
             self.now[path] = _tree.masked(self.now[path], self.supports[path])  # a zero scale hides it in the matrix
+        if after is not None and shift is not None:
+            moved = after.settled(self.now, *shift)
+            self.now |= {path: moved[path].astype(self.now[path].dtype) for path in moved}
         self.solutions |= {problem_name(op, e): solution for e, solution in enumerate(found)}
         solve = sum(s.stats["seconds"] for s in found)
         rest = time.perf_counter() - clock - (solve if known is None else 0.0)

@@ -38,6 +38,7 @@ from pruneopt.solvers.chita import CHITA
 from pruneopt.solvers.frank_wolfe import FrankWolfe
 from pruneopt.solvers.global_admm import GlobalADMM
 from pruneopt.solvers.greedy_obs import GreedyOBS
+from pruneopt.solvers.greedy_units import GreedyUnits
 from pruneopt.solvers.hard_threshold import HardThresholding
 from pruneopt.solvers.obs import OBS
 from pruneopt.solvers.polish import Polish
@@ -122,6 +123,10 @@ class LayerMethod:
         2023), as most published methods do; "stream" as "network", and what an output is added to, such as the stream
         of a residual network, is to be the dense network's with it: outputs make up for what the stream lost before.
     damping: lambda / mean(diag H). dampings: tried where there are examples to choose on; empty for `damping` alone.
+    centred: whether each output has an intercept as well, where a leaf can hold it: H is of inputs less their means,
+        and what the means lose goes into a bias, or into a norm's running mean (An et al. 2024; `capture.affine`). A
+        norm by running statistics gets those of the new outputs, its scale and bias make up for it: what training
+        goes on from is what was fitted.
     """
 
     solver: Solver
@@ -129,6 +134,7 @@ class LayerMethod:
     damping: float = 0.01
     target: Literal["layer", "network", "stream"] = "network"
     dampings: tuple[float, ...] = DAMPINGS
+    centred: bool = False
 
     def __post_init__(self) -> None:
         _check_row(self)
@@ -157,6 +163,13 @@ LAYER_METHODS: dict[str, LayerMethod] = {
     ),
     "frank_wolfe": _published(FrankWolfe(), "Roux, Zimmer and Pokutta 2025, the mask alone"),
     "sparse_swaps": _published(SparseSwaps(), "Zimmer et al. 2025, from Wanda's mask, the mask alone"),
+    "units": LayerMethod(
+        GreedyUnits(),
+        "whole inputs, as Coupled sets ask for: OSSCAR's local search from backward elimination, means into biases",
+        damping=0.01,
+        target="stream",
+        centred=True,
+    ),
     "fast": LayerMethod(
         FAST, "ADMM in the metric of the inverse diagonal, one level of rho; towards the dense network's outputs"
     ),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,18 +12,28 @@ from tqdm import tqdm
 
 from pruneopt import _tree
 from pruneopt.allocation.tables import Tables
-from pruneopt.capture.statistics import capture
-from pruneopt.constraints.coupled import Coupled, Rows
+from pruneopt.capture.affine import affine
+from pruneopt.capture.calibration import Inputs, Means
+from pruneopt.capture.onwards import Onwards
+from pruneopt.capture.statistics import Statistics, capture
+from pruneopt.constraints.coupled import Coupled, Rows, called
 from pruneopt.constraints.support import Support
 from pruneopt.curvature.gram import Gram
 from pruneopt.network.batches import Batches, Source
 from pruneopt.objectives.reconstruction import Reconstruction
+from pruneopt.plans.methods import LayerMethod, layer_row
+from pruneopt.plans.unit_costs import unit_costs
 from pruneopt.problem import Problem
 from pruneopt.solve import solve
+from pruneopt.solvers.base import Solver
 from pruneopt.solvers.greedy_units import GreedyUnits
 from pruneopt.solvers.polish import Polish
-from pruneopt.structure.graph import Graph, trace
+from pruneopt.structure.defaults import network_of
+from pruneopt.structure.graph import Graph
+from pruneopt.structure.latency import Latency
 from pruneopt.structure.layout import slots_of
+from pruneopt.structure.operators import Operator
+from pruneopt.structure.traced import Traced
 
 Tree = Any
 Measure = Callable[[Any, Any], Any]
@@ -53,57 +61,100 @@ def unit_tables(
     measured: Source,
     *,
     measure: Measure = kl,
-    widths: int | Mapping[str, Sequence[int]] = 16,
-    damping: float = 1e-3,
+    method: str | LayerMethod | Solver = "units",
+    widths: int | Mapping[str, Sequence[int]] | Latency = 16,
+    weights: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> Tables:
-    """{group: the error of each width} and their FLOPs and parameters, for `allocation.allocate`.
+    """{group: the error of each width}, and what each width costs, for `allocation.allocate`.
 
-    One pass: each group's units are ordered by backward elimination on the Gram of the operator that consumes them, and
-    for each width that operator alone is refitted and the network measured. The supports of a group are nested. What
-    several groups lose together is not their sum; the allocation's `error` is a prediction to be measured.
+    One pass over the dense network: for each width of each group the operator that consumes it alone chooses its units
+    and is refitted, as `method` says, and the network is measured from there on. With `GreedyUnits` the supports of a
+    group are nested: one elimination serves all widths. What several groups lose together is not the sum of what each
+    loses alone; the allocation's `error` is a prediction to be measured.
 
     batches: for the Grams. units: which groups, as `constraints.coupled` found them; its budget is not read. measured:
         other examples, on which `measure(outputs before, outputs after)` is taken, a mean over each batch: `kl` of
         logits, `squared` for others.
-    widths: of each group, or how many steps to take from the whole group down to one unit. damping: relative, of the
-        refits.
-    Costs of groups that meet in one operator or leaf are products of their widths: groups are ordered so that those are
-    neighbours. Raises ValueError where they are not a chain, where a group has no single consumer, and for widths that
-    the group does not have.
+    method: its solver, damping and centring. widths: of each group, or how many steps to take from the whole group down
+        to one unit; 0 is a group without units, such as a residual branch that goes whole. A table of measured seconds
+        of these groups (`structure.latency`) gives its grid, and "seconds" for its batch among the costs.
+    weights: of the positions in the Grams, as in `layerwise`.
+    Costs: "flops" as `structure.cost` counts, "parameters", "bytes" of the arrays of params, "activations": bytes of
+    all arrays that depend on the batch, for the first batch. Those of groups that meet in one array are products of
+    their widths: groups are ordered so that those are neighbours.
+    Raises ValueError where they are not a chain, where a group has no single consumer, for widths that the group does
+    not have, inputs that are all zero, and a measure that is not finite.
     """
-    stream, probe = Batches(batches), Batches(measured, "measured")
-    graph, named = trace(fn, params, next(iter(stream))), dict(_tree.named_leaves(params))
-    slots = slots_of(graph.operators, named)
-    consumers = units.consumers(slots)
-    steps = _widths(units, widths)
+    row, stream, probe = layer_row(method), Batches(batches), Batches(measured, "measured")
+    network = network_of(fn, params, batches, None)
+    traced, named = Traced(network), dict(_tree.named_leaves(params))
+    graph = traced.of(next(iter(stream)))
+    consumers = units.consumers(slots_of(graph.operators, named))
+    seconds = widths if isinstance(widths, Latency) else None
+    steps = _widths(units, widths if not isinstance(widths, Latency) else _grid(graph, widths))
+    costs = unit_costs(units, graph, steps, seconds)
     paths = sorted({path for slot, _ in consumers.values() for path in slot.paths})
-    grams = capture(fn, params, batches, leaves=paths)
-    forward = jax.jit(fn)
-    before = [jax.block_until_ready(forward(params, batch)) for batch in probe]
-    of = jax.jit(measure)
-    errors: dict[str, list[float]] = {}
+    seen = capture(fn, params, batches, leaves=paths, means=row.centred, weights=weights)
+    of, errors = jax.jit(measure), dict[str, list[float]]()
+    before = [jax.block_until_ready(jax.jit(fn)(params, batch)) for batch in probe]
     for group in tqdm(units.groups, desc="groups", unit="group", disable=not progress):
         slot, rows = consumers[group.name]
         (op,) = slot.operators
-        center, statistics = op.to_matrix(named)[0], grams[op.name].gram
-        assert statistics is not None
-        center = center.astype(_tree.wide(center.dtype))
-        objective = Reconstruction(center, Gram(statistics[0]), damping)
-        order = GreedyUnits().order(Problem(objective, subject_to=Rows(tuple(map(int, rows)), 1)))
+        onwards = [Onwards(traced.of(batch), op.name, batch, named) for batch in probe]
         errors[group.name] = []
-        for width in steps[group.name]:
-            alive = np.ones(group.size + 1, bool)
-            alive[order[: group.size - width]] = False
-            mask = jnp.asarray(np.broadcast_to(alive[rows][:, None], center.shape))
-            value = (
-                solve(Problem(objective, subject_to=Support(mask)), Polish()).value if width < group.size else center
-            )
-            changed = named | op.to_leaves(value[None], named)
-            cut = _tree.map_named(lambda path, _, changed=changed: changed[path], params)
-            found = [float(of(a, forward(cut, batch))) for a, batch in zip(before, probe, strict=True)]
+        for width, changed in _refitted(graph, op, rows, named, seen[op.name], steps[group.name], row):
+            found = [float(of(a, after.outputs(changed))) for a, after in zip(before, onwards, strict=True)]
+            if not np.all(np.isfinite(found)):
+                raise ValueError(f"measure: it is {found} for group '{group.name}' of width {width}; repair it")
             errors[group.name].append(max(float(np.mean(found)), 0.0))
-    return _costed(units, graph, errors, steps)
+    return Tables(
+        {name: errors[name] for name in costs.order},
+        costs.costs,
+        {name: steps[name] for name in costs.order},
+        costs.fixed,
+        costs.coupled,
+    )
+
+
+def _refitted(
+    graph: Graph,
+    op: Operator,
+    rows: np.ndarray,
+    named: Mapping[str, Any],
+    seen: Statistics,
+    steps: list[int],
+    row: LayerMethod,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(width, all leaves) with an operator cut to each number of units of its inputs, and refitted."""
+    center, size = op.to_matrix(named)[0], int(rows.max()) + 1
+    center = center.astype(_tree.wide(center.dtype))
+    inputs = Inputs(1.0, seen.gram[0], None, None, Means(seen.mean[0], None, None) if row.centred else None)
+    after = affine(graph.program, op.uses[0], named) if row.centred and len(op.uses) == 1 else None
+    inputs = inputs if after is None else inputs.centred
+    if not np.any(np.diagonal(np.asarray(inputs.gram)) > 0):
+        raise ValueError(f"batches: the inputs of '{op.name}' are zero in all batches; check the calibration data")
+    objective = Reconstruction(center, Gram(inputs.gram), row.damping)
+    ids = tuple(map(int, rows))
+    greedy = row.solver if isinstance(row.solver, GreedyUnits) else None
+    order = [] if greedy is None else greedy.order(Problem(objective, subject_to=Rows(ids, 1)))
+    for width in steps:
+        value = center
+        if width < size:
+            alive = np.ones(size + 1, bool)
+            alive[[*order, *set(range(size)).difference(order)][: size - width]] = False
+            mask = jnp.asarray(np.broadcast_to(alive[rows][:, None], center.shape))
+            allowed, solver = (Support(mask), Polish()) if greedy else (Rows(ids, width), row.solver)
+            value = solve(Problem(objective, subject_to=allowed), solver).value
+        changed = dict(named) | op.to_leaves(value[None], named)
+        yield width, changed if after is None else changed | after.moved(changed, inputs.intercept(center, value))
+
+
+def _grid(graph: Graph, latency: Latency) -> dict[str, list[int]]:
+    """The widths of a table of seconds, by the names of its groups."""
+    found = graph.units()
+    named = {group: called(found, group) for group in found.groups}
+    return {named[group]: list(widths) for group, widths in latency.grid.items() if group in named}
 
 
 def _widths(units: Coupled, widths: int | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
@@ -113,70 +164,9 @@ def _widths(units: Coupled, widths: int | Mapping[str, Sequence[int]]) -> dict[s
             if group.name not in widths:
                 raise ValueError(f"widths: there are none for group '{group.name}'; name every group of units")
             each = sorted({int(w) for w in widths[group.name]})
-            if not each or each[0] < 1 or each[-1] > group.size:
-                raise ValueError(f"widths of '{group.name}': {each}; pass whole numbers from 1 to {group.size}")
+            if not each or each[0] < 0 or each[-1] > group.size:
+                raise ValueError(f"widths of '{group.name}': {each}; pass whole numbers from 0 to {group.size}")
         else:
             each = sorted({max(1, round(group.size * k / widths)) for k in range(1, widths + 1)})
         found[group.name] = each
     return found
-
-
-def _costed(units: Coupled, graph: Graph, errors: Mapping[str, list[float]], steps: Mapping[str, list[int]]) -> Tables:
-    """The tables: amounts of work and of weights scale with the widths of the groups that own their axes."""
-    sizes = {group.name: group.size for group in units.groups}
-    of_leaf: dict[str, set[str]] = {}
-    for group in units.groups:
-        for path, _ in group.places:
-            of_leaf.setdefault(path, set()).add(group.name)
-    work = [(op.flops, set().union(*(of_leaf.get(path, set()) for path in op.paths))) for op in graph.operators]
-    types = {path: graph.program.shapes[var] for path, var in graph.program.leaves.items()}
-    floats = {path: t for path, t in types.items() if jnp.issubdtype(t.dtype, jnp.inexact)}
-    held = [(math.prod(t.shape), of_leaf.get(path, set())) for path, t in floats.items()]
-    costs: dict[str, dict[str, Any]] = {"flops": {}, "parameters": {}}
-    coupled: dict[str, dict[frozenset[str], float]] = {"flops": {}, "parameters": {}}
-    fixed = dict.fromkeys(costs, 0.0)
-    for name, amounts in (("flops", work), ("parameters", held)):
-        for amount, groups in amounts:
-            if len(groups) > 2:
-                raise ValueError(f"units: groups {', '.join(sorted(groups))} meet in one leaf; leave one of them out")
-            if len(groups) == 2:
-                key = frozenset(groups)
-                coupled[name][key] = coupled[name].get(key, 0.0) + amount
-            for group in groups if len(groups) == 1 else ():
-                row = np.array(steps[group]) / sizes[group] * amount
-                costs[name][group] = costs[name].get(group, 0.0) + row
-            fixed[name] += amount if not groups else 0.0
-    order = _chain([group.name for group in units.groups], {pair for pairs in coupled.values() for pair in pairs})
-    share = {group: np.array(steps[group]) / sizes[group] for group in order}
-    pairs: dict[str, dict[tuple[str, str], Any]] = {name: {} for name in costs}
-    for name, table in coupled.items():
-        for pair, amount in table.items():
-            a, b = sorted(pair, key=order.index)
-            pairs[name][a, b] = amount * np.outer(share[a], share[b])
-    return Tables({g: errors[g] for g in order}, costs, {g: steps[g] for g in order}, fixed, pairs)
-
-
-def _chain(names: Sequence[str], pairs: set[frozenset[str]]) -> list[str]:
-    """The groups in an order in which those of a pair are neighbours."""
-    beside: dict[str, list[str]] = {name: [] for name in names}
-    for a, b in (sorted(pair, key=list(names).index) for pair in pairs):
-        beside[a].append(b)
-        beside[b].append(a)
-    wide = next((name for name in names if len(beside[name]) > 2), None)
-    if wide is not None:
-        raise ValueError(
-            f"units: group '{wide}' meets {len(beside[wide])} others in products ({', '.join(beside[wide][:4])}); only "
-            "chains of groups can be allocated: leave some out"
-        )
-    order: list[str] = []
-    for start in [*(name for name in names if len(beside[name]) < 2), *names]:
-        at: str | None = start if start not in order else None
-        while at is not None:
-            order.append(at)
-            at = next((other for other in beside[at] if other not in order), None)
-    ends = {frozenset(pair) for pair in itertools.pairwise(order)}
-    if not pairs <= ends:
-        raise ValueError(
-            f"units: groups {', '.join(sorted(set().union(*(pairs - ends))))} meet in a ring; leave one out"
-        )
-    return order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,9 @@ class GreedyUnits(Solver):
         so many at a time, the cheapest. damping: relative, added to the mean diagonal before inverting; times ten until
         H has a Cholesky factor.
 
-    In float64 on the host, n^3 multiply-adds. The weights are the exact refit of the support. Source: OSSCAR (Meng et
-    al. 2024, section 3), whose local search this is; backward elimination as in ZipLM (Kurtic et al. 2023,
-    algorithm 1).
+    In float64 on the host; n^3 multiply-adds, and n^2 times the inputs that are left out for each exchange. The weights
+    are the exact refit of the support. Source: OSSCAR (Meng et al. 2024, section 3), whose local search this is;
+    backward elimination as in ZipLM (Kurtic et al. 2023, algorithm 1).
     """
 
     exchanges: int = 20
@@ -105,34 +106,45 @@ def _eliminated(
     while alive.sum() > count:
         left = np.flatnonzero(alive)
         many = min(batch, (len(left) - count + 1) // 2) if single and len(left) - count > 2 * batch else 1
-        going = left[np.argsort(_costs(c, w, [rows[u] for u in left]), kind="stable")[:many]]
-        at = np.concatenate([rows[u] for u in going])
-        factor = c[:, at]
-        step = _linalg.solve(c[np.ix_(at, at)], np.concatenate([c[at], w[at]], axis=1))
-        c -= factor @ step[:, : len(c)]
-        w -= factor @ step[:, len(c) :]
+        costs = _costs(*_blocks(c, w, [rows[u] for u in left]))
+        going = left[np.argsort(costs, kind="stable")[:many]]
+        _remove(c, w, np.concatenate([rows[u] for u in going]))
         alive[going] = False
         gone += going.tolist()
-        w[at] = 0.0
-        c[at], c[:, at] = 0.0, 0.0
-        c[at, at] = 1.0
     return gone
 
 
-def _costs(
+def _remove(c: Float[np.ndarray, "n n"], w: Float[np.ndarray, "n m"], at: Int[np.ndarray, " g"]) -> None:
+    """Inputs go: C and W, zero where an input is gone, are those of what is left."""
+    step = _linalg.solve(c[np.ix_(at, at)], np.concatenate([c[at], w[at]], axis=1))
+    factor = c[:, at]
+    c -= factor @ step[:, : len(c)]
+    w -= factor @ step[:, len(c) :]
+    c[at], c[:, at], w[at] = 0.0, 0.0, 0.0
+
+
+def _blocks(
     c: Float[np.ndarray, "n n"], w: Float[np.ndarray, "n m"], rows: list[Int[np.ndarray, " g"]]
-) -> Float[np.ndarray, " units"]:
-    """1/2 tr(W_u^T [C_uu]^-1 W_u) of each of these units."""
-    found = np.empty(len(rows))
+) -> tuple[list[Float[np.ndarray, "units g g"]], list[Float[np.ndarray, "units g m"]], list[Int[np.ndarray, " units"]]]:
+    """C_uu and W_u of these units, those of one size together, and which they are."""
     sizes = np.array([len(r) for r in rows])
-    for size in np.unique(sizes):
-        some = np.flatnonzero(sizes == size)
-        at = np.array([rows[u] for u in some])
-        if size == 1:
-            found[some] = 0.5 * (w[at[:, 0]] ** 2).sum(1) / np.maximum(c[at[:, 0], at[:, 0]], np.finfo(float).tiny)
-            continue
-        blocks, each = c[at[:, :, None], at[:, None, :]], w[at]
-        found[some] = 0.5 * np.einsum("ugm,ugm->u", each, _linalg.solve(blocks, each))
+    which = [np.flatnonzero(sizes == size) for size in np.unique(sizes)]
+    places = [np.array([rows[u] for u in some]) for some in which]
+    return [c[at[:, :, None], at[:, None, :]] for at in places], [w[at] for at in places], which
+
+
+def _costs(
+    blocks: list[Float[np.ndarray, "units g g"]],
+    weights: list[Float[np.ndarray, "units g m"]],
+    which: list[Int[np.ndarray, " units"]],
+) -> Float[np.ndarray, " units"]:
+    """1/2 tr(W_u^T [C_uu]^-1 W_u) of each unit."""
+    found = np.empty(sum(map(len, which)))
+    for c, w, some in zip(blocks, weights, which, strict=True):
+        if c.shape[1] == 1:
+            found[some] = 0.5 * (w[:, 0] ** 2).sum(1) / np.maximum(c[:, 0, 0], np.finfo(float).tiny)
+        else:
+            found[some] = 0.5 * np.einsum("ugm,ugm->u", w, _linalg.solve(c, w))
     return found
 
 
@@ -148,40 +160,77 @@ def _exchanged(
     alive, pull, owner = alive.copy(), gram @ center, np.full(len(gram), -1)
     for u, r in enumerate(rows):
         owner[r] = u
+    if not most or alive.all() or not alive.any():
+        return alive, 0
+    kept = np.flatnonzero(np.append(alive, True)[owner])
+    c = np.zeros_like(gram)  # the inverse of H on what is kept
+    c[np.ix_(kept, kept)] = _linalg.inverse(gram[np.ix_(kept, kept)])
+    w = c @ pull
     for moves in range(most):
-        outside, kept = np.flatnonzero(~alive), np.flatnonzero(np.append(alive, True)[owner])
-        if not len(outside) or not alive.any():
-            return alive, moves
-        gains = _gains(gram, pull, kept, [rows[u] for u in outside])
+        inside, outside = np.flatnonzero(alive), np.flatnonzero(~alive)
+        joining = _joining(gram, c, pull - gram @ w, [rows[u] for u in outside])
+        gains = np.array([one.gain for one in joining])
+        blocks, weights, which = _blocks(c, w, [rows[u] for u in inside])
         found = []
         for k in np.argsort(-gains, kind="stable")[:candidates]:
-            new = int(outside[k])
-            more = np.sort(np.concatenate([kept, rows[new]]))
-            c = _linalg.inverse(gram[np.ix_(more, more)])
-            inside = np.flatnonzero(alive)
-            cost = _costs(c, c @ pull[more], [np.searchsorted(more, rows[u]) for u in inside])
-            found.append((float(cost.min() - gains[k]), new, int(inside[cost.argmin()])))
+            grown = joining[k].beside(blocks, weights, which, [rows[u] for u in inside])
+            cost = _costs(grown[0], grown[1], which)
+            found.append((float(cost.min() - gains[k]), int(k), int(inside[cost.argmin()])))
         change, new, old = min(found)
         if not change < -1e-9 * gains.max():
             return alive, moves
-        alive[new], alive[old] = True, False
+        joining[new].add(c, w)
+        _remove(c, w, rows[old])
+        alive[outside[new]], alive[old] = True, False
     return alive, most
 
 
-def _gains(
+class _Joining(NamedTuple):
+    """Inputs that would join those kept. z: C H_:r, with which the others make them; inner: the inverse of their Schur
+    complement; w: their weights. gain: by how much the error falls, the cost of the last one out.
+    """
+
+    rows: Int[np.ndarray, " g"]
+    z: Float[np.ndarray, "n g"]
+    inner: Float[np.ndarray, "g g"]
+    w: Float[np.ndarray, "g m"]
+    gain: float
+
+    def beside(
+        self, blocks: list[Any], weights: list[Any], which: list[Any], rows: list[Int[np.ndarray, " g"]]
+    ) -> tuple[list[Float[np.ndarray, "units g g"]], list[Float[np.ndarray, "units g m"]]]:
+        """C_uu and W_u of units once these have joined them."""
+        cs, ws = [], []
+        for c, w, some in zip(blocks, weights, which, strict=True):
+            z = self.z[np.array([rows[u] for u in some])]
+            cs.append(c + z @ self.inner @ z.swapaxes(1, 2))
+            ws.append(w - z @ self.w)
+        return cs, ws
+
+    def add(self, c: Float[np.ndarray, "n n"], w: Float[np.ndarray, "n m"]) -> None:
+        """They join."""
+        across = self.z @ self.inner
+        c += across @ self.z.T
+        c[:, self.rows], c[self.rows] = -across, -across.T
+        c[np.ix_(self.rows, self.rows)] = self.inner
+        w -= self.z @ self.w
+        w[self.rows] = self.w
+
+
+def _joining(
     gram: Float[np.ndarray, "n n"],
-    pull: Float[np.ndarray, "n m"],
-    kept: Int[np.ndarray, " k"],
+    c: Float[np.ndarray, "n n"],
+    residual: Float[np.ndarray, "n m"],
     rows: list[Int[np.ndarray, " g"]],
-) -> Float[np.ndarray, " units"]:
-    """By how much the error falls once each of these units joins those kept: the cost of the last one out."""
+) -> list[_Joining]:
+    """What each of these units would bring."""
     every = np.concatenate(rows)
-    c, cross = _linalg.inverse(gram[np.ix_(kept, kept)]), gram[np.ix_(every, kept)]
-    through = cross @ c
-    residual = pull[every] - through @ pull[kept]
-    found, first = np.empty(len(rows)), 0
-    for k, r in enumerate(rows):
-        at = slice(first, first := first + len(r))
-        schur = gram[np.ix_(r, r)] - through[at] @ cross[at].T
-        found[k] = 0.5 * float(np.sum(residual[at] * _linalg.solve(schur, residual[at])))
+    through = c @ gram[:, every]
+    found, first = [], 0
+    for r in rows:
+        z = through[:, first : first + len(r)]
+        first += len(r)
+        inner = _linalg.inverse(gram[np.ix_(r, r)] - gram[r] @ z)
+        w = inner @ residual[r]
+        found.append(_Joining(r, z, inner, w, 0.5 * float(np.sum(residual[r] * w))))
     return found

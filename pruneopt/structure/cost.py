@@ -17,7 +17,7 @@ from pruneopt.network.leaves import combine, is_floating, nearest, partition
 from pruneopt.program import versions
 from pruneopt.program.flatten import traced
 from pruneopt.program.forms import PRODUCTS
-from pruneopt.program.program import Program
+from pruneopt.program.program import Equation, Program
 from pruneopt.program.versions import CALLS, bodies, plain
 from pruneopt.structure.graph import Graph, trace
 from pruneopt.structure.operators import Operator
@@ -145,6 +145,12 @@ def flops(fn: Callable[[Tree, Any], Any], params: Tree, batch: Any) -> dict[str,
     several to the largest of them, an operator that reads several to each for the weights that it gives.
     """
     return cost(trace(fn, params, batch)).by_leaf
+
+
+def product_flops(program: Program, equation: Equation) -> int:
+    """2 x multiply-adds of one product of a program, padding taps included."""
+    shapes = [program.type_of(a).shape for a in (*equation.inputs[:2], *equation.outputs[:1])]
+    return _Count().product(equation.primitive.name, equation.params, shapes)
 
 
 @dataclass(frozen=True)
