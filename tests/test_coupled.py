@@ -322,6 +322,25 @@ def test_costs_are_those_of_the_smaller_network():
     assert all(found.spent[name] <= limit for name, limit in budget.items())
 
 
+def test_a_branch_goes_whole_and_the_network_can_be_read_again():
+    """Width zero: the residual block is the stream alone, with what the branch added on average in its bias."""
+
+    def fn(p, x):
+        return x + (jax.nn.relu(x @ p["a"]) @ p["c"] + p["d"])
+
+    params, x = {"a": normal(4, 6), "c": normal(6, 4), "d": normal(4)}, normal(50, 4)
+    units = po.constraints.coupled(po.structure.trace(fn, params, x).units(), {"a[1]": 0})
+    pruned = po.plans.layerwise(fn, params, [x], units, "units", leaves=["a", "c"], progress=False)
+    small = po.shrink(fn, pruned.params, x, pruned)
+    np.testing.assert_allclose(small.fn(small.params, x), x + jnp.mean(fn(params, x) - x, axis=0), rtol=1e-6)
+    assert small.params["a"].shape == (4, 0)
+    again = po.structure.trace(small.fn, small.params, x)
+    assert po.structure.cost(again).flops == 0
+    tables = po.plans.unit_tables(fn, params, [x], units, [x], measure=po.plans.squared, widths={"a[1]": [0, 6]})
+    lost = float(jnp.sum((small.fn(small.params, x) - fn(params, x)) ** 2) / jnp.sum(fn(params, x) ** 2))
+    assert tables.errors["a[1]"] == pytest.approx([lost, 0.0], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("budget", "groups", "match"),
     [

@@ -37,8 +37,8 @@ def is_trainable(path: str, leaf: Any) -> bool:
 
 
 def is_floating(path: str, leaf: Any) -> bool:
-    """Floating arrays."""
-    return _tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    """Floating arrays that have entries."""
+    return _tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size > 0
 
 
 @dataclass(frozen=True)
