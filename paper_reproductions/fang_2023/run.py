@@ -40,6 +40,7 @@ BATCH, HELD, DECAY = 128, 1000, 1e-4
 IMPORTANCES = ("magnitude", "Taylor", "Hessian", "random")
 THEIRS = (*IMPORTANCES, "magnitude, residual")
 OURS = ("reconstructed, uniform", "reconstructed, allocated", "reconstructed, allocated, distilled")
+RATES, PASSES = (0.003, 0.01, 0.03, 0.1), (0.01,)
 DISTILLED, TEMPERATURE = 0.9, 4.0
 OPTIMIZER = optax.chain(optax.add_decayed_weights(DECAY), optax.trace(0.9, nesterov=True))
 
@@ -306,11 +307,12 @@ def main(words=None):
     parser.add_argument("--shares", nargs="+", type=float, default=[0.7, 0.51, 0.33])
     parser.add_argument("--rows", nargs="+", default=[*THEIRS, *OURS])
     parser.add_argument("--steps", nargs="*", type=int, default=[60, 150])
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.003, 0.01, 0.03, 0.1])
+    parser.add_argument("--rates", nargs="+", type=float)
     parser.add_argument("--epochs", type=int, help="fine-tune ours, distilled, for so many passes")
     given = parser.parse_args(words)
     if given.epochs:
-        given.rows, given.rates = [OURS[-1]], given.rates if "--rates" in sys.argv else [0.01]
+        given.rows = [OURS[-1]]
+    given.rates = given.rates or (PASSES if given.epochs else RATES)
     theirs = [row for row in given.rows if row in THEIRS]
     if theirs and peer() is None:
         print("PEERS is unset or without VainF+Torch-Pruning: ours alone")
