@@ -4,19 +4,24 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_checkpoints
 
+import pruneopt as po
 from paper_reproductions.benbaki_2023 import mlpnet, retrained, stages
 from paper_reproductions.evci_2020 import run as evci
+from paper_reproductions.fang_2023 import run as fang
 from paper_reproductions.frankle_2019 import run as frankle
 from paper_reproductions.frantar_2023 import run as frantar
 from paper_reproductions.louizos_2018 import run as louizos
 from paper_reproductions.meng_2024 import run as meng
-from paper_reproductions.networks import decoder
+from paper_reproductions.networks import decoder, resnet20
 from paper_reproductions.networks.lenet300 import living
 
 pytestmark = pytest.mark.default_flags
@@ -192,3 +197,90 @@ def test_retraining_runs_on_mlpnet(folder, monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", ["retrained.py", "--seeds", "1"])
     retrained.main()
     assert figures(capsys.readouterr().out, f"{name} 0.002") > 92
+
+
+def narrow(folder):
+    """The first half of the channels inside each block of ResNet-20: (masked params, what shrink makes of them)."""
+    params = resnet20.load_chita(folder)
+    masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+    for block in (masks[s][b] for s in resnet20.STAGES for b in resnet20.BLOCKS):
+        half = block["conv1"]["kernel"].shape[-1] // 2
+        block["conv2"]["kernel"][:, :, half:] = False
+    images = np.random.default_rng(0).standard_normal((6, 32, 32, 3), np.float32)
+    small = po.shrink(resnet20.forward, params, images, masks)
+    return jax.tree.map(np.multiply, params, masks), small, images
+
+
+@pytest.mark.slow
+def test_a_shrunk_resnet_trains_as_the_masked_one_does(folder):
+    """Batch norm by the batch, running statistics and gradients: what is left has them unchanged."""
+    masked, small, images = narrow(folder)
+
+    def trained(params, fn):
+        logits, updates = fn(params, images)
+        return jnp.sum(logits**2), (logits, updates)
+
+    both = {}
+    for name, params in (("masked", masked), ("small", small.params)):
+        both[name] = jax.jit(jax.grad(partial(trained, fn=resnet20.train_forward), has_aux=True))(params)
+    (wide, (logits, moved)), (gradient, (found, updates)) = both["masked"], both["small"]
+    np.testing.assert_allclose(found, logits, rtol=1e-3, atol=1e-3)
+    for of, like in ((updates, moved), (gradient, wide)):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-2, atol=2e-2), of, small.shrink_like(like))
+    cut = small.of(resnet20.train_forward, images)(small.params, images)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), cut, (found, updates))
+
+
+@pytest.mark.slow
+def test_statistics_move_without_a_gradient_and_a_network_at_rest_computes_the_same(folder):
+    _, small, images = narrow(folder)
+    rng, labels = np.random.default_rng(1), np.arange(6)
+    fresh = jax.tree.map(lambda w: w * (1 + 0.1 * rng.random(w.shape, np.float32)), small.params)
+    rest = fang.at_rest(small.params, fresh)
+    np.testing.assert_array_equal(rest["stage2"]["1"]["norm2"]["var"], fresh["stage2"]["1"]["norm2"]["var"])
+    np.testing.assert_array_equal(
+        rest["stage2"]["1"]["conv2"]["kernel"], small.params["stage2"]["1"]["conv2"]["kernel"]
+    )
+    before, after = (resnet20.forward(p, images) for p in (small.params, rest))
+    np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-3)
+
+    def loss(params):
+        logits = jax.nn.log_softmax(resnet20.train_forward(params, images)[0])
+        return -jnp.mean(logits[jnp.arange(6), labels])
+
+    slope, moved = jax.grad(loss)(rest), resnet20.train_forward(rest, images)[1]
+    given = jax.tree.map(jnp.array, rest)
+    found, _ = fang.step(given, fang.OPTIMIZER.init(given), rest, (images, labels), 0.1, 0.0, 1.0)
+    np.testing.assert_allclose(found["norm1"]["var"], moved["norm1"]["var"], rtol=1e-6)
+    for name in ("stage1", "stage3"):
+        w, g = (tree[name]["1"]["conv1"]["kernel"] for tree in (rest, slope))
+        expected = w - 0.1 * 1.9 * (g + fang.DECAY * w)  # Nesterov's first step
+        np.testing.assert_allclose(found[name]["1"]["conv1"]["kernel"], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_same_fine_tuning_of_cut_channels_at_toy_size(folder, monkeypatch, capsys):
+    monkeypatch.delenv("PEERS", raising=False)
+    monkeypatch.setattr(fang, "HELD", 100)
+    monkeypatch.setattr(fang.structured, "ANEW", 100)
+    _, small, _ = narrow(folder)
+    monkeypatch.setattr(fang, "by_us", lambda task, rows, shares: {(r, s): small.params for r in rows for s in shares})
+    words = ["--rows", "magnitude", fang.OURS[0], fang.OURS[2], "--shares", "0.51", "--steps", "1", "2"]
+    found = fang.main([*words, "--rates", "0.01", "1e3"])
+    printed = capsys.readouterr().out
+    assert "ours alone" in printed
+    assert "FLOPs 0.509" in printed
+    assert printed.count("2 steps at 0.01") == 2  # the rate that does not destroy the network
+    assert set(found) == {(row, 0.51, steps) for row in (fang.OURS[0], fang.OURS[2]) for steps in (0, 1, 2)}
+    assert found[fang.OURS[0], 0.51, 0] == found[fang.OURS[2], 0.51, 0]
+    assert found[fang.OURS[0], 0.51, 2] != found[fang.OURS[2], 0.51, 2]
+
+
+@pytest.mark.slow
+def test_a_network_comes_back_from_pytorch(folder):
+    torch = pytest.importorskip("torch")
+    _, small, images = narrow(folder)
+    network = fang.module(torch, small.params)
+    jax.tree.map(np.testing.assert_array_equal, fang.arrays(network), small.params)
+    logits = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).detach().numpy()
+    np.testing.assert_allclose(logits, resnet20.forward(small.params, images), rtol=1e-3, atol=1e-3)
