@@ -2,6 +2,7 @@
 
     python paper_reproductions/head_to_head/structured.py [--networks resnet20 mlpnet] [--seeds 3] [--images 1000]
         [--shares 0.7 0.51 0.33]
+    python paper_reproductions/head_to_head/structured.py --choose
 
 Each seed draws training images: for the Grams, and 500 others on which the tables of errors are measured. Rows:
 magnitude, uniform: each group keeps the same share of its units, by the norms of the weights that make and read them;
@@ -9,9 +10,11 @@ reconstructed, uniform: the operator that consumes a group chooses its units and
 one pass, towards what the dense network computes there and in the stream that it is added to; reconstructed, allocated:
 the same at widths that `allocation.allocate` finds on `plans.unit_tables`, with the loss that the tables predict and
 the one measured.
-As it is, and with batch-norm statistics estimated anew on 2,000 cropped training images. Of two dampings (0.001, 0.01)
-and of Grams of cropped or plain images those with the better test accuracy in one draw were taken: they are yet to be
-chosen on training images. FLOPs are those of the shrunk program. Data: PRUNEOPT_DATA.
+As it is, and with batch-norm statistics estimated anew on 2,000 cropped training images. FLOPs are those of the shrunk
+program. --choose: the KL divergence from the dense network on 1,000 other training images, as the network is, at half
+of each group's units, of each setting (METHOD and IMAGES are the choice): damping, an intercept or none, Grams of
+plain or of cropped images; and for each network the setting that the others choose. No test image is read for it.
+Data: PRUNEOPT_DATA.
 """
 
 import argparse
@@ -30,24 +33,24 @@ from paper_reproductions.networks import mlpnet, resnet20
 from pruneopt import _tree
 from pruneopt.solvers import GreedyUnits
 
-METHOD = po.plans.LayerMethod(GreedyUnits(), damping=0.01, dampings=(), target="stream")
+METHOD, IMAGES = po.plans.LAYER_METHODS["units"], "plain"
 PIECE, MEASURED, ANEW = 250, 500, 2000
 ROWS = ("magnitude, uniform", "reconstructed, uniform", "reconstructed, allocated")
 
 
 class ResNet20:
-    """The checkpoint of CHITA under its own normalisation; the channels inside its blocks are cut."""
+    """A checkpoint under its own normalisation; the channels inside its blocks are cut."""
 
     forward = staticmethod(resnet20.forward)
 
-    def __init__(self, folder):
-        self.params = resnet20.load_chita(folder)
-        self.train, _ = resnet20.cifar10(folder, "train20k", *resnet20.CHITA)
-        self.test = resnet20.cifar10(folder, "test1k", *resnet20.CHITA)
+    def __init__(self, folder, load=resnet20.load_chita, pixels=resnet20.CHITA):
+        self.params, self.pixels = load(folder), pixels
+        self.train, _ = resnet20.cifar10(folder, "train20k", *pixels)
+        self.test = resnet20.cifar10(folder, "test1k", *pixels)
         self.groups = [f"{s}/{b}/conv1/kernel[3]" for s in resnet20.STAGES for b in resnet20.BLOCKS]
 
     def seen(self, images, rng):
-        return resnet20.cropped(images, *resnet20.CHITA, rng)
+        return resnet20.cropped(images, *self.pixels, rng)
 
     def anew(self, params, images):
         return po.plans.recalibrate(lambda p, x: resnet20.train_forward(p, x)[1], params, pieces(images))
@@ -93,10 +96,10 @@ def by_magnitude(network, units):
     return po.from_masks(network.params, dict(_tree.named_leaves(support)))
 
 
-def reconstructed(network, calibration, units):
+def reconstructed(network, calibration, units, method=METHOD):
     """All operators refitted in one pass; those that consume a group choose its units."""
     words = {"leaves": lambda _, w: w.ndim > 1, "progress": False}
-    return po.plans.layerwise(network.forward, network.params, calibration, units, METHOD, **words)
+    return po.plans.layerwise(network.forward, network.params, calibration, units, method, **words)
 
 
 def _nearest(widths, share):
@@ -117,12 +120,13 @@ def uniform(tables, share):
 def run(network, seed, given):
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(network.train))
-    calibration = pieces(network.train[order[: given.images]])  # as the network will see them: not cropped
+    drawn = network.train[order[: given.images]]
+    calibration = pieces(network.seen(drawn, rng) if IMAGES == "cropped" else drawn)
     measured = network.train[order[-MEASURED:]]
     graph = po.structure.trace(network.forward, network.params, network.train[:1])
     units, clock = po.constraints.coupled(graph.units(), {}, network.groups), time.perf_counter()
     tables = po.plans.unit_tables(
-        network.forward, network.params, calibration, units, pieces(measured), damping=1e-3, progress=False
+        network.forward, network.params, calibration, units, pieces(measured), method=METHOD, progress=False
     )
     print(f"seed {seed}: {tables!r}, {time.perf_counter() - clock:.0f} s", flush=True)
     found = {}
@@ -154,15 +158,49 @@ def run(network, seed, given):
     return found
 
 
+NETWORKS = {
+    "resnet20": ResNet20,
+    "akamaster": lambda folder: ResNet20(folder, resnet20.load_akamaster, resnet20.AKAMASTER),
+    "mlpnet": MLPNet,
+}
+
+
+def choose(names, seed, images):
+    """The table behind METHOD and IMAGES."""
+    rows = [(d, c, i) for d in (1e-3, 1e-2) for c in (False, True) for i in ("plain", "cropped")]
+    found = {}
+    for name in names:
+        network, rng = NETWORKS[name](os.environ["PRUNEOPT_DATA"]), np.random.default_rng(seed)
+        order = rng.permutation(len(network.train))
+        plain, others = network.train[order[:images]], network.train[order[-1000:]]
+        graph = po.structure.trace(network.forward, network.params, network.train[:1])
+        half = po.constraints.Cardinality(sparsity=0.5, per="leaf")
+        units = po.constraints.coupled(graph.units(), half, network.groups)
+        given = {"plain": plain, "cropped": network.seen(plain, rng)}
+        for damping, is_centred, seen in rows:
+            method = po.plans.LayerMethod(GreedyUnits(), "", damping, "stream", (), is_centred)
+            pruned = reconstructed(network, pieces(given[seen]), units, method)
+            found[name, (damping, is_centred, seen)] = loss(network, pruned.params, others)
+        print(name, *(f"{row}: {found[name, row]:.4f}" for row in rows), sep="\n  ", flush=True)
+    for name in names:
+        logs = {row: np.mean([np.log(found[n, row]) for n in names if n != name]) for row in rows}
+        best = min(logs, key=logs.__getitem__)
+        print(f"{name}: the others choose {best}, {found[name, best]:.4f} here")
+
+
 def main():
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--networks", nargs="+", default=["resnet20", "mlpnet"])
     words.add_argument("--seeds", type=int, default=3)
     words.add_argument("--images", type=int, default=1000)
     words.add_argument("--shares", nargs="+", type=float, default=[0.7, 0.51, 0.33])
+    words.add_argument("--choose", action="store_true")
     given = words.parse_args()
+    if given.choose:
+        choose(list(NETWORKS), 0, given.images)
+        return
     for name in given.networks:
-        network = {"resnet20": ResNet20, "mlpnet": MLPNet}[name](os.environ["PRUNEOPT_DATA"])
+        network = NETWORKS[name](os.environ["PRUNEOPT_DATA"])
         print(f"{name}: dense {accuracy(network, network.forward, network.params):.2f} %")
         every = [run(network, seed, given) for seed in range(given.seeds)]
         print(f"{'':<26} {'budget':>7} {'FLOPs':>7} {'as it is':>14} {'estimated anew':>16}")

@@ -144,7 +144,7 @@ def _refitted(
             alive = np.ones(size + 1, bool)
             alive[[*order, *set(range(size)).difference(order)][: size - width]] = False
             mask = jnp.asarray(np.broadcast_to(alive[rows][:, None], center.shape))
-            allowed, solver = (Support(mask), Polish()) if greedy else (Rows(ids, width), row.solver)
+            allowed, solver = (Support(mask), Polish()) if greedy and width else (Rows(ids, width), row.solver)
             value = solve(Problem(objective, subject_to=allowed), solver).value
         changed = dict(named) | op.to_leaves(value[None], named)
         yield width, changed if after is None else changed | after.moved(changed, inputs.intercept(center, value))
