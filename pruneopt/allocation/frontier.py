@@ -11,9 +11,9 @@ import numpy as np
 from pruneopt.allocation.allocate import Allocation, allocate, status_of
 from pruneopt.allocation.chain import chain, cheapest
 from pruneopt.allocation.tables import Tables
-from pruneopt.certify import relative_gap
+from pruneopt.certify import OPTIMAL_GAP, relative_gap
 
-_POINTS = 21
+_POINTS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Frontier:
             axes = plt.subplots()[1]
         budgets = [point.budget[self.resource] for point in self.points]
         axes.plot(self.spent, self.errors, marker=".", label="error of the choice")
-        axes.plot(budgets, self.bounds, color="grey", linestyle=":", label="bound within the budget")
+        axes.plot(budgets, self.bounds, color="black", linestyle=":", zorder=3, label="bound within the budget")
         axes.set(xlabel=self.resource, ylabel="sum of errors", title="Frontier")
         axes.legend(fontsize="small")
         return axes
@@ -68,38 +68,52 @@ class Frontier:
 def frontier(tables: Tables, resource: str, budgets: Sequence[float] | None = None, *, gap: float = 1e-4) -> Frontier:
     """min the sum of errors within each of several budgets of one resource, each as `allocate` solves it.
 
-    budgets: in the resource's unit; default 21 evenly spaced ones, from the least that any choice costs to what the
-        choice of least error costs. gap: how well each point is proven. An answer within a budget is one within every
-        larger one, and a bound of a budget is one for every smaller one: the curves never turn.
-    Raises Infeasible for a budget that no choice meets, ValueError for a resource that the tables do not have.
+    budgets: in the resource's unit; default 20 evenly spaced ones, from a twentieth of the way between the least that
+        any choice costs and what the choice of least error costs up to the latter.
+    gap: how well points are proven, as a part of the error at the smallest budget; a point's own `gap` is relative to
+        its own error and may be larger.
+    An answer within a budget is one within every larger one, and a bound of a budget is one for every smaller one: the
+    curves never turn. Raises Infeasible for a budget that no choice meets, ValueError for a resource that the tables do
+    not have.
     """
     if resource not in tables.costs:
         raise ValueError(f"resource={resource!r} is unknown; the tables know {', '.join(tables.costs)}")
     limits = _spread(tables, resource) if budgets is None else sorted({float(b) for b in budgets})
     if not limits:
         raise ValueError("budgets is empty; pass amounts of the resource, or None for an even spread")
-    points = [allocate(tables, {resource: limit}, gap=gap) for limit in limits]
+    points = [allocate(tables, {resource: limits[0]}, gap=gap)]
+    apart = gap * abs(points[0].error)
+    points += [_point(tables, {resource: limit}, apart) for limit in limits[1:]]
     for k in range(1, len(points)):
         if points[k].error > points[k - 1].error:
             same = {"levels": points[k - 1].levels, "error": points[k - 1].error, "spent": points[k - 1].spent}
-            points[k] = _proven(points[k], same, points[k].bound, gap)
+            points[k] = _proven(points[k], same, points[k].bound)
     for k in reversed(range(len(points) - 1)):
         if points[k].bound < points[k + 1].bound:
-            points[k] = _proven(points[k], {}, points[k + 1].bound, gap)
+            points[k] = _proven(points[k], {}, points[k + 1].bound)
     return Frontier(resource, tuple(points))
 
 
-def _proven(point: Allocation, changed: dict[str, Any], bound: float, gap: float) -> Allocation:
+def _point(tables: Tables, budget: dict[str, float], apart: float) -> Allocation:
+    """The choice within a budget, searched for only where prices leave more than `apart` open."""
+    found = allocate(tables, budget, gap=1.0)
+    if found.error - found.bound <= apart:
+        return found
+    return allocate(tables, budget, gap=apart / max(abs(found.error), abs(found.bound)))
+
+
+def _proven(point: Allocation, changed: dict[str, Any], bound: float) -> Allocation:
     """A point with what its neighbours know of it."""
     error = changed.get("error", point.error)
     apart = relative_gap(error, bound)
-    return replace(point, **changed, bound=bound, gap=apart, status=status_of(apart, gap))
+    return replace(point, **changed, bound=bound, gap=apart, status=status_of(apart, max(apart, OPTIMAL_GAP)))
 
 
 def _spread(tables: Tables, resource: str) -> list[float]:
-    """Budgets from the cheapest choice to the cheapest one of least error."""
+    """Budgets on the way from the cheapest choice to the one of least error."""
     given = chain(tables, {resource: 0.0})
     fixed = tables.fixed.get(resource, 0.0)
     least = float(given.spent(cheapest(given, np.ones(1), error=0.0))[0]) + fixed
     free = allocate(tables, {resource: tables.largest(resource)}, gap=0.0)
-    return [float(b) for b in np.linspace(least, max(free.spent[resource], least), _POINTS)]
+    most = free.spent[resource]
+    return sorted({least + (most - least) * k / _POINTS for k in range(1, _POINTS + 1)}) if most > least else [least]

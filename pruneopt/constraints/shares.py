@@ -81,7 +81,8 @@ def shifted(sizes: Mapping[str, int], sparsity: float, densities: Mapping[str, f
 
 def counted(counts: Mapping[str, int]) -> ByPath:
     """A count for each leaf, by its path taken literally; a leaf may keep none."""
-    return ByPath({glob.escape(path): Cardinality(count=count, floor=0) for path, count in counts.items()})
+    floors = {path: None if count else 0 for path, count in counts.items()}
+    return ByPath({glob.escape(path): Cardinality(count=n, floor=floors[path]) for path, n in counts.items()})
 
 
 def _shapes(params: Tree, leaves: Choice) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """More than one solve: whole networks, schedules, sensitivity, recalibration."""
 
 from pruneopt.plans.distil import distil
-from pruneopt.plans.layer_tables import LayerLevels, budgets, layer_levels, layer_tables, reconstruction_tables
+from pruneopt.plans.layer_tables import LayerLevels, budgets, layer_levels, layer_tables
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.lossless import lossless
 from pruneopt.plans.lottery import lottery
@@ -48,7 +48,6 @@ __all__ = [
     "penalised",
     "prune",
     "recalibrate",
-    "reconstruction_tables",
     "retrain",
     "sensitivity",
     "squared",

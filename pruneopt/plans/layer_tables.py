@@ -26,7 +26,6 @@ from pruneopt.plans.methods import Asked, LayerMethod, layer_row
 from pruneopt.plans.unit_tables import Measure, kl
 from pruneopt.structure.cost import cost
 from pruneopt.structure.defaults import network_of
-from pruneopt.structure.operators import Operator
 from pruneopt.structure.traced import Traced
 
 Tree = Any
@@ -57,9 +56,10 @@ class LayerLevels:
         """
         for path, level in levels.items():
             if path not in self.values or not 0 <= level < len(self.sparsities):
-                raise ValueError(f"levels: {path!r} at {level!r} is not among the leaves or {len(self.sparsities)} levels")
-        changed = {path: self.values[path][level] for path, level in levels.items()}
-        return _tree.map_named(lambda path, x: _tree.like(jnp.asarray(changed[path]), x) if path in changed else x, self.base)
+                many = len(self.sparsities)
+                raise ValueError(f"levels: {path!r} at {level!r} is not among the leaves or {many} levels")
+        changed = {path: jnp.asarray(self.values[path][level]) for path, level in levels.items()}
+        return _tree.map_named(lambda path, x: _tree.like(changed[path], x) if path in changed else x, self.base)
 
     def reconstruction(self) -> Tables:
         """Tables of the layers' own relative errors: no pass over other examples, and no word on what they do to fn."""
@@ -144,8 +144,6 @@ def layer_tables(
     sparsities: Sequence[float] = SPARSITIES,
     method: Asked = "balanced",
     measure: Measure = kl,
-    base: Tree = None,
-    weights: Callable[[Any], Any] | None = None,
     leaves: Choice = None,
     key: jax.Array | int | None = None,
     progress: bool = True,
@@ -159,28 +157,9 @@ def layer_tables(
     Costs: "weights", kept of the chosen leaves; "flops", 2 x multiply-adds of kept weights on the first batch; "bytes",
     of the values kept, no index counted. Of the last two what the rest of the network costs is `fixed`.
     """
-    words: dict[str, Any] = {"sparsities": sparsities, "method": method, "base": base, "weights": weights}
-    words |= {"leaves": leaves, "key": key, "progress": progress}
-    return layer_levels(fn, params, batches, **words).measured(measured, measure, progress=progress)
-
-
-def reconstruction_tables(
-    fn: Callable[[Tree, Any], Any],
-    params: Tree,
-    batches: Source,
-    *,
-    sparsities: Sequence[float] = SPARSITIES,
-    method: Asked = "balanced",
-    base: Tree = None,
-    weights: Callable[[Any], Any] | None = None,
-    leaves: Choice = None,
-    key: jax.Array | int | None = None,
-    progress: bool = True,
-) -> Tables:
-    """As `layer_tables`, with each layer's own relative squared error in place of what the network loses."""
-    words: dict[str, Any] = {"sparsities": sparsities, "method": method, "base": base, "weights": weights}
-    words |= {"leaves": leaves, "key": key, "progress": progress}
-    return layer_levels(fn, params, batches, **words).reconstruction()
+    words: dict[str, Any] = {"sparsities": sparsities, "method": method, "leaves": leaves, "key": key}
+    found = layer_levels(fn, params, batches, **words, progress=progress)
+    return found.measured(measured, measure, progress=progress)
 
 
 def budgets(tables: Tables, levels: Mapping[str, int], total: int | None = None) -> ByPath:
@@ -199,19 +178,18 @@ def budgets(tables: Tables, levels: Mapping[str, int], total: int | None = None)
     left = 0 if total is None else total - sum(counts.values())
     most = sum(int(row.max()) for row in rows.values())
     if left < 0 or left > most - sum(counts.values()):
-        raise ValueError(f"total={total} is outside {sum(counts.values())} to {most}, what these levels and the densest keep")
+        raise ValueError(
+            f"total={total} is outside {sum(counts.values())} to {most}, what these levels and the densest keep"
+        )
     while left:
-        steps = {path: _denser(rows[path], level) for path, level in at.items()}
-        saves = {
-            path: (tables.errors[path][at[path]] - tables.errors[path][after]) / (rows[path][after] - rows[path][at[path]])
-            for path, after in steps.items()
-            if after is not None
-        }
+        steps = {path: after for path, level in at.items() if (after := _denser(rows[path], level)) is not None}
+        saves = {}
+        for path, after in steps.items():
+            saved = tables.errors[path][at[path]] - tables.errors[path][after]
+            saves[path] = saved / (rows[path][after] - rows[path][at[path]])
         for path in sorted(saves, key=saves.__getitem__, reverse=True):
-            after = steps[path]
-            assert after is not None
-            more = min(left, int(rows[path][after]) - counts[path])
-            counts[path], at[path], left = counts[path] + more, after, left - more
+            more = min(left, int(rows[path][steps[path]]) - counts[path])
+            counts[path], at[path], left = counts[path] + more, steps[path], left - more
     return counted(counts)
 
 
@@ -247,7 +225,8 @@ class _Pass:
         several = next((op for op in self._operators if len(op.paths) > 1), None)
         if several is not None:
             raise ValueError(
-                f"leaves: '{several.name}' is made of {len(several.paths)} leaves, which share its weights; leave them out"
+                f"leaves: '{several.name}' is made of {len(several.paths)} leaves, so that none has counts of its own; "
+                "leave them out"
             )
         self._of: dict[str, list[int]] = {}
         for i, op in enumerate(self._operators):
@@ -260,7 +239,7 @@ class _Pass:
             task.check()
 
     def go(self, key: jax.Array, progress: bool) -> Iterator[tuple[str, Any, float]]:
-        """(path, the leaf, the layers' relative error), level after level of each leaf once its operators are solved."""
+        """(path, the leaf, the layers' relative error), level after level of a leaf once its operators are solved."""
         matrices: dict[int, list[Any]] = {}
         lost: dict[int, list[float]] = {}
         with tqdm(total=len(self._operators), desc="levels", unit="layer", disable=not progress) as bar:
