@@ -1,7 +1,7 @@
 """Which layer keeps how much: stories260K at 50, 60, 70 % of its projections' weights, allocations beside each other.
 
     python paper_reproductions/head_to_head/allocation.py [--method balanced] [--draws 3] [--levels 0.5 0.6 0.7]
-        [--segments 16] [--measured 16] [--test-segments 40] [--generations 20] [--around]
+        [--step 0.05] [--segments 16] [--measured 16] [--test-segments 40] [--generations 20] [--around]
 
 Every row prunes layer by layer with the same method on the same calibration set and keeps the same number of weights,
 to the unit; only the counts of the layers differ. Calibrated on `--draws` disjoint sets of `--segments` windows that
@@ -37,8 +37,9 @@ TESTED, LENGTH = 40, 128  # windows of the test protocol; tokens of a window tha
 class Run:
     """One calibration set: pruning with it, and the loss on the windows of the choice."""
 
-    def __init__(self, params, calibration, measured, method):
+    def __init__(self, params, calibration, measured, method, step=0.05):
         self.params, self.calibration, self.measured, self.method = params, calibration, measured, method
+        self._steps = [round(k * step, 6) for k in range(round(1 / step))]
         self.blocks = [f"layers/{i}/*" for i in range(len(params["layers"]))]
         self._forward = jax.jit(stories.forward)
         self._kl = jax.jit(po.plans.kl)
@@ -57,7 +58,7 @@ class Run:
         return min(settings, key=lambda setting: self.loss(self.pruned(make(setting))))
 
     def levels(self, base=None):
-        words = {"method": self.method, "leaves": LEAVES, "base": base, "progress": False}
+        words = {"method": self.method, "sparsities": self._steps, "leaves": LEAVES, "base": base, "progress": False}
         return po.plans.layer_levels(stories.forward, self.params, self.calibration, **words)
 
 
@@ -119,6 +120,7 @@ def main(words=None):
     parser.add_argument("--method", default="balanced")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--levels", nargs="+", type=float, default=[0.5, 0.6, 0.7])
+    parser.add_argument("--step", type=float, default=0.05, help="between the sparsities of the tables")
     parser.add_argument("--segments", type=int, default=16, help="windows of a calibration set")
     parser.add_argument("--measured", type=int, default=16, help="windows on which choices are made")
     parser.add_argument("--test-segments", type=int, default=TESTED)
@@ -135,7 +137,7 @@ def main(words=None):
     for draw in range(given.draws):
         clock = time.perf_counter()
         windows = stories.windows(data, 1200 * (TESTED + draw * given.segments), given.segments)
-        run = Run(params, [b[:, :-1] for b in stories.batches(windows)], measured, given.method)
+        run = Run(params, [b[:, :-1] for b in stories.batches(windows)], measured, given.method, given.step)
         found = run.levels()
         tables = found.measured(measured, progress=False)
         print(f"draw {draw}: {tables!r}, {time.perf_counter() - clock:.0f} s", flush=True)
