@@ -118,6 +118,27 @@ def test_a_search_that_is_given_up_claims_no_more_than_its_prices(monkeypatch):
     assert found.bound == dual.bound <= whole.error <= found.error
 
 
+def test_prices_that_the_linear_solver_cannot_find_are_the_last_ones_known(monkeypatch):
+    """HiGHS gives up where a budget is all but the least that can be reached: no crash, and no claim beyond a proof."""
+    import sys
+    from types import SimpleNamespace
+
+    tables = drawn(3, 8, 6)
+    budget = {"r0": 0.3 * tables.largest("r0")}
+    best, module = allocate(tables, budget, gap=0.0).error, sys.modules["pruneopt.allocation.lagrangian"]
+    whole, calls = module.linprog, []
+
+    def gives_up(*args, **words):
+        calls.append(args)
+        return whole(*args, **words) if len(calls) < 3 else SimpleNamespace(x=None)
+
+    monkeypatch.setattr(module, "linprog", gives_up)
+    found = allocate(tables, budget, gap=1.0)
+    assert len(calls) == 3
+    assert found.bound <= best * (1 + 1e-9) <= found.error * (1 + 1e-8)
+    assert found.spent["r0"] <= budget["r0"]
+
+
 def test_widths_of_a_chain_of_products():
     """A perceptron's widths, whose cost is a product of neighbours, against enumeration over all."""
     widths = [8, 16, 24, 32]

@@ -97,7 +97,7 @@ def allocate(tables: Tables, budget: Mapping[str, float], *, gap: float = 1e-4, 
     of a resource that the tables do not have.
     """
     started = time.perf_counter()
-    given, limits = chain(tables, _checked(tables, budget)), dict(budget)
+    given, limits = chain(tables, checked(tables, budget)), dict(budget)
     priced = lagrangian(given, gap)
     levels = priced.levels
     if levels is None and len(limits) > 1:  # found by no change of one group: budgets that are hard to meet together
@@ -108,7 +108,6 @@ def allocate(tables: Tables, budget: Mapping[str, float], *, gap: float = 1e-4, 
     error = given.lost(levels)
     found = {group: int(level) for group, level in zip(tables.groups, levels, strict=True)}
     apart = relative_gap(error, bound)
-    status = Status.OPTIMAL if apart <= OPTIMAL_GAP else Status.FEASIBLE if apart <= gap else Status.LIMIT
     prices = dict(zip(limits, (float(price) for price in priced.prices), strict=True))
     after = _next(tables, given, limits, priced.prices, levels)
     return Allocation(
@@ -119,7 +118,7 @@ def allocate(tables: Tables, budget: Mapping[str, float], *, gap: float = 1e-4, 
         limits,
         bound,
         apart,
-        status,
+        status_of(apart, gap),
         prices,
         after,
         time.perf_counter() - started,
@@ -146,7 +145,13 @@ def _proven(
     return better, max(bound, min(proven, given.lost(better)))
 
 
-def _checked(tables: Tables, budget: Mapping[str, float]) -> Mapping[str, float]:
+def status_of(apart: float, gap: float) -> Status:
+    """Of an answer that is `apart` from its bound, where `gap` was asked for."""
+    return Status.OPTIMAL if apart <= OPTIMAL_GAP else Status.FEASIBLE if apart <= gap else Status.LIMIT
+
+
+def checked(tables: Tables, budget: Mapping[str, float]) -> Mapping[str, float]:
+    """The budget, or ValueError for one that is empty, of another resource or no amount."""
     if not budget:
         raise ValueError(f"budget is empty; say how much of {' or '.join(tables.costs)} may be spent")
     for name, limit in budget.items():

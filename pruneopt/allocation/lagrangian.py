@@ -40,23 +40,25 @@ def lagrangian(given: Chain, gap: float = 0.0) -> Priced:
         if (value := lost + float(prices @ over)) > best.bound:
             best = best._replace(prices=prices, bound=value)
         cuts.append((lost, over * scale))
-        corner, ceiling = _corner(cuts, most)
+        if (found := _corner(cuts, most)) is None:  # prices too far apart for the solver; any price proves its bound
+            break
+        corner, ceiling = found
         if ceiling <= best.bound + 1e-12 * max(abs(best.bound), abs(ceiling)):
             if np.all(corner < 0.99 * most) or most > 1e12:
                 break
             most *= 1e3
-            corner, _ = _corner(cuts, most)
+            continue
         prices = corner * scale
     return best._replace(levels=_near(given, best.prices, rows, best.bound + gap * abs(best.bound)))
 
 
-def _corner(cuts: list[tuple[float, np.ndarray]], most: float) -> tuple[np.ndarray, float]:
-    """The prices within [0, most] at which the least of the cuts is largest, and that least."""
+def _corner(cuts: list[tuple[float, np.ndarray]], most: float) -> tuple[np.ndarray, float] | None:
+    """The prices within [0, most] at which the least of the cuts is largest, and that least; None where HiGHS fails."""
     over = np.array([row for _, row in cuts])
     rows = np.concatenate([np.ones((len(cuts), 1)), -over], axis=1)
     limits = [(None, None), *[(0.0, most)] * over.shape[1]]
     found = linprog([-1.0, *[0.0] * over.shape[1]], rows, [lost for lost, _ in cuts], bounds=limits, method="highs")
-    return np.maximum(found.x[1:], 0.0), float(found.x[0])
+    return None if found.x is None else (np.maximum(found.x[1:], 0.0), float(found.x[0]))
 
 
 def _scale(given: Chain) -> Float[np.ndarray, " resources"]:

@@ -9,7 +9,7 @@ from pruneopt.constraints.coupled import Coupled, coupled
 from pruneopt.constraints.intersection import Intersection
 from pruneopt.constraints.laid import Laid, laid
 from pruneopt.constraints.nm import NM
-from pruneopt.constraints.shares import by_size, erdos_renyi
+from pruneopt.constraints.shares import arithmetic, by_size, erdos_renyi
 from pruneopt.constraints.support import Support
 from pruneopt.constraints.transposable import TransposableNM
 
@@ -28,6 +28,7 @@ __all__ = [
     "Support",
     "TransposableNM",
     "Units",
+    "arithmetic",
     "by_size",
     "coupled",
     "erdos_renyi",

@@ -1,11 +1,13 @@
 """More than one solve: whole networks, schedules, sensitivity, recalibration."""
 
 from pruneopt.plans.distil import distil
+from pruneopt.plans.layer_tables import LayerLevels, budgets, layer_levels, layer_tables
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.lossless import lossless
 from pruneopt.plans.lottery import lottery
 from pruneopt.plans.methods import LAYER_METHODS, METHODS, LayerMethod, Method, gauss_newton
 from pruneopt.plans.models import SoftmaxGaussNewton
+from pruneopt.plans.outlier_weighed import outlier_weighed
 from pruneopt.plans.path import Path, at_sparsity, path
 from pruneopt.plans.penalised import penalised
 from pruneopt.plans.prune import prune
@@ -22,6 +24,7 @@ __all__ = [
     "CoarseThenFine",
     "Cubic",
     "Iterative",
+    "LayerLevels",
     "LayerMethod",
     "Method",
     "OneShot",
@@ -31,12 +34,16 @@ __all__ = [
     "SoftmaxGaussNewton",
     "Stage",
     "at_sparsity",
+    "budgets",
     "distil",
     "gauss_newton",
     "kl",
+    "layer_levels",
+    "layer_tables",
     "layerwise",
     "lossless",
     "lottery",
+    "outlier_weighed",
     "path",
     "penalised",
     "prune",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -81,6 +82,12 @@ class LayerTask:
         self._slots = slots_of(operators, before)
         self._allowed = constraint.restricted(self._slots)
         self._grams: WeakKeyDictionary[calibration.Inputs, Gram] = WeakKeyDictionary()
+
+    def under(self, constraint: Constraint) -> LayerTask:
+        """The same task under another constraint; both share what solvers keep with the last Gram."""
+        other = copy(self)
+        other._constraint, other._allowed = constraint, constraint.restricted(self._slots)
+        return other
 
     def check(self) -> None:
         """Raise where a constraint does not fit a layer, before any work."""
