@@ -3,11 +3,12 @@
     PRUNEOPT_DATA=data python paper_reproductions/yu_2022/run.py [--ratio 0.77] [--images 512] [--steps 314]
         [--tried 80] [--rates 0.01 0.03 0.1] [--seeds 1]
 
-The channels inside the nine blocks are cut, 336 of them; the residual stream is not. HAP's ratio is the share of channels
-that go, by one threshold over all layers. The other rows keep as many channels, of their own choice, as have the FLOPs
-that HAP's cut left. Scores are of `--images` training images. Each row's rate is the one with the least loss on 2,000
-training images that are not trained on, after `--tried` steps; then `--steps` steps of SGD from the cut network, batches
-of 128 cropped images, momentum 0.9, weight decay 5e-4, the rate over ten at half and again at three quarters of them.
+The channels inside the nine blocks are cut, 336 of them; the residual stream is not. HAP's ratio is the share of
+channels that go, by one threshold over all layers. The other rows keep as many channels, of their own choice, as have
+the FLOPs that HAP's cut left. Scores are of `--images` training images. Each row's rate is the one with the least loss
+on 2,000 training images that are not trained on, after `--tried` steps; then `--steps` steps of SGD from the cut
+network, batches of 128 cropped images, momentum 0.9, weight decay 5e-4, the rate over ten at half and again at three
+quarters.
 """
 
 import argparse
@@ -161,9 +162,9 @@ def main(words=None):
             figures = [accuracy(p, test) for p in (small, anew, last)]
             found[name, seed] = (of(alive) / whole, left, *figures, rate)
             print(
-                f"seed {seed}, {name:24} FLOPs {of(alive) / whole:.3f}, parameters {left:.3f}, as cut {figures[0]:.2f}, "
-                f"statistics anew {figures[1]:.2f}, tuned {figures[2]:.2f} % at rate {rate:g}; widths "
-                f"{[int(x.sum()) for x in alive.values()]}; cut {ranked:.0f} s, all "
+                f"seed {seed}, {name:24} FLOPs {of(alive) / whole:.3f}, parameters {left:.3f}, as cut "
+                f"{figures[0]:.2f}, statistics anew {figures[1]:.2f}, tuned {figures[2]:.2f} % at rate {rate:g}; "
+                f"widths {[int(x.sum()) for x in alive.values()]}; cut {ranked:.0f} s, all "
                 f"{time.perf_counter() - clock:.0f} s",
                 flush=True,
             )

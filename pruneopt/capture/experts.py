@@ -99,8 +99,8 @@ def contributions(traced: Traced, name: str, leaves: Tree, batches: Batches) -> 
     """For each problem e of an operator, an expert, the mean over the positions routed to it of ||g_e(x) y_e(x)||.
 
     y_e is the operator's output and g_e y_e what it adds to the sum over experts, whatever the program makes of its
-    gate: the sum's part that is linear in y_e. A position is routed to e where that is not zero. 0 for an expert
-    that no position is routed to. Raises ValueError where outputs are not summed along their own axis.
+    gate: the sum's part that is linear in y_e. A position is routed to e where outputs of ones would add something.
+    0 for an expert that no position is routed to. Raises ValueError where outputs are not summed along their own axis.
     Source: Lasby et al. 2025 (REAP).
     """
     named = dict(_tree.named_leaves(leaves))
@@ -136,20 +136,21 @@ def _added(graph: Graph, op: Operator, use: Use, leaves: dict[str, Any], batch: 
 
 @partial(jax.jit, static_argnames=("chain", "place", "form"))
 def _norms(chain: Segment, place: int, form: Any, given: Sequence[Any], sizes: Any) -> tuple[Any, Any]:
-    """(sum of the norms, number of those that are not zero) of each problem's part of the total."""
+    """(sum of the norms, number of positions where the gate is not zero) of each problem's part of the total."""
     y = given[place]
     axes = form.output_axes[1] if isinstance(form, Ragged) else form.output_axes[0]
     owned = form.belongs(sizes) if isinstance(form, Ragged) else jnp.eye(form.problems, dtype=bool)
     along = [y.shape[k] if k in axes else 1 for k in range(y.ndim)]
 
+    def of(outputs: Any) -> Any:
+        values = [outputs if i == place else x for i, x in enumerate(given)]
+        return chain.trace(values)[0].astype(_tree.wide(y.dtype))
+
     def one(own: Any) -> tuple[Any, Any]:
-        own = jnp.transpose(own.astype(bool).reshape([y.shape[k] for k in axes]), np.argsort(axes).tolist()).reshape(
-            along
-        )
-        values = list(given)
-        values[place] = jnp.where(own, y, jnp.zeros((), y.dtype))
-        z = chain.trace(values)[0].astype(_tree.wide(y.dtype))
+        own = own.astype(bool).reshape([y.shape[k] for k in axes])  # in the order of the form's axes
+        own = jnp.transpose(own, np.argsort(axes).tolist()).reshape(along)
+        z, gate = (of(jnp.where(own, x, jnp.zeros((), y.dtype))) for x in (y, jnp.ones_like(y)))
         norm = jnp.sqrt(jnp.sum(z * z, axis=-1))
-        return jnp.sum(norm), jnp.sum((norm > 0).astype(norm.dtype))
+        return jnp.sum(norm), jnp.sum(jnp.any(gate != 0, axis=-1).astype(norm.dtype))
 
     return jax.lax.map(one, owned)
