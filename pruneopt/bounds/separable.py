@@ -14,6 +14,7 @@ from pruneopt.bounds.base import Evidence
 from pruneopt.constraints import parts
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.scores import Scores
+from pruneopt.objectives.unit_scores import UnitScores
 from pruneopt.problem import Problem
 
 Tree = Any
@@ -29,6 +30,8 @@ class Separable(Evidence):
     def bound(self, problem: Problem, value: Tree, support: Tree) -> float:
         """f(w0) and the least that any feasible support drops."""
         f, constraint = problem.objective, problem.subject_to
+        if isinstance(f, UnitScores):
+            return -math.inf if constraint is None or problem.penalty is not None else f.least(constraint)
         if not isinstance(f, QuadraticObjective | Scores) or not f.is_separable or problem.penalty is not None:
             return -math.inf
         if constraint is None:

@@ -91,7 +91,7 @@ class Coupled(Constraint):
 
     def described(self, ndim: int | None = None) -> Parts:
         """A choice of its own."""
-        return Parts(choices=(Choice(self, units=True),))
+        return Parts(choices=(Choice(self, units=True, groups=self.groups),))
 
     def check(self, variable: Tree) -> None:
         """Raise ValueError for groups of another network, and budgets that no group can meet."""
@@ -116,6 +116,15 @@ class Coupled(Constraint):
         named = dict(_tree.named_leaves(scores))
         alive = self._on_units.select({group.name: _pooled(group, named) for group in self.groups})
         return self._spread(alive, scores)
+
+    def units(self, scores: Mapping[str, Any], allowed: Tree) -> dict[str, Bool[Array, " units"]]:
+        """Units by scores of their own, {group: a number a unit}, of those of which `allowed` leaves something."""
+        some = self.alive(allowed)
+        return self._on_units.select({name: jnp.where(some[name], scores[name], -jnp.inf) for name in some})
+
+    def with_units(self, alive: Mapping[str, Bool[Array, " units"]], allowed: Tree) -> Tree:
+        """`allowed` without the entries of other units."""
+        return jax.tree.map(jnp.logical_and, allowed, self._spread(alive, allowed))
 
     def violation(self, support: Tree) -> int:
         """Units alive, with any entry of any member, beyond the budget."""

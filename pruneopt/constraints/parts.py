@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class Choice:
     units: whether whole boxes live or die. group: (n, m) of N:M. floor: weights that live in each leaf at least.
     rows: the unit of each input of a matrix, -1 for those that always live, where the inputs of a unit need not be
         neighbours; else None.
+    groups: the groups of coupled units that live or die whole, which `by` can also choose by scores of their own.
     kept_of: how many of a scope of so many weights live, floors aside; counts: how many in each scope of a leaf of that
         shape, scope after scope. None for others than budgets of single weights.
     """
@@ -40,6 +41,7 @@ class Choice:
     group: tuple[int, int] | None = None
     floor: int = 0
     rows: tuple[int, ...] | None = None
+    groups: tuple[Any, ...] = field(default=(), compare=False)
     kept_of: Callable[[int], int] | None = field(default=None, compare=False)
     counts: Callable[[tuple[int, ...]], np.ndarray] | None = field(default=None, compare=False)
 
@@ -101,6 +103,21 @@ class Parts:
     def allowed_flat(self, like: Tree) -> Bool[np.ndarray, " p"]:
         """`allowed`, the leaves laid end to end, on the host."""
         return np.concatenate([np.asarray(mask).reshape(-1) for mask in jax.tree.leaves(self.allowed(like))])
+
+    @property
+    def groups(self) -> tuple[Any, ...]:
+        """The groups of coupled units, where whole units are all that is chosen among what masks allow; else none."""
+        return () if self.one is None or self.values or self.by_path else self.one.groups
+
+    def units(self, scores: Mapping[str, Any], like: Tree) -> dict[str, Any]:
+        """{group: which of its units live}, with the largest sum of `scores`, {group: a number a unit}; exact."""
+        assert self.one is not None
+        return self.one.by.units(scores, self.allowed(like))
+
+    def with_units(self, alive: Mapping[str, Any], like: Tree) -> Tree:
+        """What masks allow of these units, a boolean array for each leaf of `like`."""
+        assert self.one is not None
+        return self.one.by.with_units(alive, self.allowed(like))
 
     def cut(self, values: Tree) -> Tree:
         """`values` where every mask lets them live, zero elsewhere; on the host, in their own precision."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -97,6 +97,30 @@ def empirical_fisher_diagonal(loss: calls.Loss, params: Tree, batches: Source, l
     return Diagonal(layout.tree(total / jnp.asarray(n, total.dtype)))
 
 
+@_tree.on_host
+def projected_fisher(
+    loss: calls.Loss,
+    params: Tree,
+    batches: Source,
+    leaves: Choice = None,
+    *,
+    project: Callable[[Tree, Tree], Float[Array, " k"]],
+) -> Float[np.ndarray, " k"]:
+    """diag(P F P^T) = 1/n sum_i (P g_i)^2, F the empirical Fisher of n examples and P a linear map of gradients.
+
+    project: (gradient, weights) -> P gradient, both trees of the chosen leaves; it has a hash, and JAX traces it. The
+        rest is as of `empirical_fisher_diagonal`, errors too.
+    """
+    _, chosen, rest, stream = loss_network(loss, params, batches, leaves).parts
+    layout, n, total = _tree.Layout.of(chosen), 0, 0.0
+    for chunk, origin, new in _chunks(stream, _at_once(layout)):
+        found, finite = _each(Separable(loss), chosen, rest, chunk)
+        _check(loss, chosen, rest, chunk, found, finite, origin)
+        part = np.asarray(_projected(project, layout, chosen, found), np.float64)
+        total, n = total + np.sum(part[len(part) - new :] ** 2, axis=0), n + new
+    return np.asarray(total / n)
+
+
 def _dtype(chosen: Tree, asked: Any) -> Any:
     """The dtype of the gradients."""
     widest = _tree.widest(chosen)
@@ -184,6 +208,17 @@ def _written(gradients: Float[Array, "n p"], found: list[Float[Array, "k size"]]
         gradients = jax.lax.dynamic_update_slice(gradients, g.astype(gradients.dtype), (start, at))
         at += g.shape[1]
     return gradients
+
+
+@partial(jax.jit, static_argnames=("project", "layout"))
+def _projected(project: Any, layout: _tree.Layout, chosen: Tree, found: list[Float[Array, "n size"]]) -> Any:
+    """The map of each example's gradient, a row an example."""
+
+    def one(parts: list[Array]) -> Any:
+        leaves = [g.reshape(shape) for g, shape in zip(parts, layout.shapes, strict=True)]
+        return project(jax.tree.unflatten(layout.structure, leaves), chosen)
+
+    return jax.vmap(one)(found)
 
 
 @jax.jit

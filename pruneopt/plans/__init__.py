@@ -16,11 +16,13 @@ from pruneopt.plans.retrain import retrain
 from pruneopt.plans.schedules import CoarseThenFine, Cubic, Iterative, OneShot, Schedule, Stage
 from pruneopt.plans.sensitivity import Sensitivity, sensitivity
 from pruneopt.plans.staged import staged
+from pruneopt.plans.unit_scores import UNIT_METHODS, UnitMethod, unit_scores
 from pruneopt.plans.unit_tables import kl, squared, unit_tables
 
 __all__ = [
     "LAYER_METHODS",
     "METHODS",
+    "UNIT_METHODS",
     "CoarseThenFine",
     "Cubic",
     "Iterative",
@@ -33,6 +35,7 @@ __all__ = [
     "Sensitivity",
     "SoftmaxGaussNewton",
     "Stage",
+    "UnitMethod",
     "at_sparsity",
     "budgets",
     "distil",
@@ -52,5 +55,6 @@ __all__ = [
     "sensitivity",
     "squared",
     "staged",
+    "unit_scores",
     "unit_tables",
 ]

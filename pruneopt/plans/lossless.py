@@ -16,7 +16,7 @@ from pruneopt.network.batches import Source
 from pruneopt.network.leaves import Choice, as_key
 from pruneopt.objectives.loss import Loss
 from pruneopt.plans.layerwise import layerwise
-from pruneopt.plans.methods import Asked, LayerMethod, Method, row_of
+from pruneopt.plans.methods import Asked, LayerMethod, Method, weight_row
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned
 from pruneopt.solve import solve
@@ -49,7 +49,7 @@ def lossless(
     """
     if not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance={tolerance!r} is not a finite number >= 0; pass the rise of the loss to accept")
-    network, row, key = network_of(fn, params, batches, leaves), row_of(method), as_key(key)
+    network, row, key = network_of(fn, params, batches, leaves), weight_row(method), as_key(key)
     loss = Loss(*network.given)
     model = row.model(network, key) if isinstance(row, Method) else None
     dense = loss.finite_value(network.chosen)

@@ -29,6 +29,7 @@ from pruneopt.plans.models import (
     synaptic_flow,
     weights_alone,
 )
+from pruneopt.plans.unit_scores import UNIT_METHODS, UnitMethod
 from pruneopt.solvers.alps import ALPS
 from pruneopt.solvers.auto import BALANCED, BEST, FAST, Auto
 from pruneopt.solvers.base import Solver, Then
@@ -188,7 +189,7 @@ def gauss_newton(logits: Any, *, temperature: float = 4.0, share: float = 0.15, 
     return Method(model, GlobalADMM(rho=(0.1, 10.0), levels=8, refit=60), "Gauss-Newton matrix, ADMM in its diagonal")
 
 
-Row = Method | LayerMethod
+Row = Method | LayerMethod | UnitMethod
 Asked = str | Row | Solver | Scores
 
 
@@ -198,21 +199,32 @@ def row_of(method: Asked) -> Row:
 
     Raises ValueError, listing the names, for an unknown one.
     """
-    if isinstance(method, (Method, LayerMethod)):
+    if isinstance(method, (Method, LayerMethod, UnitMethod)):
         return method
     if isinstance(method, Solver):
         return LayerMethod(method)
     if isinstance(method, Scores):
         return Method(lambda network, key: method.at(network.params, network.chosen), Score(), "", False, False)
-    rows = METHODS | LAYER_METHODS
+    rows: dict[str, Row] = {**METHODS, **LAYER_METHODS, **UNIT_METHODS}
     if not isinstance(method, str) or method not in rows:
         raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(rows)}, a row of your own, or a Solver")
     return rows[method]
 
 
+def weight_row(method: Asked) -> Method | LayerMethod:
+    """`row_of`, or ValueError for a row that ranks whole units."""
+    row = row_of(method)
+    if isinstance(row, UnitMethod):
+        raise ValueError(
+            f"method={method!r} ranks whole units, and this plan cuts weights; pass one of "
+            f"{', '.join(METHODS | LAYER_METHODS)}, or use prune with a Coupled set"
+        )
+    return row
+
+
 def layer_row(method: Asked) -> LayerMethod:
     """`row_of`, or ValueError for a method that models the loss of the whole network."""
-    row = row_of(method)
+    row = weight_row(method)
     if not isinstance(row, LayerMethod):
         raise ValueError(
             f"method={method!r} models the whole network's loss; pass one of {', '.join(LAYER_METHODS)}, a Solver or "
@@ -223,7 +235,7 @@ def layer_row(method: Asked) -> LayerMethod:
 
 def loss_row(method: Asked) -> Method:
     """`row_of`, or ValueError for a method that goes layer by layer."""
-    row = row_of(method)
+    row = weight_row(method)
     if not isinstance(row, Method):
         raise ValueError(
             f"method={method!r} goes layer by layer, and this plan needs a model of the loss; pass one of "
@@ -238,6 +250,7 @@ def name_of(method: Asked) -> str:
         return method
     if isinstance(method, Scores):
         return "Scores"
-    row, rows = row_of(method), METHODS | LAYER_METHODS
+    row = row_of(method)
+    rows: dict[str, Row] = {**METHODS, **LAYER_METHODS, **UNIT_METHODS}
     known = [n for n, other in rows.items() if other is row] or [n for n, other in rows.items() if other == row]
-    return known[0] if known else repr(row.solver)
+    return known[0] if known else repr(row if isinstance(row, UnitMethod) else row.solver)

@@ -19,13 +19,16 @@ from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, as_key, check_finite, check_like
 from pruneopt.network.network import Network
 from pruneopt.objectives.loss import Loss
+from pruneopt.objectives.unit_scores import UnitScores
 from pruneopt.plans.judged import FACTS, damped, judged, left_out, standing
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.methods import Asked, LayerMethod, Method, name_of, row_of
 from pruneopt.plans.schedules import OneShot, Schedule, stages_of
+from pruneopt.plans.unit_scores import UnitMethod, groups_of, owned
 from pruneopt.problem import Problem
 from pruneopt.solution import Pruned, Solution
 from pruneopt.solve import solve
+from pruneopt.solvers.score import Score
 from pruneopt.structure.defaults import network_of
 
 Tree = Any
@@ -57,9 +60,9 @@ def prune(
         fraction everywhere. Layer by layer (see `plans.layerwise`) a tree's budget is shared out uniformly.
         Inputs and outputs are those of the matrices that fn multiplies in the first batch; where fn or batches are None
         a leaf of two axes is (n_in, n_out), one of four an HWIO kernel, and others are refused (`constraints.laid`).
-    method: a name of `plans.METHODS` or `plans.LAYER_METHODS`, a row of your own, a solver alone, which goes layer by
-        layer (`LayerMethod(solver)`), or `objectives.Scores` for a saliency of your own. A name is one problem in every
-        plan: objective, target and damping.
+    method: a name of `plans.METHODS`, `plans.LAYER_METHODS` or, under a Coupled set, `plans.UNIT_METHODS`, a row of
+        your own, a solver alone, which goes layer by layer (`LayerMethod(solver)`), or `objectives.Scores` for a
+        saliency of your own. A name is one problem in every plan: objective, target and damping.
     schedule: OneShot() (default), Iterative, Cubic, CoarseThenFine. Supports are nested: what is cut stays cut.
     fine_tune: (params, support) -> params after each stage (`plans.retrain` makes one); pruned weights are set back to
         zero. evaluate: params -> anything, kept in `history` after pruning ("pruned") and fine-tuning ("tuned").
@@ -67,7 +70,8 @@ def prune(
         the `dampings` of its row, at one solve each.
     leaves: which leaves are pruned: a predicate (path, leaf), glob patterns over paths, or None for those of two or
         more axes that fn multiplies (`structure.default_leaves`); where fn or batches are None, for floating arrays of
-        two or more axes whose path does not say bias, norm, scale or embed. key: defaults to seed 0.
+        two or more axes whose path does not say bias, norm, scale or embed; for a row of `plans.UNIT_METHODS`, for all
+        that its groups own but running statistics. key: defaults to seed 0.
     progress: show a bar with the time left.
 
     Returns a Pruned; every other leaf is the very object that was given. `params` is never changed. `history` has for
@@ -83,13 +87,17 @@ def prune(
     for name, call in (("fine_tune", fine_tune), ("evaluate", evaluate)):
         if call is not None and not callable(call):
             raise TypeError(f"{name} is {call!r}; pass a function")
+    if isinstance(row, UnitMethod) and leaves is None:
+        leaves = owned(groups_of(constraint, method))
     network = network_of(fn, params, batches, leaves)
     stages = stages_of(schedule or OneShot(), constraint, network.chosen)
     methods = [method if stage.method is None else stage.method for stage in stages]
     rows = [row_of(m) for m in methods]
-    if any(isinstance(r, Method) for r in rows):
+    if not all(isinstance(r, LayerMethod) for r in rows):
         constraint = as_multiplied(constraint, network)
         constraint.check(network.chosen)
+    for named in (m for m, r in zip(methods, rows, strict=True) if isinstance(r, UnitMethod)):
+        groups_of(constraint, named)
     if fn is None and any(isinstance(r, LayerMethod) or r.reads_data for r in rows):
         raise TypeError(f"fn is None, but method={method!r} reads a loss; pass fn(params, batch) -> scalar")
     aside = None if held_out is None else Batches(held_out, "held_out")
@@ -129,8 +137,14 @@ def prune(
     return Pruned(network.params, support, solutions, history, history[-1]["scope"])
 
 
-def _as_a_whole(row: Method, network: Network, held_out: Any, allowed: Constraint, key: jax.Array) -> Solution:
+def _as_a_whole(
+    row: Method | UnitMethod, network: Network, held_out: Any, allowed: Constraint, key: jax.Array
+) -> Solution:
     """One solve over all chosen leaves; what the model foresaw beside what the loss did, where the model is of it."""
+    if isinstance(row, UnitMethod):
+        groups = groups_of(allowed, row)
+        ranked = UnitScores(row.scores(network, groups, key), groups, network.chosen)
+        return solve(Problem(ranked, subject_to=allowed), Score())
     modelled, solved = jax.random.split(key)
     objective = row.model(network, modelled)
     if not row.predicts:

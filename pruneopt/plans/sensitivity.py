@@ -16,7 +16,7 @@ from pruneopt.network.leaves import Choice, as_key
 from pruneopt.network.network import Network
 from pruneopt.objectives.loss import Loss
 from pruneopt.plans.layerwise import layerwise
-from pruneopt.plans.methods import Asked, LayerMethod, Method, row_of
+from pruneopt.plans.methods import Asked, LayerMethod, Method, weight_row
 from pruneopt.problem import Problem
 from pruneopt.solve import solve
 from pruneopt.solvers.score import Score
@@ -79,7 +79,7 @@ def sensitivity(
     if not levels:
         raise ValueError("levels is empty; pass sparsities such as (0.5, 0.9)")
     constraints = [Cardinality(sparsity=level, per="leaf", floor=0) for level in levels]
-    network, row, key = network_of(fn, params, batches, leaves), row_of(method), as_key(key)
+    network, row, key = network_of(fn, params, batches, leaves), weight_row(method), as_key(key)
     chosen, loss = network.chosen, Loss(*network.given)
     dense = loss.finite_value(chosen)
 

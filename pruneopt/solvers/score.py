@@ -12,9 +12,11 @@ from jaxtyping import Array, Float
 
 from pruneopt import _tree
 from pruneopt.bounds.separable import Separable
+from pruneopt.constraints import parts
 from pruneopt.objectives.base import QuadraticObjective
 from pruneopt.objectives.reconstruction import Reconstruction
 from pruneopt.objectives.scores import Scores
+from pruneopt.objectives.unit_scores import UnitScores
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, without_penalty
 
@@ -33,6 +35,8 @@ class Score(Solver):
         with the exponent 1/2);
         "random", uniform scores.
 
+    For `UnitScores` it keeps the best units of a Coupled set, by their own scores.
+
     Cost: one selection. Optimal, and proven so, for the rule "saliency" where the objective is separable (no
     gradient, diagonal H >= 0) and the constraint's selection exact. `init` is not used.
     """
@@ -47,6 +51,8 @@ class Score(Solver):
         """A penalty, no constraint, or (random aside) an objective without a quadratic model."""
         if problem.subject_to is None:
             return "Score needs a constraint; pass subject_to="
+        if isinstance(problem.objective, UnitScores):
+            return _no_units(problem, self.rule) or without_penalty(problem, self)
         if self.rule == "relative" and not isinstance(problem.objective, Reconstruction):
             return (
                 f"Score(rule='relative') needs the objective Reconstruction, not {type(problem.objective).__name__}; "
@@ -65,6 +71,11 @@ class Score(Solver):
         """Score, select, mask."""
         f, constraint = problem.objective, problem.subject_to
         assert constraint is not None
+        if isinstance(f, UnitScores):
+            found = parts.of(constraint)
+            support = found.with_units(found.units(f.ranking(), f.center), f.center)
+            proof = Separable() if f.is_separable else None
+            return Outcome(_tree.masked(f.center, support), support, evidence=proof)
         proof = None
         if self.rule == "random":
             scores = _random(f.center, key)
@@ -115,6 +126,19 @@ def _shares(size: Float[Array, "n m"], axis: int) -> Float[Array, "n m"]:
 @jax.jit
 def _absolute(scores: Tree) -> Tree:
     return jax.tree.map(jnp.abs, scores)
+
+
+def _no_units(problem: Problem, rule: str) -> str | None:
+    """Why units cannot be ranked."""
+    f = problem.objective
+    if rule != "saliency":
+        return f"Score(rule={rule!r}) ranks weights; for UnitScores pass Score()"
+    if isinstance(f, UnitScores) and parts.of(problem.subject_to).groups != f.groups:
+        return (
+            f"UnitScores ranks whole units, of which subject_to={problem.subject_to!r} is no set; pass the Coupled set "
+            "of their groups, alone or within a Support"
+        )
+    return None
 
 
 def _has_no_terms(f: Any) -> bool:
