@@ -29,7 +29,7 @@ from paper_reproductions.networks import stories
 from pruneopt.constraints import arithmetic, by_size, erdos_renyi
 
 LEAVES = ["layers/*/w*"]
-POWERS = (0.1, 0.25, 0.4)
+POWERS = (0.1, 0.25, 0.4, 0.6)
 SLOPES = (-0.02, 0.02, 0.04, 0.08)
 TESTED, LENGTH = 40, 128  # windows of the test protocol; tokens of a window that choices are made on
 
