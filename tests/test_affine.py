@@ -121,7 +121,7 @@ def test_channels_of_a_convolution_and_of_its_groups():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", ["norm", "heads"])
 def test_a_centred_refit_is_least_squares_with_an_intercept(name, weighted):
-    """Against numpy.linalg.lstsq on the kept inputs and a column of ones; the norm's statistics are the new outputs'."""
+    """Against numpy.linalg.lstsq on the kept inputs and a column of ones; the statistics are the new outputs'."""
     of, paths = WRITINGS[name]
     params = {"w": normal(5, 4), **norm_params(4)}
     x = normal(60, 5) + 2.0

@@ -274,54 +274,6 @@ def test_what_a_unit_costs_is_what_removing_it_adds():
     assert po.solve(problem, GreedyUnits(exchanges=0)).objective == pytest.approx(best_of_all(f, ids, 5), rel=1e-6)
 
 
-def test_tables_are_the_losses_of_each_group_cut_alone():
-    fn, params, x, found, _ = built("mlp", {})
-    measured = normal(30, 4)
-    widths = {"a[1]": [2, 4, 6], "c[1]": [3, 5]}
-    method = po.plans.LayerMethod(GreedyUnits(), damping=1e-6)
-    words = {"measure": po.plans.squared, "widths": widths, "method": method, "progress": False}
-    tables = po.plans.unit_tables(fn, params, [x], found, [measured], **words)
-    assert {group: tables.levels[group] for group in tables.groups} == widths
-    assert tables.errors["a[1]"][-1] == tables.errors["c[1]"][-1] == 0
-    assert tables.errors["a[1]"][0] > tables.errors["a[1]"][1] > 0
-    hidden = np.maximum(np.asarray(x @ params["a"] + params["b"]), 0)
-    gram, c = hidden.T @ hidden / len(hidden), np.asarray(params["c"])
-    gram += 1e-6 * np.mean(np.diagonal(gram)) * np.eye(6)
-    order = GreedyUnits().order(
-        po.Problem(Reconstruction(params["c"], Gram(jnp.asarray(hidden.T @ hidden / len(hidden))), 1e-6),
-                   subject_to=po.constraints.Blocks((1, -1), po.constraints.Cardinality(count=1)))
-    )  # fmt: skip
-    s = np.sort(order[4:] + [k for k in range(6) if k not in order])
-    w = np.zeros_like(c)
-    w[s] = np.linalg.solve(gram[np.ix_(s, s)], (gram @ c)[s])
-    before, after = fn(params, measured), fn(params | {"c": jnp.asarray(w)}, measured)
-    assert tables.errors["a[1]"][0] == pytest.approx(
-        float(jnp.sum((after - before) ** 2) / jnp.sum(before**2)), rel=1e-4
-    )
-
-
-def test_costs_are_those_of_the_smaller_network():
-    """A chain of widths: what the tables say of every choice, beside the cut network's own numbers."""
-    fn, params, x, found, _ = built("mlp", {})
-    words = {"measure": po.plans.squared, "widths": {"a[1]": [2, 4, 6], "c[1]": [3, 5]}, "progress": False}
-    tables = po.plans.unit_tables(fn, params, [x], found, [x], **words)
-    for choice in itertools.product(range(3), range(2)):
-        levels = dict(zip(tables.groups, choice, strict=True))
-        first, second = tables.levels["a[1]"][levels["a[1]"]], tables.levels["c[1]"][levels["c[1]"]]
-        small = po.shrink_units(fn, params, x, {("a", 1): range(first), ("c", 1): range(second)})
-        cost = po.structure.cost(po.structure.trace(small.fn, small.params, x))
-        arrays = 3 * first + 3 * second  # before and after the bias, and after the rectifier
-        assert tables.spent(levels) == {
-            "flops": cost.flops,
-            "parameters": cost.parameters,
-            "bytes": cost.bytes,
-            "activations": 8 * 40 * (4 + arrays + 3),
-        }
-    budget = {"flops": 0.5 * tables.largest("flops"), "parameters": 0.7 * tables.largest("parameters")}
-    found = po.allocation.allocate(tables, budget)
-    assert all(found.spent[name] <= limit for name, limit in budget.items())
-
-
 def test_a_branch_goes_whole_and_the_network_can_be_read_again():
     """Width zero: the residual block is the stream alone, with what the branch added on average in its bias."""
 

@@ -118,8 +118,8 @@ def layer_levels(
         are the base's, targets the method's own: of the dense network where it says so. What leaves lose together is
         closer to a sum near a base than far from it.
     weights, leaves, key: as of `layerwise`.
-    Raises ValueError for sparsities outside [0, 1) or none, a method that is centred, for an operator of several leaves, whose counts no leaf has
-    of its own, and what `layerwise` raises.
+    Raises ValueError for sparsities outside [0, 1) or none, a method that is centred, an operator of several leaves,
+    whose counts no leaf has of its own, and what `layerwise` raises.
     """
     steps, row = _checked(sparsities), layer_row(method)
     if row.centred:

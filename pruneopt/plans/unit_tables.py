@@ -98,6 +98,7 @@ def unit_tables(
     seen = capture(fn, params, batches, leaves=paths, means=row.centred, weights=weights)
     of, errors = jax.jit(measure), dict[str, list[float]]()
     before = [jax.block_until_ready(jax.jit(fn)(params, batch)) for batch in probe]
+    sizes = [probe.weight(batch) for batch in probe]
     for group in tqdm(units.groups, desc="groups", unit="group", disable=not progress):
         slot, rows = consumers[group.name]
         (op,) = slot.operators
@@ -107,7 +108,7 @@ def unit_tables(
             found = [float(of(a, after.outputs(changed))) for a, after in zip(before, onwards, strict=True)]
             if not np.all(np.isfinite(found)):
                 raise ValueError(f"measure: it is {found} for group '{group.name}' of width {width}; repair it")
-            errors[group.name].append(max(float(np.mean(found)), 0.0))
+            errors[group.name].append(max(float(np.average(found, weights=sizes)), 0.0))
     return Tables(
         {name: errors[name] for name in costs.order},
         costs.costs,
