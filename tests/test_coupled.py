@@ -335,3 +335,31 @@ def test_units_print_what_they_are():
     group = Members("h", 4, {("a", 1): np.arange(4)})
     assert repr(group) == "h: 4 units in 1 axes"
     assert repr(po.constraints.Coupled((group,), {"h": 2})) == "Coupled(4 units in 1 groups, {'h': 2})"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_of_units_are_the_best_ones_within_the_budget(seed):
+    """Against all choices of whole runs."""
+    rng = np.random.default_rng(seed)
+    groups = tuple(Members(n, size, {(n, 0): np.arange(size)}) for n, size in (("x", 6), ("y", 5)))
+    scores = {n: jnp.asarray(rng.random(size)) for n, size in (("x", 6), ("y", 5))}
+    found = po.constraints.Coupled(groups, po.constraints.Cardinality(count=7, floor=0), 2).select(scores)
+    kept = {n: int(mask.sum()) for n, mask in found.items()}
+    best = lambda n, k: float(np.sort(np.asarray(scores[n]))[::-1][:k].sum())  # noqa: E731
+    want = max(best("x", a) + best("y", b) for a in range(0, 7, 2) for b in range(0, 5, 2) if a + b <= 6)
+    assert all(k % 2 == 0 or (n, k) == ("y", 5) for n, k in kept.items())
+    assert sum(kept.values()) <= 7
+    assert sum(float(scores[n][mask].sum()) for n, mask in found.items()) == pytest.approx(want, rel=1e-6)
+
+
+def test_multiples_hold_in_every_way_of_pruning():
+    fn, params, x, whole, _ = built("mlp", {})
+    half = po.constraints.Cardinality(sparsity=0.4, per="leaf")
+    units = po.constraints.Coupled(whole.groups, half, 2)
+    ranked = po.prune(fn, params, [x], units, method="unit_l2", progress=False)
+    solved = po.plans.layerwise(fn, params, [x], units, "units", leaves=["c", "e"], progress=False)
+    for pruned in (ranked, solved):
+        assert [int(jnp.any(pruned.params[leaf] != 0, axis=1).sum()) for leaf in ("c", "e")] == [2, 2]
+    assert ranked.solutions["*"].status is po.Status.FEASIBLE
+    with pytest.raises(ValueError, match="multiple=0"):
+        po.constraints.Coupled(whole.groups, half, 0)

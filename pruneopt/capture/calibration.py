@@ -68,9 +68,10 @@ class Inputs:
     def intercept(self, center: Any, value: Any) -> np.ndarray:
         """The best constant beside `value`: the mean of X0 W0 + R - X W."""
         assert self.means is not None
-        m, dense, missing = (None if x is None else np.asarray(x, np.float64) for x in self.means)
-        found = (m if dense is None else dense) @ np.asarray(center, np.float64) - m @ np.asarray(value, np.float64)
-        return found if missing is None else found + missing
+        m = np.asarray(self.means.inputs, np.float64)
+        dense = m if self.means.dense is None else np.asarray(self.means.dense, np.float64)
+        found = dense @ np.asarray(center, np.float64) - m @ np.asarray(value, np.float64)
+        return found if self.means.missing is None else found + np.asarray(self.means.missing, np.float64)
 
     def moments(self, value: Any) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance of X W, of inputs that are centred."""

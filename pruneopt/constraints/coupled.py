@@ -42,6 +42,9 @@ class Coupled(Constraint):
     groups: what `coupled` found: channels, neurons, heads, experts, the width of a residual stream.
     budget: how many units live: a Cardinality over units, per="leaf" (each group the same share) or per="tree" (all
         groups together), its floor in units; or {name of a group: how many}, for some groups or all.
+    multiple: `select` keeps whole runs of so many units of a group, the best first, such as the 8 or 64 at which a
+        machine is fast; the last run of a group may be shorter. Counts are rounded down, a floor up. A support with
+        fewer units stays within the set.
 
     The score of a unit is the sum over its entries in all members, where one +inf keeps it; entries in two groups count
     for both, so that `select` is exact only where no leaf has two. Layer by layer the operators that consume a group
@@ -51,8 +54,11 @@ class Coupled(Constraint):
 
     groups: tuple[Members, ...]
     budget: Cardinality | Mapping[str, int]
+    multiple: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.multiple, bool) or not hasattr(self.multiple, "__index__") or self.multiple < 1:
+            raise ValueError(f"multiple={self.multiple!r} is not a whole number >= 1; pass the units of a run")
         if isinstance(self.budget, Mapping):
             names = [group.name for group in self.groups]
             for name, count in self.budget.items():
@@ -80,7 +86,9 @@ class Coupled(Constraint):
 
     @property
     def exact(self) -> bool:
-        """Whether no leaf has units of two groups."""
+        """Whether no leaf has units of two groups, and units are chosen one by one."""
+        if self.multiple > 1:
+            return False
         owned = [path for group in self.groups for path in {path for path, _ in group.places}]
         return len(owned) == len(set(owned))
 
@@ -114,13 +122,13 @@ class Coupled(Constraint):
     def select(self, scores: Tree) -> Tree:
         """Units by the sums of their scores; traceable by JAX."""
         named = dict(_tree.named_leaves(scores))
-        alive = self._on_units.select({group.name: _pooled(group, named) for group in self.groups})
+        alive = self._best({group.name: _pooled(group, named) for group in self.groups})
         return self._spread(alive, scores)
 
     def units(self, scores: Mapping[str, Any], allowed: Tree) -> dict[str, Bool[Array, " units"]]:
         """Units by scores of their own, {group: a number a unit}, of those of which `allowed` leaves something."""
         some = self.alive(allowed)
-        return self._on_units.select({name: jnp.where(some[name], scores[name], -jnp.inf) for name in some})
+        return self._best({name: jnp.where(some[name], scores[name], -jnp.inf) for name in some})
 
     def with_units(self, alive: Mapping[str, Bool[Array, " units"]], allowed: Tree) -> Tree:
         """`allowed` without the entries of other units."""
@@ -203,16 +211,47 @@ class Coupled(Constraint):
             found[group.name] = each[0]
         return found
 
+    def _best(self, scores: dict[str, Float[Array, " units"]]) -> dict[str, Bool[Array, " units"]]:
+        """The units, in whole runs, with the largest sum of scores."""
+        if self.multiple == 1:
+            return self._on_units.select(scores)
+        order = {name: jnp.argsort(-x, stable=True) for name, x in scores.items()}
+        runs = {name: _in_runs(x[order[name]], self.multiple) for name, x in scores.items()}
+        chosen = self._on_runs.select(runs)
+        return {
+            name: jnp.zeros(len(x), bool).at[order[name]].set(jnp.repeat(chosen[name], self.multiple)[: len(x)])
+            for name, x in scores.items()
+        }
+
+    @property
+    def _on_runs(self) -> Constraint:
+        """The budget in whole runs, on {name of a group: array of its runs}."""
+        per, sizes = self.multiple, {group.name: group.size for group in self.groups}
+        if isinstance(self.budget, Cardinality) and self.budget.per == "tree":
+            count = self.budget.kept_of(sum(sizes.values())) // per
+            most = sum(-(-size // per) for size in sizes.values())
+            floor = None if self.budget.floor is None else -(-self.budget.floor // per)
+            return Cardinality(count=min(count, most), floor=floor)
+        kept = {name: self._kept(name, size) for name, size in sizes.items()}
+        runs = {name: -(-size // per) if kept[name] == size else kept[name] // per for name, size in sizes.items()}
+        return ByPath({glob.escape(name): Cardinality(count=count, floor=0) for name, count in runs.items()})
+
+    def _kept(self, name: str, size: int) -> int:
+        """How many units of a group its own budget allows."""
+        if isinstance(self.budget, Mapping):
+            return int(self.budget.get(name, size))
+        return min(size, max(self.budget.kept_of(size), -(-(self.budget.floor or 0) // self.multiple) * self.multiple))
+
     def _counts(self) -> dict[str, int]:
         """How many units of each group live, where each has a budget of its own."""
-        if isinstance(self.budget, Mapping):
+        if isinstance(self.budget, Mapping) and self.multiple == 1:
             return {group.name: int(self.budget.get(group.name, group.size)) for group in self.groups}
-        if self.budget.per == "tree":
+        if isinstance(self.budget, Cardinality) and self.budget.per == "tree":
             raise ValueError(
                 f"budget={self.budget!r} ranks the units of all groups together, which layer by layer cannot be; pass "
                 "per='leaf', or how many of each: {group: count}, such as an allocation gives"
             )
-        each = self.budget.select({group.name: jnp.ones(group.size) for group in self.groups})
+        each = self._best({group.name: jnp.ones(group.size) for group in self.groups})
         return {name: int(mask.sum()) for name, mask in each.items()}
 
     def _spread(self, alive: Mapping[str, Bool[Array, " units"]], like: Tree) -> Tree:
@@ -300,11 +339,13 @@ class Rows(Constraint):
         return jnp.broadcast_to(jnp.where(units >= 0, alive[np.maximum(units, 0)], True)[:, None], scores.shape)
 
 
-def coupled(units: Units, budget: Cardinality | Mapping[str, int], groups: Sequence[str] | None = None) -> Coupled:
+def coupled(
+    units: Units, budget: Cardinality | Mapping[str, int], groups: Sequence[str] | None = None, multiple: int = 1
+) -> Coupled:
     """The set of a network's coupled units: `coupled(po.structure.trace(fn, params, batch).units(), budget)`.
 
     groups: names, such as 'layers/0/up/kernel[1]' (a leaf and its axis), of those that may lose units; by default all
-        that can be cut, of several along one axis (heads and their width) the first alone.
+        that can be cut, of several along one axis (heads and their width) the first alone. multiple: see `Coupled`.
     Raises ValueError for a group that cannot be cut, with the reason, or that is not there.
     """
     free = {called(units, group): group for group in units.groups if not group.blocked and group.size > 1}
@@ -321,7 +362,7 @@ def coupled(units: Units, budget: Cardinality | Mapping[str, int], groups: Seque
             ids[owned] = np.arange(group.size)[:, None]
             places[path, axis] = ids
         found.append(Members(called(units, group), group.size, places))
-    return Coupled(tuple(found), budget)
+    return Coupled(tuple(found), budget, multiple)
 
 
 def called(units: Units, group: Any) -> str:
@@ -369,6 +410,15 @@ def _pooled(group: Members, named: Mapping[str, Any], only: int | None = None) -
         keep |= add(jnp.any(scores == jnp.inf, axis=rest).astype(jnp.int32)) > 0
         some |= add(jnp.any(scores > -jnp.inf, axis=rest).astype(jnp.int32)) > 0
     return jnp.where(keep, jnp.inf, jnp.where(some, total, -jnp.inf))
+
+
+def _in_runs(scores: Float[Array, " units"], run: int) -> Float[Array, " runs"]:
+    """Sums of scores, the largest first, in runs of so many; what must live makes its whole run live."""
+    rest = -len(scores) % run
+    rows = jnp.pad(scores, (0, rest)).reshape(-1, run)
+    keep, gone = jnp.any(rows == jnp.inf, axis=1), jnp.any(rows == -jnp.inf, axis=1)
+    total = jnp.sum(jnp.where(jnp.isfinite(rows), rows, 0.0), axis=1)
+    return jnp.where(keep, jnp.inf, jnp.where(gone, -jnp.inf, total))
 
 
 def _inputs(group: Members, slot: Slot) -> np.ndarray | None:

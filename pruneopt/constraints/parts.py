@@ -109,8 +109,13 @@ class Parts:
         """The groups of coupled units, where whole units are all that is chosen among what masks allow; else none."""
         return () if self.one is None or self.values or self.by_path else self.one.groups
 
+    @property
+    def chooses_single_units(self) -> bool:
+        """Whether units of groups are chosen one by one, so that the choice by scores is the best one."""
+        return self.one is not None and getattr(self.one.by, "multiple", 1) == 1
+
     def units(self, scores: Mapping[str, Any], like: Tree) -> dict[str, Any]:
-        """{group: which of its units live}, with the largest sum of `scores`, {group: a number a unit}; exact."""
+        """{group: which of its units live}, with the largest sum of `scores`, {group: a number a unit}."""
         assert self.one is not None
         return self.one.by.units(scores, self.allowed(like))
 

@@ -75,7 +75,7 @@ class UnitScores(Objective):
     def least(self, constraint: Constraint) -> float:
         """The least that any support of `constraint` drops; -inf where it is no set of whole units of these groups."""
         found = parts.of(constraint)
-        if found.groups != self.groups or not self.is_separable:
+        if found.groups != self.groups or not self.is_separable or not found.chooses_single_units:
             return -math.inf
         costs = self.costs()
         kept = found.units(_places(costs), self.center)

@@ -1,5 +1,6 @@
 """More than one solve: whole networks, schedules, sensitivity, recalibration."""
 
+from pruneopt.allocation.allocate import allocate
 from pruneopt.plans.best_of import best_of
 from pruneopt.plans.distil import distil
 from pruneopt.plans.layer_tables import LayerLevels, budgets, layer_levels, layer_tables
@@ -37,6 +38,7 @@ __all__ = [
     "SoftmaxGaussNewton",
     "Stage",
     "UnitMethod",
+    "allocate",
     "at_sparsity",
     "best_of",
     "budgets",

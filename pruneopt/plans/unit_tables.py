@@ -130,7 +130,8 @@ def _refitted(
     """(width, all leaves) with an operator cut to each number of units of its inputs, and refitted."""
     center, size = op.to_matrix(named)[0], int(rows.max()) + 1
     center = center.astype(_tree.wide(center.dtype))
-    inputs = Inputs(1.0, seen.gram[0], None, None, Means(seen.mean[0], None, None) if row.centred else None)
+    assert seen.gram is not None
+    inputs = Inputs(1.0, seen.gram[0], None, None, None if seen.mean is None else Means(seen.mean[0], None, None))
     after = affine(graph.program, op.uses[0], named) if row.centred and len(op.uses) == 1 else None
     inputs = inputs if after is None else inputs.centred
     if not np.any(np.diagonal(np.asarray(inputs.gram)) > 0):
