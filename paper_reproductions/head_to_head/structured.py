@@ -1,7 +1,7 @@
 """Whole units cut within a budget of FLOPs, no retraining: test accuracy of ResNet-20 and MLPNet.
 
     python paper_reproductions/head_to_head/structured.py [--networks resnet20 mlpnet] [--seeds 3] [--images 1000]
-        [--shares 0.7 0.51 0.33]
+        [--shares 0.7 0.51 0.33] [--rows ...]
     python paper_reproductions/head_to_head/structured.py --choose
 
 Each seed draws training images: for the Grams, and 500 others on which the tables of errors are measured. Rows:
@@ -134,7 +134,7 @@ def run(network, seed, given):
         clock = time.perf_counter()
         choice = po.allocation.allocate(tables, {"flops": share * tables.largest("flops")})
         widths = {"uniform": uniform(tables, share), "allocated": {g: choice[g] for g in tables.groups}}
-        for name in ROWS:
+        for name in given.rows:
             cut = po.constraints.Coupled(units.groups, widths[name.split(", ")[1]])
             if name.startswith("magnitude"):
                 pruned = by_magnitude(network, cut)
@@ -194,6 +194,7 @@ def main():
     words.add_argument("--seeds", type=int, default=3)
     words.add_argument("--images", type=int, default=1000)
     words.add_argument("--shares", nargs="+", type=float, default=[0.7, 0.51, 0.33])
+    words.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     words.add_argument("--choose", action="store_true")
     given = words.parse_args()
     if given.choose:
