@@ -48,6 +48,8 @@ def turned(y, p):
 
 EVERY = {"mean": "m", "variance": "v", "scale": "s", "bias": "b"}
 WRITINGS = {"norm": (plain, EVERY), "folded": (folded, EVERY), "heads": (heads, {"bias": "b"})}
+WRITINGS |= {"scaled after": (lambda y, p: (y + p["b"]) * 0.5, {"bias": "b"})}
+WRITINGS |= {"scale inside": (lambda y, p: (y + p["b"]) * p["s"], {"bias": "b", "scale": "s"})}
 WRITINGS |= {"turned": (turned, {"bias": "b"}), "without scale": (lambda y, p: y - p["m"], {"mean": "m"})}
 
 

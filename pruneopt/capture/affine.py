@@ -22,7 +22,8 @@ _MOVES = frozenset({"copy", "expand_dims", "reshape", "squeeze", "transpose"})
 _NEAR = 1e-3  # of one: how far ratios of derivatives may be from the whole numbers, or the ones, that they stand for
 
 Leaves = Mapping[str, Any]
-Roles = dict[str, tuple[str, Int[np.ndarray, " f"]]]  # {role: (path of the leaf, its entry for each feature)}
+# {role: (path of the leaf, its entry for each feature, by how much the feature moves with it)}
+Roles = dict[str, tuple[str, Int[np.ndarray, " f"], Float[np.ndarray, " f"]]]
 
 
 def readers_of(program: Program) -> dict[int, list[int]]:
@@ -59,12 +60,18 @@ class Affine:
     @property
     def paths(self) -> dict[str, str]:
         """{role: path of the leaf}."""
-        return {role: path for role, (path, _) in self._roles.items()}
+        return {role: path for role, (path, *_) in self._roles.items()}
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is a norm by running statistics, with a scale and then a bias."""
+        return {"bias", "mean", "scale", "variance"} <= self._roles.keys() and np.allclose(self._roles["bias"][2], 1.0)
 
     def moved(self, leaves: Leaves, by: Float[np.ndarray, " f"]) -> dict[str, Any]:
         """The leaves with which z is what it would be of y + by."""
         if "bias" in self._roles:
-            return self._put(leaves, "bias", self._of(leaves, "bias") + self._line(leaves)[0] * by)
+            step = self._line(leaves)[0] * by / self._roles["bias"][2]
+            return self._put(leaves, "bias", self._of(leaves, "bias") + step)
         return self._put(leaves, "mean", self._of(leaves, "mean") - by)
 
     def settled(
@@ -75,7 +82,7 @@ class Affine:
         variance: Float[np.ndarray, " f"],
     ) -> dict[str, Any]:
         """As `moved`; a norm gets these statistics of y besides, and the scale and bias that leave z as it was."""
-        if not {"bias", "mean", "scale", "variance"} <= self._roles.keys():
+        if not self.is_norm:
             return self.moved(leaves, by)
         slope, offset = self._line(leaves)
         now = dict(leaves)
@@ -94,11 +101,11 @@ class Affine:
         return slope, offset
 
     def _of(self, leaves: Leaves, role: str) -> Float[np.ndarray, " f"]:
-        path, entries = self._roles[role]
+        path, entries, _ = self._roles[role]
         return np.asarray(leaves[path], np.float64).reshape(-1)[entries]
 
     def _put(self, leaves: Leaves, role: str, value: Float[np.ndarray, " f"]) -> dict[str, Any]:
-        path, entries = self._roles[role]
+        path, entries, _ = self._roles[role]
         new = np.array(leaves[path]).reshape(-1)
         new[entries] = value
         return {path: jnp.asarray(new.reshape(leaves[path].shape))}
@@ -134,7 +141,7 @@ def affine(program: Program, use: Use, leaves: Leaves) -> Affine | None:
         leaf, parts = probe[program.names[var]], [np.asarray(x, np.float64).reshape(-1) for x in found]
         role, entries = _role(np.asarray(leaf, np.float64).reshape(-1), slope, features, first, parts)
         if role:
-            roles[role] = program.names[var], entries
+            roles[role] = program.names[var], entries, parts[0][first]
     return Affine(program, output, segment, first, roles) if roles.keys() & {"bias", "mean"} else None
 
 
@@ -155,8 +162,9 @@ def _role(
     if not (np.all(clear) and np.array_equal(entries[features], each) and len(set(entries)) == len(entries)):
         return "", first
     if not np.any(tilt):
-        role = next((r for r, x in (("bias", 1.0), ("mean", -slope)) if np.allclose(offset, x, rtol=_NEAR)), "")
-        return role, entries
+        if not np.allclose(offset, offset[first][features], rtol=_NEAR):
+            return "", first
+        return ("mean" if np.allclose(offset, -slope, rtol=_NEAR) else "bias"), entries
     share = leaf[each] * tilt / slope  # d log slope / d log leaf
     if np.allclose(share, 1.0, rtol=_NEAR):
         return "scale", entries

@@ -191,6 +191,8 @@ class Cardinality(Constraint):
 
     def portion(self, support: Any, problem: int) -> Cardinality:
         """What `support` keeps of the problem, where the problems have one budget."""
+        if self.sparsity == 0:
+            return Cardinality(sparsity=0.0)
         if self.shares:
             return Cardinality(count=int(np.sum(np.asarray(support[problem]))), floor=0)
         if isinstance(self.per, str):
