@@ -182,3 +182,25 @@ def test_two_groups_of_one_axis_are_chosen_by_scores_and_not_by_one_operator():
     small = po.shrink(fn, pruned.params, x, pruned)
     assert small.params["v"].shape == (5, 2 * 3)
     np.testing.assert_allclose(small.fn(small.params, x), fn(pruned.params, x), rtol=1e-8)
+
+
+def test_levels_hold_the_cut_operators_and_measure_around_others():
+    """Around an allocation the sum of the table is the loss there and the changes that one group at a time makes."""
+    fn, params, x, found, _ = built("mlp", {})
+    other, widths = normal(30, 4), {"a[1]": [3, 6], "c[1]": [2, 5]}
+    levels = po.plans.unit_levels(fn, params, [x], found, method=GreedyUnits(), widths=widths, progress=False)
+
+    def lost(choice):
+        return float(po.plans.squared(fn(params, other), fn(levels.network(choice), other)))
+
+    around = {"a[1]": 0, "c[1]": 0}
+    tables = levels.measured([other], po.plans.squared, around=around, progress=False)
+    for group, level in itertools.product(around, range(2)):
+        change = lost(around | {group: level}) - lost(around)
+        assert tables.errors[group][level] - lost(around) / 2 == pytest.approx(change, rel=1e-5, abs=1e-9)
+    hidden = np.maximum(np.asarray(x @ params["a"] + params["b"]), 0)
+    apart = hidden @ (np.asarray(levels.network({"a[1]": 0})["c"]) - np.asarray(params["c"]))
+    relative = np.sum(apart**2) / np.sum((hidden @ np.asarray(params["c"])) ** 2)
+    assert levels.reconstruction().errors["a[1]"] == pytest.approx([relative, 0.0], rel=1e-5)
+    with pytest.raises(ValueError, match=r"'a\[1\]' at 2 is not there"):
+        levels.network({"a[1]": 2})

@@ -3,8 +3,9 @@
 from pruneopt.allocation.allocate import allocate
 from pruneopt.plans.best_of import best_of
 from pruneopt.plans.distil import distil
-from pruneopt.plans.layer_tables import LayerLevels, budgets, layer_levels, layer_tables
+from pruneopt.plans.layer_tables import budgets, layer_levels, layer_tables
 from pruneopt.plans.layerwise import layerwise
+from pruneopt.plans.levels import Levels, kl, squared
 from pruneopt.plans.lossless import lossless
 from pruneopt.plans.lottery import lottery
 from pruneopt.plans.methods import LAYER_METHODS, METHODS, LayerMethod, Method, gauss_newton
@@ -19,7 +20,7 @@ from pruneopt.plans.schedules import CoarseThenFine, Cubic, Iterative, OneShot, 
 from pruneopt.plans.sensitivity import Sensitivity, sensitivity
 from pruneopt.plans.staged import staged
 from pruneopt.plans.unit_scores import UNIT_METHODS, UnitMethod, unit_scores
-from pruneopt.plans.unit_tables import kl, squared, unit_tables
+from pruneopt.plans.unit_tables import unit_levels, unit_tables
 
 __all__ = [
     "LAYER_METHODS",
@@ -28,8 +29,8 @@ __all__ = [
     "CoarseThenFine",
     "Cubic",
     "Iterative",
-    "LayerLevels",
     "LayerMethod",
+    "Levels",
     "Method",
     "OneShot",
     "Path",
@@ -59,6 +60,7 @@ __all__ = [
     "sensitivity",
     "squared",
     "staged",
+    "unit_levels",
     "unit_scores",
     "unit_tables",
 ]

@@ -13,8 +13,8 @@ from pruneopt.constraints.base import Constraint
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice
 from pruneopt.plans.layerwise import layerwise
+from pruneopt.plans.levels import Measure, kl
 from pruneopt.plans.methods import LayerMethod
-from pruneopt.plans.unit_tables import Measure, kl
 from pruneopt.solution import Pruned
 from pruneopt.solvers.base import Solver
 

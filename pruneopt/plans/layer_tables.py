@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,77 +17,18 @@ from pruneopt.capture.calibration import Calibration
 from pruneopt.constraints.by_path import ByPath
 from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.constraints.shares import counted
-from pruneopt.network.batches import Batches, Source
+from pruneopt.network.batches import Source
 from pruneopt.network.leaves import Choice, as_key, check_like
 from pruneopt.network.network import Network
 from pruneopt.plans.layer_task import LayerTask
+from pruneopt.plans.levels import Levels, Measure, kl
 from pruneopt.plans.methods import Asked, LayerMethod, layer_row
-from pruneopt.plans.unit_tables import Measure, kl
 from pruneopt.structure.cost import cost
 from pruneopt.structure.defaults import network_of
 from pruneopt.structure.traced import Traced
 
 Tree = Any
 SPARSITIES = tuple(k / 20 for k in range(20))
-
-
-@dataclass(frozen=True, eq=False)
-class LayerLevels:
-    """A network with each leaf pruned to each sparsity, as `layer_levels` found them.
-
-    sparsities: the levels. values: {path: the leaf at each level, NumPy}. relative: {path: the layer's relative squared
-    error at each}. costs, fixed: of the tables, as `layer_tables` says. base: the network around each leaf.
-    """
-
-    fn: Callable[[Tree, Any], Any] = field(repr=False)
-    params: Tree = field(repr=False)
-    base: Tree = field(repr=False)
-    sparsities: tuple[float, ...]
-    values: dict[str, list[np.ndarray]] = field(repr=False)
-    relative: dict[str, list[float]] = field(repr=False)
-    costs: dict[str, dict[str, list[float]]] = field(repr=False)
-    fixed: dict[str, float] = field(repr=False)
-
-    def network(self, levels: Mapping[str, int]) -> Tree:
-        """The base with leaves {path: number of the level} as they were pruned, each for itself: nothing is refitted.
-
-        Raises ValueError for a path or a level that is not there.
-        """
-        for path, level in levels.items():
-            if path not in self.values or not 0 <= level < len(self.sparsities):
-                many = len(self.sparsities)
-                raise ValueError(f"levels: {path!r} at {level!r} is not among the leaves or {many} levels")
-        changed = {path: jnp.asarray(self.values[path][level]) for path, level in levels.items()}
-        return _tree.map_named(lambda path, x: _tree.like(changed[path], x) if path in changed else x, self.base)
-
-    def reconstruction(self) -> Tables:
-        """Tables of the layers' own relative errors: no pass over other examples, and no word on what they do to fn."""
-        return self._tables(self.relative)
-
-    def measured(self, measured: Source, measure: Measure = kl, *, progress: bool = True) -> Tables:
-        """Tables of `measure(outputs of params, outputs with one leaf changed)` on examples, a mean over them.
-
-        The base's own loss, where it has one, is shared out equally, so that a sum over all leaves is the base's loss
-        and the changes that one leaf at a time makes to it.
-        """
-        probe = Batches(measured, "measured")
-        forward, of = jax.jit(self.fn), jax.jit(measure)
-        before = [jax.block_until_ready(forward(self.params, batch)) for batch in probe]
-        weights = [probe.weight(batch) for batch in probe]
-
-        def lost(params: Tree) -> float:
-            each = [float(of(a, forward(params, batch))) for a, batch in zip(before, probe, strict=True)]
-            return float(np.average(each, weights=weights))
-
-        at_base, levels = lost(self.base), range(len(self.sparsities))
-        errors = {}
-        for path in tqdm(self.values, desc="measured", unit="leaf", disable=not progress):
-            alone = [lost(self.network({path: level})) for level in levels]
-            errors[path] = [x - at_base + at_base / len(self.values) for x in alone]
-        return self._tables(errors)
-
-    def _tables(self, errors: dict[str, list[float]]) -> Tables:
-        return Tables(errors, self.costs, dict.fromkeys(self.values, self.sparsities), self.fixed)
 
 
 @_tree.on_host
@@ -104,7 +44,7 @@ def layer_levels(
     leaves: Choice = None,
     key: jax.Array | int | None = None,
     progress: bool = True,
-) -> LayerLevels:
+) -> Levels:
     """For each leaf and each sparsity what `plans.layerwise` would solve for it in the network `base`.
 
     One pass over the network takes the Gram of each operator's inputs once, for all sparsities. Every sparsity is a
@@ -128,13 +68,13 @@ def layer_levels(
     if base is not None:
         check_like(base, params, "base")
     plan = _Pass(network, params if base is None else base, row, steps, weights)
-    values: dict[str, list[np.ndarray]] = {path: [] for path in plan.sizes}
+    values: dict[str, list[dict[str, np.ndarray]]] = {path: [] for path in plan.sizes}
     relative: dict[str, list[float]] = {path: [] for path in plan.sizes}
     for path, leaf, error in plan.go(as_key(key), progress):
-        values[path].append(np.asarray(leaf))
+        values[path].append({path: np.asarray(leaf)})
         relative[path].append(error)
-    costs, fixed = plan.costs()
-    return LayerLevels(fn, params, params if base is None else base, steps, values, relative, costs, fixed)
+    labels, around = dict.fromkeys(values, steps), params if base is None else base
+    return Levels(fn, params, around, labels, values, relative, plan.starts, *plan.costs())
 
 
 def layer_tables(
@@ -234,6 +174,7 @@ class _Pass:
         for i, op in enumerate(self._operators):
             self._of.setdefault(op.paths[0], []).append(i)
         self.sizes = {path: int(self._covered(path).sum()) for path in self._of}
+        self.starts = {path: self._operators[own[0]].name for path, own in self._of.items()}
         self._allowed = [Cardinality(sparsity=s, per="leaf", floor=0) for s in sparsities]
         first = LayerTask(self._operators, self._before, self._allowed[0], row, (row.damping,))
         self._tasks = [first, *(first.under(constraint) for constraint in self._allowed[1:])]
