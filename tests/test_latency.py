@@ -76,6 +76,8 @@ class TestSums:
         assert table.predict({}) == pytest.approx(flops(mlp, params, batch))
         assert table.predict({first: 8}, whole=2 * table.whole) == pytest.approx(2 * table.predict({first: 8}))
         assert table.blocks[1].at({first: 8}) == table.blocks[1].seconds[0, 3]
+        named = po.structure.latency(mlp, params, batch, {"a[1]": [8], "d[0]": [3, 6, 9]})  # an axis of each group
+        assert (named.grid, named.whole) == (table.grid, table.whole)
 
     def test_of_residual_blocks_that_are_alike(self, counted):
         params, batch = arrays(**RESIDUAL), arrays(x=(7, 5))["x"]

@@ -23,27 +23,14 @@ from paper_reproductions.head_to_head import structured
 from pruneopt.structure.stopwatch import Compiled, race
 
 
-def grid(units, names):
-    """{group: no unit, and multiples of 8}."""
-    groups = [units.of(*_place(name))[0] for name in names]
-    return {group: [0, *range(8, group.size + 1, 8)] for group in groups}
-
-
-def _place(name):
-    path, axis = name.removesuffix("]").split("[")
-    return path, int(axis)
-
-
 def run(network, seed, given):
     rng = np.random.default_rng(seed)
     order, batch = rng.permutation(len(network.train)), network.train[: given.batch]
-    graph, clock = po.structure.trace(network.forward, network.params, batch), time.perf_counter()
-    found = graph.units()
-    seconds = po.structure.latency(
-        network.forward, network.params, batch, grid(found, network.groups), repeats=given.rounds
-    )
+    units = po.structure.trace(network.forward, network.params, batch).units()
+    units, clock = po.constraints.coupled(units, {}, network.groups), time.perf_counter()
+    grid = {group.name: [0, *range(8, group.size + 1, 8)] for group in units.groups}
+    seconds = po.structure.latency(network.forward, network.params, batch, grid, repeats=given.rounds)
     print(f"seed {seed}: latency of {len(seconds.blocks)} blocks in {time.perf_counter() - clock:.0f} s", flush=True)
-    units = po.constraints.coupled(found, {}, network.groups)
     calibration = structured.pieces(network.train[order[: given.images]])
     measured = structured.pieces(network.train[order[-structured.MEASURED :]])
     words = {"method": structured.METHOD, "widths": seconds, "progress": False}

@@ -348,11 +348,11 @@ def coupled(
         that can be cut, of several along one axis (heads and their width) the first alone. multiple: see `Coupled`.
     Raises ValueError for a group that cannot be cut, with the reason, or that is not there.
     """
-    free = {called(units, group): group for group in units.groups if not group.blocked and group.size > 1}
     if groups is None:
-        chosen = [one for one in free.values() if all(_comes_first(units, one, *at) for at in one.members)]
+        free = [group for group in units.groups if not group.blocked and group.size > 1]
+        chosen = [one for one in free if all(_comes_first(units, one, *at) for at in one.members)]
     else:
-        chosen = [_named(units, free, text) for text in groups]
+        chosen = [units.group(name) for name in groups]
     found = []
     for group in chosen:
         places = {}
@@ -361,37 +361,14 @@ def coupled(
             owned = units.places(group, path, axis)
             ids[owned] = np.arange(group.size)[:, None]
             places[path, axis] = ids
-        found.append(Members(called(units, group), group.size, places))
+        found.append(Members(units.name(group), group.size, places))
     return Coupled(tuple(found), budget, multiple)
-
-
-def called(units: Units, group: Any) -> str:
-    """What a group is called: the leaf and axis of its first member, and which part of it where that is not the first,
-    such as the width of heads: 'query/kernel[1].1'.
-    """
-    path, axis = group.members[0]
-    part = units.of(path, axis).index(group)
-    return f"{path}[{axis}]" + (f".{part}" if part else "")
-
-
-def _leads(units: Units, group: Any, text: str) -> bool:
-    """Whether a group is the first part of the axis that a text such as 'query/kernel[1]' names."""
-    return any(text == f"{p}[{k}]" and units.of(p, k)[0] is group for p, k in group.members)
 
 
 def _comes_first(units: Units, group: Any, path: str, axis: int) -> bool:
     """Whether no other group along this axis that can be cut holds the group's units inside its own."""
     free = [other for other in units.of(path, axis) if not other.blocked and other.size > 1]
     return free[0] is group
-
-
-def _named(units: Units, free: Mapping[str, Any], text: str) -> Any:
-    for group in units.groups:
-        if text == called(units, group) or _leads(units, group, text):
-            if group.blocked:
-                raise ValueError(f"groups: units of '{text}' cannot be cut: {group.blocked[0]}")
-            return group
-    raise ValueError(f"groups: there is no '{text}'; those that can be cut are {', '.join(list(free)[:8])}")
 
 
 def _pooled(group: Members, named: Mapping[str, Any], only: int | None = None) -> Float[Array, " units"]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pruneopt.constraints.coupled import Coupled, called
+from pruneopt.constraints.coupled import Coupled
 from pruneopt.program.forms import PRODUCTS
 from pruneopt.structure.cost import product_flops
 from pruneopt.structure.graph import Graph
@@ -84,7 +84,7 @@ def _amounts(units: Coupled, graph: Graph) -> list[tuple[str, float, tuple[str, 
     """(resource, amount, the groups along whose axes it lies)."""
     found = graph.units()
     reader, program = found.reader, found.reader.program
-    names = {called(found, group): found.atom(group) for group in found.groups}
+    names = {found.name(group): found.atom(group) for group in found.groups}
     group_of = {names[group.name]: group.name for group in units.groups if group.name in names}
 
     def groups(*atoms: Any) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ def _seconds(units: Coupled, graph: Graph, widths: Widths, table: Latency) -> li
     Raises ValueError for groups or widths that the table does not have.
     """
     found = graph.units()
-    name = {group: called(found, group) for group in found.groups}
+    name = {group: found.name(group) for group in found.groups}
     known = {name.get(group): grid for group, grid in table.grid.items()}
     for group in units.groups:
         if group.name not in known:

@@ -14,7 +14,7 @@ from pruneopt.allocation.tables import Tables
 from pruneopt.capture.affine import affine
 from pruneopt.capture.calibration import Inputs, Means
 from pruneopt.capture.statistics import Statistics, capture
-from pruneopt.constraints.coupled import Coupled, Rows, called
+from pruneopt.constraints.coupled import Coupled, Rows
 from pruneopt.constraints.support import Support
 from pruneopt.curvature.gram import Gram
 from pruneopt.network.batches import Batches, Source
@@ -150,7 +150,7 @@ def _refitted(
 def _grid(graph: Graph, latency: Latency) -> dict[str, list[int]]:
     """The widths of a table of seconds, by the names of its groups."""
     found = graph.units()
-    named = {group: called(found, group) for group in found.groups}
+    named = {group: found.name(group) for group in found.groups}
     return {named[group]: list(widths) for group, widths in latency.grid.items() if group in named}
 
 

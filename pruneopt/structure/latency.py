@@ -122,7 +122,7 @@ def latency(
     fn: Callable[[Tree, Any], Any],
     params: Tree,
     batch: Any,
-    groups: Sequence[Group] | Mapping[Group, Sequence[int]],
+    groups: Sequence[Group | str] | Mapping[Group, Sequence[int]] | Mapping[str, Sequence[int]],
     *,
     file: str | os.PathLike[str] | None = None,
     repeats: int = 30,
@@ -135,8 +135,9 @@ def latency(
     a leaf. Each block is compiled and measured alone, at all widths of the groups that it holds; equal blocks once.
     A block's seconds are the median over rounds of what it takes of the dense network's, times the dense median.
 
-    groups: of `trace(fn, params, batch).units()`, or {group: widths}. By default quarters of a group, of 16 units or
-        more rounded up to multiples of 8: speed moves in such steps. The whole width is always measured.
+    groups: of `trace(fn, params, batch).units()`, or their names, or {group or name: widths}. By default quarters of a
+        group, of 16 units or more rounded up to multiples of 8: speed moves in such steps. The whole width is always
+        measured.
     file: where the table is kept. One of the same program, groups, batch and device is read and nothing is measured.
     repeats: turns of each block behind the medians, fewer (5 at least) where they would take more than `limit` seconds.
     clock: what tells seconds. Where others use the machine too, `time.process_time` in a process with one thread gives
@@ -298,9 +299,12 @@ def _grid(units: Units, groups: Any) -> dict[Group, tuple[int, ...]]:
     grid: dict[Group, tuple[int, ...]] = {}
     known = {group: group for group in units.groups}
     for asked in groups:
-        if not isinstance(asked, Group) or asked not in known:
+        if isinstance(asked, str):
+            group = units.group(asked)
+        elif isinstance(asked, Group) and asked in known:
+            group = known[asked]
+        else:
             raise ValueError(f"groups: {asked!r:.200} is no group of fn; pass those of structure.trace(...).units()")
-        group = known[asked]
         if group.blocked:
             raise ValueError(f"groups: units of {_named(group)} cannot be cut: {group.blocked[0]}")
         widths = _quarters(group.size) if not isinstance(groups, Mapping) else groups[asked]

@@ -112,6 +112,31 @@ class Units:
         """
         return tuple(self._groups[atom] for atom in dict.fromkeys(self._axes.atoms(self._axis(path, axis))))
 
+    def name(self, group: Group) -> str:
+        """What a group is called: the leaf and axis of its first member, 'layers/0/up/kernel[1]', and which part of it
+        where that is not the first, such as the width of heads: 'query/kernel[1].1'.
+        """
+        path, axis = group.members[0]
+        part = self.of(path, axis).index(group)
+        return f"{path}[{axis}]" + (f".{part}" if part else "")
+
+    def group(self, name: str) -> Group:
+        """The group of that name, or the first one along the axis of a leaf that it names, 'query/kernel[1]'.
+
+        Raises ValueError for none, and for one that cannot be cut, with the reason.
+        """
+        found = next((group for group in self.groups if name in (self.name(group), *self._axes_of(group))), None)
+        if found is None:
+            free = [self.name(group) for group in self.groups if not group.blocked and group.size > 1]
+            raise ValueError(f"groups: there is no '{name}'; those that can be cut are {', '.join(free[:8])}")
+        if found.blocked:
+            raise ValueError(f"groups: units of '{name}' cannot be cut: {found.blocked[0]}")
+        return found
+
+    def _axes_of(self, group: Group) -> list[str]:
+        """The axes that a group is the first part of."""
+        return [f"{path}[{axis}]" for path, axis in group.members if self.of(path, axis)[0] is group]
+
     def places(self, group: Group, path: str, axis: int) -> np.ndarray:
         """Whole numbers (units, entries): the entries of an axis that each unit of a group owns."""
         atom = self._atom_of.get(id(group))
