@@ -479,3 +479,24 @@ def test_draws_are_of_a_key():
     one, same, other = (unit_scores(None, p, None, units, "unit_random", key=k)["a[1]"] for k in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
+
+
+def test_what_a_width_adds_to_the_products_of_queries_and_keys():
+    params, x = {n: normal(5, 6) for n in "qkv"} | {"o": normal(6, 5)}, normal(7, 4, 5)
+    units = po.constraints.coupled(po.structure.trace(attention, params, x).units(), {}, ["k[1].1"])
+    scores = unit_scores(attention, params, [x[:4], x[4:]], units, "unit_products")["k[1].1"]
+    q, k = (np.asarray(x @ params[n]).reshape(7, 4, 3, 2) for n in "qk")
+    whole = np.einsum("bthw,bshw->bhts", q, k)
+    for unit in range(2):
+        without = np.delete(q, unit, 3), np.delete(k, unit, 3)
+        lost = np.sum((whole - np.einsum("bthw,bshw->bhts", *without)) ** 2) / 7
+        assert scores[unit] == pytest.approx(lost, rel=1e-6)
+    pruned = po.prune(
+        attention, params, [x], Coupled(units.groups, {"k[1].1": 1}), method="unit_products", progress=False
+    )
+    small = po.shrink(attention, pruned.params, x, pruned)
+    assert small.params["q"].shape == (5, 3)
+    np.testing.assert_allclose(small.fn(small.params, x), attention(pruned.params, x), rtol=1e-8)
+    heads = po.constraints.coupled(po.structure.trace(attention, params, x).units(), {}, ["k[1]"])
+    with pytest.raises(ValueError, match="contracted in no product of two activations"):
+        unit_scores(attention, params, [x], heads, "unit_products")

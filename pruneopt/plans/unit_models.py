@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from pruneopt import _tree
 from pruneopt.capture.experts import adds, contributions
+from pruneopt.capture.products import energies, products
 from pruneopt.capture.statistics import Statistics, capture
 from pruneopt.constraints.coupled import Members
 from pruneopt.curvature.fisher import projected_fisher
@@ -329,6 +330,29 @@ def experts(network: Network, groups: Groups, key: Any) -> Scored:
 def _is_of_experts(units: np.ndarray) -> bool:
     """Whether each problem (of units (problems, n_in)) is one unit's, and there are several."""
     return bool(np.all(units == units[:, :1])) and len(np.unique(units[:, 0])) > 1 and bool(np.all(units >= 0))
+
+
+def contracted(network: Network, groups: Groups, key: Any) -> Scored:
+    """The mean over examples of the squared norm of what a unit adds to products of two activations: q_u k_u^T of the
+    width of queries and keys. Terms of several entries of one unit are taken as orthogonal.
+
+    Source: a product as a sum of outer products, Drineas, Kannan and Mahoney 2006, section 4.
+    """
+    traced, named = Traced(network), dict(_tree.named_leaves(network.params))
+    stream, found = network.batches, {}
+    for group in groups:
+        if not products(traced.of(stream.first), group.name):
+            raise ValueError(
+                f"group '{group.name}' is contracted in no product of two activations; leave it out of groups=, or "
+                "pass a row of what enters products with weights, such as method='activation_rms'"
+            )
+
+        def of(batch: Any, group: Members = group) -> Any:
+            graph = traced.of(batch)
+            return energies(graph, products(graph, group.name), group.size, batch, named) / stream.examples(batch)
+
+        found[group.name] = np.asarray(stream.mean(of), np.float64)
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- whose entries

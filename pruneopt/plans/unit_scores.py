@@ -93,6 +93,7 @@ UNIT_METHODS: dict[str, UnitMethod] = {
     "activation_variance": UnitMethod(models.BY_ACTIVATION["activation_variance"], "Polyak and Wolf 2015"),
     "activation_rms": UnitMethod(models.BY_ACTIVATION["activation_rms"], "Sun et al. 2023 (Wanda), on units"),
     "flap": UnitMethod(models.BY_ACTIVATION["flap"], "An et al. 2024 (FLAP)", across="standard"),
+    "unit_products": UnitMethod(models.contracted, "terms of products of two activations: widths of queries and keys"),
     "reap": UnitMethod(models.experts, "Lasby et al. 2025 (REAP); of experts"),
 }
 
