@@ -105,6 +105,15 @@ def test_what_moves_no_output_alone_is_left(of):
     assert affine(graph.program, graph.operators[0].uses[0], params) is None
 
 
+@pytest.mark.parametrize("outputs", [6, 600])
+def test_half_precision_tells_few_outputs_apart_and_refuses_many(outputs):
+    params = {"w": normal(5, outputs), **norm_params(outputs)}
+    params, x = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), normal(30, 5).astype(jnp.bfloat16)
+    graph = po.structure.trace(network(lambda y, p: y * 0.3 + p["b"]), params, x)
+    found = affine(graph.program, graph.operators[0].uses[0], params)
+    assert found is None if outputs > 256 else found.paths == {"bias": "b"}
+
+
 def test_channels_of_a_convolution_and_of_its_groups():
     def fn(p, x):
         y = jax.lax.conv_general_dilated(

@@ -113,7 +113,7 @@ class Affine:
 
 def affine(program: Program, use: Use, leaves: Leaves) -> Affine | None:
     """What follows a product until something else than sums with parameters and products by them; None without a leaf
-    that moves each feature by itself and does nothing else.
+    that moves each feature by itself and does nothing else, and for more outputs than half precision can count.
     """
     (output,) = program.equations[use.equation].outputs
     readers = readers_of(program)
@@ -134,6 +134,8 @@ def affine(program: Program, use: Use, leaves: Leaves) -> Affine | None:
         return None
     features = np.rint(counted / slope).astype(np.int64) - 1
     size = use.form.problems * use.form.n_out
+    if features.min() < 0 or features.max() >= size or np.any(np.abs(counted / slope - 1 - features) > 0.1):
+        return None  # half precision does not tell so many outputs apart
     first = np.full(size, -1)
     first[features[::-1]] = np.arange(len(features))[::-1]
     roles: Roles = {}
@@ -156,7 +158,7 @@ def _role(
     moves, numbers = (tilt, counted[1]) if np.any(tilt) else (offset, counted[0])
     if not np.all(moves):
         return "", first
-    each = np.rint(numbers / moves).astype(np.int64) - 1
+    each = np.clip(np.rint(numbers / moves), 1, len(leaf)).astype(np.int64) - 1
     entries = each[first]
     clear = np.abs(numbers / moves - 1 - each) < 0.1
     if not (np.all(clear) and np.array_equal(entries[features], each) and len(set(entries)) == len(entries)):
