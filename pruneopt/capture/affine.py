@@ -68,29 +68,25 @@ class Affine:
         return {"bias", "mean", "scale", "variance"} <= self._roles.keys() and np.allclose(self._roles["bias"][2], 1.0)
 
     def moved(self, leaves: Leaves, by: Float[np.ndarray, " f"]) -> dict[str, Any]:
-        """The leaves with which z is what it would be of y + by."""
-        if "bias" in self._roles:
-            step = self._line(leaves)[0] * by / self._roles["bias"][2]
-            return self._put(leaves, "bias", self._of(leaves, "bias") + step)
-        return self._put(leaves, "mean", self._of(leaves, "mean") - by)
+        """The leaves with which z is what it would be of y + by: a norm's running mean where there is one, which is of y
+        and is estimated anew with it, else the bias.
+        """
+        if "mean" in self._roles:
+            return self._put(leaves, "mean", self._of(leaves, "mean") - by)
+        step = self._line(leaves)[0] * by / self._roles["bias"][2]
+        return self._put(leaves, "bias", self._of(leaves, "bias") + step)
 
     def settled(
-        self,
-        leaves: Leaves,
-        by: Float[np.ndarray, " f"],
-        mean: Float[np.ndarray, " f"],
-        variance: Float[np.ndarray, " f"],
+        self, leaves: Leaves, mean: Float[np.ndarray, " f"], variance: Float[np.ndarray, " f"]
     ) -> dict[str, Any]:
-        """As `moved`; a norm gets these statistics of y besides, and the scale and bias that leave z as it was."""
-        if not self.is_norm:
-            return self.moved(leaves, by)
+        """The leaves of a norm with these statistics of y, and the scale and bias with which z stays what it is."""
         slope, offset = self._line(leaves)
         now = dict(leaves)
         now |= self._put(now, "mean", mean) | self._put(now, "variance", variance)
         other, _ = self._line(now)
         ratio = np.divide(slope, other, out=np.ones_like(slope), where=other != 0)
         now |= self._put(now, "scale", self._of(now, "scale") * ratio)
-        now |= self._put(now, "bias", self._of(now, "bias") + offset + slope * by - self._line(now)[1])
+        now |= self._put(now, "bias", self._of(now, "bias") + offset - self._line(now)[1])
         return {path: now[path] for path in self.paths.values()}
 
     def _line(self, leaves: Leaves) -> tuple[Float[np.ndarray, " f"], Float[np.ndarray, " f"]]:

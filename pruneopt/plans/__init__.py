@@ -18,6 +18,7 @@ from pruneopt.plans.recalibrate import recalibrate
 from pruneopt.plans.retrain import retrain
 from pruneopt.plans.schedules import CoarseThenFine, Cubic, Iterative, OneShot, Schedule, Stage
 from pruneopt.plans.sensitivity import Sensitivity, sensitivity
+from pruneopt.plans.settle import settle
 from pruneopt.plans.staged import staged
 from pruneopt.plans.unit_scores import UNIT_METHODS, UnitMethod, unit_scores
 from pruneopt.plans.unit_tables import unit_levels, unit_tables
@@ -58,6 +59,7 @@ __all__ = [
     "recalibrate",
     "retrain",
     "sensitivity",
+    "settle",
     "squared",
     "staged",
     "unit_levels",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import jax
@@ -31,25 +31,14 @@ from pruneopt.structure.operators import Operator
 # Positions an input below which the history warns: at n / N = 1/4 the eigenvalues of a sample's Gram already spread
 # from 1/4 to 9/4 of the truth (Marchenko and Pastur 1967), and small ones are where a refit gains most.
 _POSITIONS = 4
+Shift = Float[np.ndarray, " outputs"]  # what the outputs of an operator's problems, one after the other, are moved by
 
 
-class Shift(NamedTuple):
-    """What the outputs of an operator's problems, one after the other, are moved by, and their mean and variance."""
-
-    by: Float[np.ndarray, " outputs"]
-    mean: Float[np.ndarray, " outputs"]
-    variance: Float[np.ndarray, " outputs"]
-
-    @classmethod
-    def of(cls, reaching: list[calibration.Inputs], center: Any, found: list[Solution]) -> Shift:
-        """Of what reached each problem, its dense weights, its solution; nothing of problems that saw no input."""
-        parts = []
-        for inputs, w, solution in zip(reaching, center, found, strict=True):
-            if inputs.means is None:
-                parts.append(np.zeros((3, w.shape[1])))
-            else:
-                parts.append(np.stack([inputs.intercept(w, solution.value), *inputs.moments(solution.value)]))
-        return cls(*np.concatenate(parts, axis=1))
+def _intercepts(reaching: list[calibration.Inputs], center: Any, found: list[Solution]) -> Shift:
+    """What reached each problem, its dense weights, its solution; nothing for problems that saw no input."""
+    each = zip(reaching, center, found, strict=True)
+    parts = [np.zeros(w.shape[1]) if x.means is None else x.intercept(w, s.value) for x, w, s in each]
+    return np.concatenate(parts)
 
 
 def problem_name(op: Operator, e: int) -> str:
@@ -145,7 +134,7 @@ class LayerTask:
             "scope": self._scope(i),
         }
         notes += self._few(op, sums)
-        shift = Shift.of(reaching, center, found) if is_centred else None
+        shift = _intercepts(reaching, center, found) if is_centred else None
         return found, shift, facts | ({"notes": notes} if notes else {})
 
     def remembered(
@@ -156,7 +145,7 @@ class LayerTask:
         shape = (op.problems, op.n_in, op.n_out)
         expected = {"value": (shape, _tree.wide(op.dtype)), "support": (shape, bool)}
         if is_centred:
-            expected |= dict.fromkeys(Shift._fields, ((op.problems * op.n_out,), np.float64))
+            expected["shift"] = (op.problems * op.n_out,), np.float64
         stored = folder.load(i, expected)
         if stored is None:
             return None
@@ -170,7 +159,7 @@ class LayerTask:
             raise folder.damaged(i, "it holds a NaN or an infinity")
         if allowed.violation(support.reshape(self._slots[i].shape)) or _tree.outside(value, support):
             raise folder.damaged(i, f"its support is not in {allowed!r}")
-        return found, Shift(*(stored[0][name] for name in Shift._fields)) if is_centred else None, facts
+        return found, stored[0].get("shift"), facts
 
     def _few(self, op: Operator, sums: Any) -> list[str]:
         """What is said of an operator whose Gram rests on few positions."""
@@ -278,7 +267,7 @@ def _about(name: str) -> Iterator[None]:
 def packed(found: list[Solution], shift: Shift | None, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays and facts of an operator's solutions, for a folder."""
     arrays = {part: np.stack([np.asarray(getattr(s, part)) for s in found]) for part in ("value", "support")}
-    arrays |= {} if shift is None else shift._asdict()
+    arrays |= {} if shift is None else {"shift": shift}
     numbers = ("objective", "bound", "gap")
     said = [{"status": s.status.name, "relative_error": s.stats["relative_error"]} for s in found]
     said = [row | {"seconds": s.stats["seconds"]} for row, s in zip(said, found, strict=True)]

@@ -177,7 +177,7 @@ class _Pass:
             self.supports[path] = mask & self.supports[path] if path in self.supports else mask
             self.now[path] = _tree.masked(self.now[path], self.supports[path])  # a zero scale hides it in the matrix
         if after is not None and shift is not None:
-            moved = after.settled(self.now, *shift)
+            moved = after.moved(self.now, shift)
             self.now |= {path: moved[path].astype(self.now[path].dtype) for path in moved}
         self.solutions |= {problem_name(op, e): solution for e, solution in enumerate(found)}
         solve = sum(s.stats["seconds"] for s in found)

@@ -125,9 +125,7 @@ class LayerMethod:
         of a residual network, is to be the dense network's with it: outputs make up for what the stream lost before.
     damping: lambda / mean(diag H). dampings: tried where there are examples to choose on; empty for `damping` alone.
     centred: whether each output has an intercept as well, where a leaf can hold it: H is of inputs less their means,
-        and what the means lose goes into a bias, or into a norm's running mean (An et al. 2024; `capture.affine`). A
-        norm by running statistics gets those of the new outputs, its scale and bias make up for it: what training
-        goes on from is what was fitted.
+        and what the means lose goes into a norm's running mean, or into a bias (An et al. 2024; `capture.affine`).
     """
 
     solver: Solver
