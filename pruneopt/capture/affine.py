@@ -68,8 +68,8 @@ class Affine:
         return {"bias", "mean", "scale", "variance"} <= self._roles.keys() and np.allclose(self._roles["bias"][2], 1.0)
 
     def moved(self, leaves: Leaves, by: Float[np.ndarray, " f"]) -> dict[str, Any]:
-        """The leaves with which z is what it would be of y + by: a norm's running mean where there is one, which is of y
-        and is estimated anew with it, else the bias.
+        """The leaves with which z is what it would be of y + by: a norm's running mean where there is one, which is y's
+        own and estimated anew with it, else the bias.
         """
         if "mean" in self._roles:
             return self._put(leaves, "mean", self._of(leaves, "mean") - by)
