@@ -9,7 +9,7 @@ the FLOPs, the same ratio for every group. "residual": the channels of the strea
 blocks alone. Without PEERS ours runs alone. Ours: the rows of head_to_head/structured.py.
 
 Batch norm is estimated anew on 2,000 cropped training images; where the network as it is scores better on the held-out
-images (a refitted one does), what it computes is kept and the difference goes into scale and bias (`at_rest`).
+images (a refitted one does), what it computes is kept and the difference goes into scale and bias (`plans.settle`).
 Fine-tuning: cropped and mirrored images in batches of 128, SGD with Nesterov's momentum 0.9 on a cosine to zero, batch
 norm by the batch's own statistics, running ones kept along. The rate of each row is the one of --rates with the best
 accuracy on 1,000 held-out training images after the first of --steps; the longer runs take it over. "distilled":
@@ -66,24 +66,15 @@ class Task:
 
     def started(self, params, rng):
         """(params with statistics to train from, accuracy with statistics merely estimated anew)."""
-        fresh = self.network.anew(params, resnet20.cropped(self.images[self.anew], *resnet20.CHITA, rng))
-        starts = (fresh, at_rest(params, fresh))
+        seen = resnet20.cropped(self.images[self.anew], *resnet20.CHITA, rng)
+        fresh = self.network.anew(params, seen)
+        starts = (fresh, po.plans.settle(resnet20.forward, params, structured.pieces(seen)))
         best = max(starts, key=lambda start: self.score(start, self.held))
         return best, structured.accuracy(self.network, resnet20.forward, fresh)
 
 
 def flops(params, images):
     return po.structure.cost(po.structure.trace(resnet20.forward, params, images[:1])).flops
-
-
-def at_rest(params, fresh):
-    """params with the statistics of `fresh`; scale and bias make up for them, so that the network is the same."""
-    if "mean" not in params:
-        inner = {key: at_rest(params[key], fresh[key]) for key in params if isinstance(params[key], dict)}
-        return params | inner
-    slope = params["scale"] / jnp.sqrt(params["var"] + resnet20.EPSILON)
-    scale = slope * jnp.sqrt(fresh["var"] + resnet20.EPSILON)
-    return fresh | {"scale": scale, "bias": params["bias"] + slope * (fresh["mean"] - params["mean"])}
 
 
 # Fine-tuning
