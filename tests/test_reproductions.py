@@ -18,6 +18,7 @@ from paper_reproductions.louizos_2018 import run as louizos
 from paper_reproductions.meng_2024 import run as meng
 from paper_reproductions.networks import decoder
 from paper_reproductions.networks.lenet300 import living
+from paper_reproductions.yu_2022 import run as yu
 
 pytestmark = pytest.mark.default_flags
 SCRIPTS = Path(frantar.__file__).parents[1]
@@ -192,3 +193,16 @@ def test_retraining_runs_on_mlpnet(folder, monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", ["retrained.py", "--seeds", "1"])
     retrained.main()
     assert figures(capsys.readouterr().out, f"{name} 0.002") > 92
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+def test_channels_are_cut_by_their_traces_at_toy_size(folder, capsys):
+    words = ["--ratio", "0.5", "--images", "16", "--steps", "2", "--tried", "1", "--rates", "0.01"]
+    found = yu.main([*words, "--rows", "Hessian trace (HAP)", "magnitude"])
+    share = {name: figures[0] for (name, _), figures in found.items()}
+    assert 0.3 < share["Hessian trace (HAP)"] < 0.8
+    assert 0 <= share["Hessian trace (HAP)"] - share["magnitude"] < 0.02  # within its FLOPs, and no more channels fit
+    printed = capsys.readouterr().out
+    widths = [int(n) for n in printed.split("widths [")[1].split("]")[0].split(",")]
+    assert sum(widths) == 336 - int(0.5 * 336)
