@@ -23,6 +23,7 @@ from paper_reproductions.louizos_2018 import run as louizos
 from paper_reproductions.meng_2024 import run as meng
 from paper_reproductions.networks import decoder, resnet20
 from paper_reproductions.networks.lenet300 import living
+from paper_reproductions.yu_2022 import run as yu
 
 pytestmark = pytest.mark.default_flags
 SCRIPTS = Path(frantar.__file__).parents[1]
@@ -279,3 +280,16 @@ def test_a_network_comes_back_from_pytorch(folder):
     jax.tree.map(np.testing.assert_array_equal, fang.arrays(network), small.params)
     logits = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).detach().numpy()
     np.testing.assert_allclose(logits, resnet20.forward(small.params, images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+def test_channels_are_cut_by_their_traces_at_toy_size(folder, capsys):
+    words = ["--ratio", "0.5", "--images", "16", "--steps", "2", "--tried", "1", "--rates", "0.01"]
+    found = yu.main([*words, "--rows", "Hessian trace (HAP)", "magnitude"])
+    share = {name: figures[0] for (name, _), figures in found.items()}
+    assert 0.3 < share["Hessian trace (HAP)"] < 0.8
+    assert 0 <= share["Hessian trace (HAP)"] - share["magnitude"] < 0.02  # within its FLOPs, and no more channels fit
+    printed = capsys.readouterr().out
+    widths = [int(n) for n in printed.split("widths [")[1].split("]")[0].split(",")]
+    assert sum(widths) == 336 - int(0.5 * 336)

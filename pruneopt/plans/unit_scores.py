@@ -19,6 +19,7 @@ from pruneopt.network.batches import Source
 from pruneopt.network.leaves import Choice, as_key, is_trainable
 from pruneopt.network.network import Network
 from pruneopt.plans import unit_models as models
+from pruneopt.plans.unit_activations import activations, contracted, experts
 from pruneopt.structure.defaults import network_of
 
 Tree = Any
@@ -88,13 +89,13 @@ UNIT_METHODS: dict[str, UnitMethod] = {
     "unit_fisher": UnitMethod(models.fisher, "Theis et al. 2018; Liu et al. 2021 (Group Fisher)"),
     "unit_kfac": UnitMethod(models.kronecker, "Wang et al. 2019 (Kron-OBD)"),
     "unit_hessian": UnitMethod(models.hessian_traces, "Yu et al. 2022 (HAP)"),
-    "apoz": UnitMethod(models.BY_ACTIVATION["apoz"], "Hu et al. 2016: the fraction of inputs that is not zero"),
-    "activation_mean": UnitMethod(models.BY_ACTIVATION["activation_mean"], "Molchanov et al. 2017, mean activation"),
-    "activation_variance": UnitMethod(models.BY_ACTIVATION["activation_variance"], "Polyak and Wolf 2015"),
-    "activation_rms": UnitMethod(models.BY_ACTIVATION["activation_rms"], "Sun et al. 2023 (Wanda), on units"),
-    "flap": UnitMethod(models.BY_ACTIVATION["flap"], "An et al. 2024 (FLAP)", across="standard"),
-    "unit_products": UnitMethod(models.contracted, "terms of products of two activations: widths of queries and keys"),
-    "reap": UnitMethod(models.experts, "Lasby et al. 2025 (REAP); of experts"),
+    "apoz": UnitMethod(partial(activations, of="nonzero"), "Hu et al. 2016: the fraction of inputs that is not zero"),
+    "activation_mean": UnitMethod(partial(activations, of="absolute"), "Molchanov et al. 2017, mean activation"),
+    "activation_variance": UnitMethod(partial(activations, of="variance"), "Polyak and Wolf 2015"),
+    "activation_rms": UnitMethod(partial(activations, of="rms"), "Sun et al. 2023 (Wanda), on units"),
+    "flap": UnitMethod(partial(activations, of="fluctuation"), "An et al. 2024 (FLAP)", across="standard"),
+    "unit_products": UnitMethod(contracted, "terms of products of two activations: widths of queries and keys"),
+    "reap": UnitMethod(experts, "Lasby et al. 2025 (REAP); of experts"),
 }
 
 
