@@ -23,8 +23,8 @@ class Product(NamedTuple):
     """
 
     operands: tuple[int, int]
-    sums: tuple[tuple[int, ...], tuple[int, ...]]
-    axes: tuple[tuple[int, ...], tuple[int, ...]]
+    sums: tuple[tuple[int, ...], ...]
+    axes: tuple[tuple[int, ...], ...]
     units: Int[np.ndarray, " entries"]
 
 
