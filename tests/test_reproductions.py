@@ -284,7 +284,9 @@ def test_a_network_comes_back_from_pytorch(folder):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
-def test_channels_are_cut_by_their_traces_at_toy_size(folder, capsys):
+def test_channels_are_cut_by_their_traces_at_toy_size(folder, monkeypatch, capsys):
+    monkeypatch.setattr(yu, "HELD", 32)
+    monkeypatch.setattr(yu, "BATCH", 8)
     words = ["--ratio", "0.5", "--images", "16", "--steps", "2", "--tried", "1", "--rates", "0.01"]
     found = yu.main([*words, "--rows", "Hessian trace (HAP)", "magnitude"])
     share = {name: figures[0] for (name, _), figures in found.items()}
