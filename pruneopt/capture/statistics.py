@@ -57,7 +57,6 @@ class Statistics:
 
 
 @_tree.on_host
-@_tree.on_host
 def capture(
     fn: Callable[[Tree, Any], Any],
     params: Tree,
