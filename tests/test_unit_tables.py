@@ -12,7 +12,7 @@ from pruneopt.curvature import Gram
 from pruneopt.objectives import Reconstruction
 from pruneopt.solvers import GreedyUnits
 from pruneopt.structure.latency import Block, Latency
-from tests.test_coupled import built, normal
+from test_coupled import built, normal
 
 pytestmark = pytest.mark.default_flags
 

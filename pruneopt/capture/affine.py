@@ -17,7 +17,7 @@ from pruneopt.program.program import Program
 from pruneopt.program.segment import Segment, closure
 from pruneopt.structure.operators import Use
 
-AFFINE = frozenset({"add", "convert_element_type", "div", "mul", "neg", "sub"})
+_AFFINE = frozenset({"add", "convert_element_type", "div", "mul", "neg", "sub"})
 _MOVES = frozenset({"copy", "expand_dims", "reshape", "squeeze", "transpose"})
 _NEAR = 1e-3  # of one: how far ratios of derivatives may be from the whole numbers, or the ones, that they stand for
 
@@ -42,7 +42,7 @@ def affine_steps(program: Program, readers: Mapping[int, Sequence[int]], start: 
         equation = program.equations[readers[var][0]]
         name, data = equation.primitive.name, [a for a in equation.inputs if isinstance(a, int) and program.is_data(a)]
         divides = name == "div" and equation.inputs[0] != var
-        if name not in AFFINE | _MOVES or len(data) != 1 or equation.inputs.count(var) != 1 or divides:
+        if name not in _AFFINE | _MOVES or len(data) != 1 or equation.inputs.count(var) != 1 or divides:
             return
         var = equation.outputs[0]
         yield var
