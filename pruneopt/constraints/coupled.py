@@ -99,7 +99,7 @@ class Coupled(Constraint):
 
     def described(self, ndim: int | None = None) -> Parts:
         """A choice of its own."""
-        return Parts(choices=(Choice(self, units=True, groups=self.groups),))
+        return Parts(choices=(Choice(self, units=True, groups=self.groups, multiple=self.multiple),))
 
     def check(self, variable: Tree) -> None:
         """Raise ValueError for groups of another network, and budgets that no group can meet."""

@@ -28,7 +28,8 @@ class Choice:
     units: whether whole boxes live or die. group: (n, m) of N:M. floor: weights that live in each leaf at least.
     rows: the unit of each input of a matrix, -1 for those that always live, where the inputs of a unit need not be
         neighbours; else None.
-    groups: the groups of coupled units that live or die whole, which `by` can also choose by scores of their own.
+    groups: the groups of coupled units that live or die whole, which `by` can also choose by scores of their own, in
+        runs of `multiple`.
     kept_of: how many of a scope of so many weights live, floors aside; counts: how many in each scope of a leaf of that
         shape, scope after scope. None for others than budgets of single weights.
     """
@@ -42,6 +43,7 @@ class Choice:
     floor: int = 0
     rows: tuple[int, ...] | None = None
     groups: tuple[Any, ...] = field(default=(), compare=False)
+    multiple: int = 1
     kept_of: Callable[[int], int] | None = field(default=None, compare=False)
     counts: Callable[[tuple[int, ...]], np.ndarray] | None = field(default=None, compare=False)
 
@@ -112,7 +114,7 @@ class Parts:
     @property
     def chooses_single_units(self) -> bool:
         """Whether units of groups are chosen one by one, so that the choice by scores is the best one."""
-        return self.one is not None and getattr(self.one.by, "multiple", 1) == 1
+        return self.one is not None and self.one.multiple == 1
 
     def units(self, scores: Mapping[str, Any], like: Tree) -> dict[str, Any]:
         """{group: which of its units live}, with the largest sum of `scores`, {group: a number a unit}."""
