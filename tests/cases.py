@@ -10,7 +10,7 @@ from pruneopt import curvature as h
 from pruneopt import objectives as o
 from pruneopt import penalties as p
 from pruneopt import solvers as s
-from pruneopt.constraints.coupled import Members
+from pruneopt.constraints.members import Members
 from pruneopt.structure import layout
 
 # Shapes small enough to enumerate every support of the whole tree: 12 weights.

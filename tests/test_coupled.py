@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import pruneopt as po
-from pruneopt.constraints.coupled import Members
+from pruneopt.constraints.members import Members
 from pruneopt.curvature import Gram
 from pruneopt.objectives import Reconstruction
 from pruneopt.solvers import GreedyUnits, Polish
@@ -248,7 +248,7 @@ def best_of_all(f, ids, count):
 @pytest.mark.parametrize("each", [1, 3])
 @pytest.mark.cases(20)
 def test_elimination_and_exchanges_are_near_the_best_choice(seed, each):
-    from pruneopt.constraints.coupled import Rows
+    from pruneopt.constraints.rows import Rows
 
     f = reconstruction(seed, 8, each)
     ids = np.random.default_rng(seed).permutation(np.repeat(np.arange(8), each))  # units need not be neighbours

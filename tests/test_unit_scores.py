@@ -9,7 +9,7 @@ import pytest
 
 import pruneopt as po
 from pruneopt.constraints import Cardinality, Coupled, Intersection, Support
-from pruneopt.constraints.coupled import Members
+from pruneopt.constraints.members import Members
 from pruneopt.objectives.unit_scores import UnitScores
 from pruneopt.plans import UNIT_METHODS, UnitMethod, unit_scores
 from pruneopt.solvers import Score

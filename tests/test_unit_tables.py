@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_coupled import built, normal
 
 import pruneopt as po
 from pruneopt.curvature import Gram
 from pruneopt.objectives import Reconstruction
 from pruneopt.solvers import GreedyUnits
 from pruneopt.structure.latency import Block, Latency
-from test_coupled import built, normal
 
 pytestmark = pytest.mark.default_flags
 

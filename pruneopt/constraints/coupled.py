@@ -10,29 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.constraints.by_path import ByPath
 from pruneopt.constraints.cardinality import Cardinality
+from pruneopt.constraints.members import Members, in_runs, pooled
 from pruneopt.constraints.parts import Choice, Parts
+from pruneopt.constraints.rows import Rows
 from pruneopt.structure.layout import Slot
 from pruneopt.structure.units import Units
 
 Tree = Any
-
-
-@dataclass(frozen=True, eq=False)
-class Members:
-    """Units of one group. places: {(path, axis): for each entry of that axis its unit, -1 for none}."""
-
-    name: str
-    size: int
-    places: Mapping[tuple[str, int], np.ndarray]
-
-    def __repr__(self) -> str:
-        return f"{self.name}: {self.size} units in {len(self.places)} axes"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +112,7 @@ class Coupled(Constraint):
     def select(self, scores: Tree) -> Tree:
         """Units by the sums of their scores; traceable by JAX."""
         named = dict(_tree.named_leaves(scores))
-        alive = self._best({group.name: _pooled(group, named) for group in self.groups})
+        alive = self._best({group.name: pooled(group, named) for group in self.groups})
         return self._spread(alive, scores)
 
     def units(self, scores: Mapping[str, Any], allowed: Tree) -> dict[str, Bool[Array, " units"]]:
@@ -141,7 +131,7 @@ class Coupled(Constraint):
     def alive(self, support: Tree) -> dict[str, Bool[Array, " units"]]:
         """{group: whether each unit lives in any member}."""
         named = {path: jnp.asarray(mask, jnp.float32) for path, mask in _tree.named_leaves(support)}
-        return {group.name: _pooled(group, named) > 0 for group in self.groups}
+        return {group.name: pooled(group, named) > 0 for group in self.groups}
 
     def implied(self, support: Tree) -> Tree:
         """The support without the entries of units that any operator that consumes them has cut."""
@@ -149,7 +139,7 @@ class Coupled(Constraint):
         dead = {}
         for group in self.groups:
             each = [
-                _pooled(group, {path: jnp.asarray(named[path], jnp.float32)}, axis)
+                pooled(group, {path: jnp.asarray(named[path], jnp.float32)}, axis)
                 for path, axis in group.places
                 if path in named
             ]
@@ -216,7 +206,7 @@ class Coupled(Constraint):
         if self.multiple == 1:
             return self._on_units.select(scores)
         order = {name: jnp.argsort(-x, stable=True) for name, x in scores.items()}
-        runs = {name: _in_runs(x[order[name]], self.multiple) for name, x in scores.items()}
+        runs = {name: in_runs(x[order[name]], self.multiple) for name, x in scores.items()}
         chosen = self._on_runs.select(runs)
         return {
             name: jnp.zeros(len(x), bool).at[order[name]].set(jnp.repeat(chosen[name], self.multiple)[: len(x)])
@@ -269,76 +259,6 @@ class Coupled(Constraint):
         return _tree.map_named(one, like)
 
 
-@dataclass(frozen=True)
-class Rows(Constraint):
-    """At most `count` units of a matrix's inputs are nonzero; units need not be neighbours.
-
-    units: for each input its unit, 0, 1, ..., or -1 where it lives in any case.
-    """
-
-    units: tuple[int, ...]
-    count: int
-
-    def __repr__(self) -> str:
-        return f"Rows({max(self.units, default=-1) + 1} units of {len(self.units)} inputs, count={self.count})"
-
-    @property
-    def exact(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def allows_empty(self) -> bool:
-        """Where no unit is to live."""
-        return self.count == 0
-
-    def described(self, ndim: int | None = None) -> Parts:
-        """Units of inputs; nothing where all live."""
-        if self.count > max(self.units, default=-1):
-            return Parts()
-        return Parts(choices=(Choice(self, units=True, rows=self.units),))
-
-    def check(self, variable: Tree) -> None:
-        """Raise ValueError for a leaf with another number of inputs."""
-        for path, leaf in _tree.named_leaves(variable):
-            if len(leaf.shape) != 2 or leaf.shape[0] != len(self.units):
-                raise ValueError(f"{self!r} does not fit {_tree.called(path)} of shape {tuple(leaf.shape)}")
-
-    def select(self, scores: Tree) -> Tree:
-        """The units with the largest sums."""
-        return jax.tree.map(self._selected, scores)
-
-    def violation(self, support: Tree) -> int:
-        """Units alive beyond the count."""
-        group = self._group()
-        alive = [_pooled(group, {"": jnp.asarray(mask, jnp.float32)}) > 0 for mask in jax.tree.leaves(support)]
-        return sum(max(0, int(a.sum()) - self.count) for a in alive)
-
-    def density(self, variable: Tree) -> float:
-        """The fraction of units."""
-        return min(1.0, self.count / max(1, max(self.units, default=-1) + 1))
-
-    def relaxed(self, cut: float) -> Rows:
-        """More units."""
-        size = max(self.units, default=-1) + 1
-        return replace(self, count=size - int((size - self.count) * cut + 1e-9))
-
-    def scope(self, by_layer: bool = False) -> str:
-        """Units of inputs."""
-        return "units of inputs"
-
-    def _group(self) -> Members:
-        return Members("", max(self.units, default=-1) + 1, {("", 0): np.asarray(self.units)})
-
-    def _selected(self, scores: Shaped[Array, "n m"]) -> Bool[Array, "n m"]:
-        size, units = max(self.units, default=-1) + 1, np.asarray(self.units)
-        if not size:
-            return jnp.ones(scores.shape, bool)
-        pooled = {"": _pooled(self._group(), {"": scores})}
-        alive = Cardinality(count=min(self.count, size), floor=0).select(pooled)[""]
-        return jnp.broadcast_to(jnp.where(units >= 0, alive[np.maximum(units, 0)], True)[:, None], scores.shape)
-
-
 def coupled(
     units: Units, budget: Cardinality | Mapping[str, int], groups: Sequence[str] | None = None, multiple: int = 1
 ) -> Coupled:
@@ -369,33 +289,6 @@ def _comes_first(units: Units, group: Any, path: str, axis: int) -> bool:
     """Whether no other group along this axis that can be cut holds the group's units inside its own."""
     free = [other for other in units.of(path, axis) if not other.blocked and other.size > 1]
     return free[0] is group
-
-
-def _pooled(group: Members, named: Mapping[str, Any], only: int | None = None) -> Float[Array, " units"]:
-    """The sum of scores over what each unit owns; +inf if any is, -inf if all are."""
-    total = jnp.zeros(group.size)
-    keep, some = jnp.zeros(group.size, bool), jnp.zeros(group.size, bool)
-    for (path, axis), places in group.places.items():
-        if path not in named or (only is not None and axis != only):
-            continue
-        scores = jnp.asarray(named[path])
-        rest = tuple(k for k in range(scores.ndim) if k != axis)
-        finite = jnp.where(jnp.isfinite(scores), scores, jnp.zeros((), scores.dtype)).sum(rest)
-        owner = np.where(places >= 0, places, group.size)
-        add = lambda x, owner=owner: jax.ops.segment_sum(x, owner, group.size + 1)[:-1]  # noqa: E731
-        total = total + add(finite).astype(total.dtype)
-        keep |= add(jnp.any(scores == jnp.inf, axis=rest).astype(jnp.int32)) > 0
-        some |= add(jnp.any(scores > -jnp.inf, axis=rest).astype(jnp.int32)) > 0
-    return jnp.where(keep, jnp.inf, jnp.where(some, total, -jnp.inf))
-
-
-def _in_runs(scores: Float[Array, " units"], run: int) -> Float[Array, " runs"]:
-    """Sums of scores, the largest first, in runs of so many; what must live makes its whole run live."""
-    rest = -len(scores) % run
-    rows = jnp.pad(scores, (0, rest)).reshape(-1, run)
-    keep, gone = jnp.any(rows == jnp.inf, axis=1), jnp.any(rows == -jnp.inf, axis=1)
-    total = jnp.sum(jnp.where(jnp.isfinite(rows), rows, 0.0), axis=1)
-    return jnp.where(keep, jnp.inf, jnp.where(gone, -jnp.inf, total))
 
 
 def _inputs(group: Members, slot: Slot) -> np.ndarray | None:

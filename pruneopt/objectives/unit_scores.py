@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float
 
 from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint
-from pruneopt.constraints.coupled import Coupled, Members
+from pruneopt.constraints.coupled import Coupled
+from pruneopt.constraints.members import Members
 from pruneopt.objectives.base import Objective, check_center
 
 Tree = Any

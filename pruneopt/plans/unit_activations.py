@@ -13,7 +13,7 @@ from pruneopt import _tree
 from pruneopt.capture.experts import adds, contributions
 from pruneopt.capture.products import energies, products
 from pruneopt.capture.statistics import Statistics, capture
-from pruneopt.constraints.coupled import Members
+from pruneopt.constraints.members import Members
 from pruneopt.network.network import Network
 from pruneopt.plans.unit_parts import readers
 from pruneopt.program.forms import Ragged

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pruneopt import _tree
-from pruneopt.constraints.coupled import Members
+from pruneopt.constraints.members import Members
 from pruneopt.curvature.fisher import projected_fisher
 from pruneopt.curvature.hessian import hutchinson_diagonal
 from pruneopt.curvature.kronecker import Kronecker

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pruneopt import _tree
-from pruneopt.constraints.coupled import Members
+from pruneopt.constraints.members import Members
 from pruneopt.network.network import Network
 from pruneopt.structure.layout import Slot, slots_of
 from pruneopt.structure.traced import Traced

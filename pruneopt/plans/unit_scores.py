@@ -14,7 +14,8 @@ from jaxtyping import Float
 from pruneopt import _tree
 from pruneopt.constraints import parts
 from pruneopt.constraints.base import Constraint
-from pruneopt.constraints.coupled import Coupled, Members
+from pruneopt.constraints.coupled import Coupled
+from pruneopt.constraints.members import Members
 from pruneopt.network.batches import Source
 from pruneopt.network.leaves import Choice, as_key, is_trainable
 from pruneopt.network.network import Network

@@ -14,7 +14,8 @@ from pruneopt.allocation.tables import Tables
 from pruneopt.capture.affine import affine
 from pruneopt.capture.calibration import Inputs, Means
 from pruneopt.capture.statistics import Statistics, capture
-from pruneopt.constraints.coupled import Coupled, Rows
+from pruneopt.constraints.coupled import Coupled
+from pruneopt.constraints.rows import Rows
 from pruneopt.constraints.support import Support
 from pruneopt.curvature.gram import Gram
 from pruneopt.network.batches import Batches, Source
