@@ -199,7 +199,11 @@ CASES = {
         ("'z'", "complex", "leaves="),
     ),
     "function leaf chosen": (lambda: prune(with_leaf(f=jnp.tanh), leaves="f"), TypeError, ("'f'", "leaves=")),
-    "empty leaf chosen": (lambda: prune(with_leaf(e=jnp.ones((0, 2)))), ValueError, ("'e'", "no entries", "leaves=")),
+    "empty leaf chosen": (
+        lambda: prune(with_leaf(e=jnp.ones((0, 2))), leaves="e"),
+        ValueError,
+        ("'e'", "no entries", "leaves="),
+    ),
     "NaN in params": (lambda: prune(nan_at(params(), "w2")), ValueError, ("params", "'w2'", "NaN")),
     "infinity in params": (
         lambda: prune(with_leaf(w1=jnp.full((4, 6), jnp.inf))),

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pruneopt import _tree
+from pruneopt.constraints.amount import check_amount
 from pruneopt.constraints.by_path import ByPath
-from pruneopt.constraints.cardinality import Cardinality, check_amount
+from pruneopt.constraints.cardinality import Cardinality
 from pruneopt.network.leaves import Choice, partition
 
 Tree = Any
