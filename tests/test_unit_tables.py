@@ -123,6 +123,23 @@ def test_what_cannot_be_measured_is_refused(words, match):
         po.plans.unit_tables(fn, params, given.pop("batches"), found, [x], **given)
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("solver", [GreedyUnits(), po.solvers.Score()])
+def test_inputs_that_are_constant_go_into_the_intercept(solver, precision):
+    """Neurons that the data never move: a bias takes what they did, whichever go."""
+    _, params, x, _, _ = built("mlp", {})
+    cast = lambda a: jnp.asarray(a, precision)  # noqa: E731
+    params = jax.tree.map(cast, {"a": 0 * params["a"], "b": 1 + normal(6), "c": normal(6, 5), "d": normal(5)})
+    fn, x = lambda p, x: jnp.tanh(x @ p["a"] + p["b"]) @ p["c"] + p["d"], cast(x)
+    found = po.constraints.coupled(po.structure.trace(fn, params, x).units(), {"a[1]": 2}, ["a[1]"])
+    method = po.plans.LayerMethod(solver, damping=0.01, target="layer", centred=True)
+    tables = po.plans.unit_tables(fn, params, [x], found, [x], measure=po.plans.squared, method=method, progress=False)
+    pruned = po.plans.layerwise(fn, params, [x], found, method, leaves=["c"], progress=False)
+    assert max(tables.errors["a[1]"]) < 1e-11
+    np.testing.assert_allclose(fn(pruned.params, x), fn(params, x), rtol=1e-5)
+    assert int(found.violation(pruned.support)) == 0 and pruned.history[0]["layers"][0]["relative_error"] == 0
+
+
 def test_batches_count_by_their_examples():
     fn, params, x, found, _ = built("mlp", {})
     words = {"measure": lambda a, b: jnp.mean((a - b) ** 2), "widths": {"a[1]": [3], "c[1]": [5]}, "progress": False}

@@ -257,7 +257,7 @@ def by_us(task, rows, shares):
     graph = po.structure.trace(resnet20.forward, network.params, task.images[:1])
     units = po.constraints.coupled(graph.units(), {}, network.groups)
     measured = structured.pieces(task.images[task.measured])
-    words = {"damping": 1e-3, "progress": False}
+    words = {"method": structured.METHOD, "progress": False}
     tables = po.plans.unit_tables(resnet20.forward, network.params, calibration, units, measured, **words)
     found = {}
     for share in shares:

@@ -54,16 +54,23 @@ class Inputs:
 
     @cached_property
     def centred(self) -> Inputs:
-        """The same of inputs and outputs less their means: what is left to a problem with a free intercept."""
+        """The same of inputs and outputs less their means: what is left to a problem with a free intercept.
+
+        Of an input that is constant but for rounding nothing is left.
+        """
         if self.means is None or not self.count:
             return self
         m, dense, missing = (None if x is None else np.asarray(x, np.float64) for x in self.means)
         assert m is not None
-        less = lambda whole, by: jnp.asarray(np.asarray(whole, np.float64) - np.outer(m, by), self.gram.dtype)  # noqa: E731
+        h = np.diagonal(np.asarray(self.gram, np.float64))
+        varies = (h - m * m > 32 * np.finfo(self.gram.dtype).eps * h)[:, None]
+
+        def less(whole: Any, by: Any) -> Any:
+            return jnp.asarray((np.asarray(whole, np.float64) - np.outer(m, by)) * varies, self.gram.dtype)
+
         cross = None if dense is None else less(self.cross, dense)
-        return Inputs(
-            self.count, less(self.gram, m), cross, None if missing is None else less(self.missing, missing), self.means
-        )
+        gram = less(self.gram, m) * jnp.asarray(varies.T, self.gram.dtype)
+        return Inputs(self.count, gram, cross, None if missing is None else less(self.missing, missing), self.means)
 
     def intercept(self, center: Any, value: Any) -> np.ndarray:
         """The best constant beside `value`: the mean of X0 W0 + R - X W."""

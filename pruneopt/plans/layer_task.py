@@ -127,7 +127,7 @@ class LayerTask:
             lost += inputs.count * objective.error(solution.value, solution.objective)
             whole += inputs.count * objective.energy
         facts: dict[str, Any] = {
-            "relative_error": lost / whole if whole else math.nan,
+            "relative_error": lost / whole if whole else 0.0 if lost == 0 else math.nan,
             "damping": dampings[0] if len(set(dampings)) == 1 else dampings,
             "kept": sum(s.kept for s in found),
             "size": op.size,

@@ -126,10 +126,10 @@ def _refitted(
     center = center.astype(_tree.wide(center.dtype))
     assert seen.gram is not None
     inputs = Inputs(1.0, seen.gram[0], None, None, None if seen.mean is None else Means(seen.mean[0], None, None))
-    after = affine(graph.program, op.uses[0], named) if row.centred and len(op.uses) == 1 else None
-    inputs = inputs if after is None else inputs.centred
     if not np.any(np.diagonal(np.asarray(inputs.gram)) > 0):
         raise ValueError(f"batches: the inputs of '{op.name}' are zero in all batches; check the calibration data")
+    after = affine(graph.program, op.uses[0], named) if row.centred and len(op.uses) == 1 else None
+    inputs = inputs if after is None else inputs.centred
     objective = Reconstruction(center, Gram(inputs.gram), row.damping)
     ids = tuple(map(int, rows))
     greedy = row.solver if isinstance(row.solver, GreedyUnits) else None
@@ -145,7 +145,8 @@ def _refitted(
         changed = op.to_leaves(value[None], named)
         if after is not None:
             changed |= after.moved(dict(named) | changed, inputs.intercept(center, value))
-        yield {path: np.asarray(leaf) for path, leaf in changed.items()}, objective.error(value) / objective.energy
+        lost, whole = objective.error(value), objective.energy
+        yield {path: np.asarray(leaf) for path, leaf in changed.items()}, lost / whole if whole else 0.0
 
 
 def _grid(graph: Graph, latency: Latency) -> dict[str, list[int]]:
