@@ -137,7 +137,8 @@ def test_inputs_that_are_constant_go_into_the_intercept(solver, precision):
     pruned = po.plans.layerwise(fn, params, [x], found, method, leaves=["c"], progress=False)
     assert max(tables.errors["a[1]"]) < 1e-11
     np.testing.assert_allclose(fn(pruned.params, x), fn(params, x), rtol=1e-5)
-    assert int(found.violation(pruned.support)) == 0 and pruned.history[0]["layers"][0]["relative_error"] == 0
+    assert int(found.violation(pruned.support)) == 0
+    assert pruned.history[0]["layers"][0]["relative_error"] == 0
 
 
 def test_batches_count_by_their_examples():

@@ -1,4 +1,4 @@
-"""What units add to products of two activations that contract them, such as the width of queries and keys."""
+"""Products of two activations that contract units, such as the width of queries and keys: terms and operands."""
 
 from __future__ import annotations
 
@@ -55,18 +55,23 @@ def products(graph: Graph, group: str) -> list[Product]:
 
 def energies(graph: Graph, found: list[Product], size: int, batch: Any, leaves: Mapping[str, Any]) -> Any:
     """For each unit the squared norm of what it adds to these products, over the entries of all: (size,)."""
-    program = graph.units().reader.program
-    operands = list(dict.fromkeys(v for one in found for v in one.operands))
-    segment = Segment(program, closure(program, operands, set()), operands)
-    given = dict(zip(program.batch, jax.tree.leaves(batch), strict=True))
-    inputs = {v: given[v] if v in given else fixed(program, v, leaves) for v in segment.inputs}
-    values = dict(zip(operands, segment.run(inputs), strict=True))
+    values = operands(graph, found, batch, leaves)
     total = jnp.zeros(size, _tree.wide(jnp.float32))
     for one in found:
         each = _energy(values[one.operands[0]], values[one.operands[1]], one.sums, one.axes)
         owner = np.where(one.units >= 0, one.units, size)
         total = total + jax.ops.segment_sum(each, owner, size + 1)[:-1].astype(total.dtype)
     return total
+
+
+def operands(graph: Graph, found: list[Product], batch: Any, leaves: Mapping[str, Any]) -> dict[int, Any]:
+    """The arrays that meet in these products."""
+    program = graph.units().reader.program
+    wanted = list(dict.fromkeys(v for one in found for v in one.operands))
+    segment = Segment(program, closure(program, wanted, set()), wanted)
+    given = dict(zip(program.batch, jax.tree.leaves(batch), strict=True))
+    inputs = {v: given[v] if v in given else fixed(program, v, leaves) for v in segment.inputs}
+    return dict(zip(wanted, segment.run(inputs), strict=True))
 
 
 @partial(jax.jit, static_argnums=(2, 3))

@@ -175,7 +175,7 @@ class Coupled(Constraint):
 
     def restricted(self, slots: Sequence[Slot]) -> list[Constraint]:
         """Of each operator that consumes a group, its inputs by their units; everything of others."""
-        counts = self._counts()
+        counts = self.counts()
         cut = [group for group in self.groups if counts[group.name] < group.size]
         found: dict[str, Constraint] = {}
         for name, (slot, rows) in replace(self, groups=tuple(cut), budget={}).consumers(slots).items():
@@ -232,7 +232,7 @@ class Coupled(Constraint):
             return int(self.budget.get(name, size))
         return min(size, max(self.budget.kept_of(size), -(-(self.budget.floor or 0) // self.multiple) * self.multiple))
 
-    def _counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """How many units of each group live, where each has a budget of its own."""
         if isinstance(self.budget, Mapping) and self.multiple == 1:
             return {group.name: int(self.budget.get(group.name, group.size)) for group in self.groups}
