@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import LinearConstraint, milp
 
 from pruneopt import Status
-from pruneopt.allocation import Infeasible, Tables, allocate
+from pruneopt.allocation import Infeasible, Tables, allocate, meet
 
 
 def drawn(seed, groups=5, levels=4, resources=1, coupled=False, ragged=False):
@@ -225,3 +225,34 @@ def test_tables_that_do_not_fit_are_refused(words, match):
 def test_budgets_that_mean_nothing_are_refused(budget, match):
     with pytest.raises(ValueError, match=match):
         allocate(drawn(0), budget)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_budget_is_met_as_measured(seed):
+    """What is measured is more than the tables say: the network costs something by itself, and parts are too cheap."""
+    tables = drawn(seed, groups=30, levels=12)
+    limit = 0.5 * tables.largest("r0")
+    truth = lambda found: 1.15 * found.spent["r0"] + 0.02 * tables.largest("r0")  # noqa: E731
+    met = meet(tables, {"r0": limit}, "r0", truth)
+    assert met.measured == truth(met.allocation)
+    assert abs(met.measured / limit - 1) <= 0.03
+    assert met.tried[0] == (limit, allocate(tables, {"r0": limit}).spent["r0"], met.tried[0][2])
+    assert 1 < len(met.tried) <= 6
+
+
+def test_what_cannot_be_met_as_measured_comes_closest():
+    tables = drawn(0, groups=6)
+    least = sum(min(row) for row in tables.costs["r0"].values()) + 0.3
+    met = meet(tables, {"r0": 1.1 * least}, "r0", lambda found: 3 * found.spent["r0"])
+    assert met.measured == min(measured for *_, measured in met.tried)
+    with pytest.raises(Infeasible):
+        meet(tables, {"r0": 0.9 * least}, "r0", lambda found: found.spent["r0"])
+
+
+@pytest.mark.parametrize("amount", [math.nan, math.inf, 0.0, -1.0])
+def test_an_amount_that_is_none_is_refused(amount):
+    tables = drawn(0)
+    with pytest.raises(ValueError, match=r"measure: it is"):
+        meet(tables, {"r0": tables.largest("r0")}, "r0", lambda found: amount)
+    with pytest.raises(ValueError, match=r"resource is 'r1', the budget names r0"):
+        meet(tables, {"r0": 1.0}, "r1", lambda found: 1.0)

@@ -10,8 +10,8 @@ reconstructed, uniform: the operator that consumes a group chooses its units and
 one pass, towards what the dense network computes there and in the stream that it is added to; reconstructed, allocated:
 the same at widths that `allocation.allocate` finds on `plans.unit_tables`, with the loss that the tables predict and
 the one measured.
-As it is, and with batch-norm statistics estimated anew on 2,000 cropped training images. FLOPs are those of the shrunk
-program. --choose: the KL divergence from the dense network on 1,000 other training images, as the network is, at half
+As it is; with batch-norm statistics estimated anew on 2,000 cropped training images; and settled on them first
+(`plans.settle`: true statistics, scale and bias make up for the change). FLOPs are those of the shrunk program. --choose: the KL divergence from the dense network on 1,000 other training images, as the network is, at half
 of each group's units, of each setting (METHOD and IMAGES are the choice): damping, an intercept or none, Grams of
 plain or of cropped images; and for each network the setting that the others choose. No test image is read for it.
 Data: PRUNEOPT_DATA.
@@ -55,6 +55,9 @@ class ResNet20:
     def anew(self, params, images):
         return po.plans.recalibrate(lambda p, x: resnet20.train_forward(p, x)[1], params, pieces(images))
 
+    def settled(self, params, images):
+        return po.plans.settle(self.forward, params, pieces(images))
+
 
 class MLPNet:
     """784-40-20-10 without biases; both hidden layers are cut, so that FLOPs are products of their widths."""
@@ -72,6 +75,8 @@ class MLPNet:
 
     def anew(self, params, images):
         return params
+
+    settled = anew
 
 
 def pieces(images):
@@ -143,11 +148,14 @@ def run(network, seed, given):
             small = po.shrink(network.forward, pruned.params, network.train[:4], pruned)
             cost = po.structure.cost(po.structure.trace(small.fn, small.params, network.train[:1]))
             dense = po.structure.cost(graph).flops
-            fresh = network.anew(pruned.params, network.seen(network.train[order[:ANEW]], rng))
+            seen = network.seen(network.train[order[:ANEW]], rng)
+            fresh = network.anew(pruned.params, seen)
+            settled = network.anew(network.settled(pruned.params, seen), seen)
             found[name, share] = (
                 cost.flops / dense,
                 accuracy(network, small.fn, small.params),
                 accuracy(network, network.forward, fresh),
+                accuracy(network, network.forward, settled),
             )
         print(
             f"  {share}: widths {list(widths['allocated'].values())}, gap {choice.gap:.1e}, predicted loss "
@@ -204,14 +212,12 @@ def main():
         network = NETWORKS[name](os.environ["PRUNEOPT_DATA"])
         print(f"{name}: dense {accuracy(network, network.forward, network.params):.2f} %")
         every = [run(network, seed, given) for seed in range(given.seeds)]
-        print(f"{'':<26} {'budget':>7} {'FLOPs':>7} {'as it is':>14} {'estimated anew':>16}")
+        print(f"{'':<26} {'budget':>7} {'FLOPs':>7} {'as it is':>14} {'estimated anew':>16} {'settled, then anew':>19}")
         for key in every[0]:
-            flops, plain, fresh = (np.array([one[key][k] for one in every]) for k in range(3))
-            spread = [x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0 for x in (plain, fresh)]
-            print(
-                f"{key[0]:<26} {key[1]:>7.2f} {flops.mean():>7.3f} {plain.mean():>8.2f} ±{spread[0]:.2f} "
-                f"{fresh.mean():>10.2f} ±{spread[1]:.2f}"
-            )
+            flops, *scores = np.array([one[key] for one in every]).T
+            spread = [x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0 for x in scores]
+            cells = [f"{x.mean():>8.2f} ±{s:<5.2f}" for x, s in zip(scores, spread, strict=True)]
+            print(f"{key[0]:<26} {key[1]:>7.2f} {flops.mean():>7.3f} {'  '.join(cells)}")
 
 
 if __name__ == "__main__":

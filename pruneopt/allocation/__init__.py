@@ -3,6 +3,19 @@
 from pruneopt.allocation.allocate import Allocation, Change, Infeasible, allocate
 from pruneopt.allocation.evolve import Evolved, evolve
 from pruneopt.allocation.frontier import Frontier, frontier
+from pruneopt.allocation.meet import Met, meet
 from pruneopt.allocation.tables import Tables
 
-__all__ = ["Allocation", "Change", "Evolved", "Frontier", "Infeasible", "Tables", "allocate", "evolve", "frontier"]
+__all__ = [
+    "Allocation",
+    "Change",
+    "Evolved",
+    "Frontier",
+    "Infeasible",
+    "Met",
+    "Tables",
+    "allocate",
+    "evolve",
+    "frontier",
+    "meet",
+]
