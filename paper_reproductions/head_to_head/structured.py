@@ -11,10 +11,11 @@ one pass, towards what the dense network computes there and in the stream that i
 the same at widths that `allocation.allocate` finds on `plans.unit_tables`, with the loss that the tables predict and
 the one measured.
 As it is; with batch-norm statistics estimated anew on 2,000 cropped training images; and settled on them first
-(`plans.settle`: true statistics, scale and bias make up for the change). FLOPs are those of the shrunk program. --choose: the KL divergence from the dense network on 1,000 other training images, as the network is, at half
-of each group's units, of each setting (METHOD and IMAGES are the choice): damping, an intercept or none, Grams of
-plain or of cropped images; and for each network the setting that the others choose. No test image is read for it.
-Data: PRUNEOPT_DATA.
+(`plans.settle`: true statistics, scale and bias make up for the change). FLOPs are those of the shrunk program.
+--choose: the KL divergence from the dense network on 1,000 other training images, as the network is, at half of each
+group's units, of each setting (METHOD and IMAGES are the choice): damping, an intercept or none, Grams of plain or of
+cropped images; and for each network the setting that the others choose. No test image is read for it. Data:
+PRUNEOPT_DATA.
 """
 
 import argparse
