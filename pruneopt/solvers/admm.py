@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from pruneopt import _linalg
+from pruneopt.constraints.base import Constraint
 from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
@@ -25,8 +26,10 @@ from pruneopt.solvers.threshold import Masking, projection, selected
 class ADMM(Solver):
     """minimise 1/2 tr((W - W0)^T (H + lambda I) (W - W0)) over W in the constraint, by splitting W = D, D feasible.
 
-    With s_j = (1 / [H^-1]_jj)^p H_jj^(1-p), B = sqrt(s) W and A = H / sqrt(s s^T), removing b alone costs about b^2,
-    so the projection that ADMM needs is the constraint's selection by b^2. In Douglas-Rachford form, with B0 the
+    Removing w_j costs s_j w_j^2 / 2 where the others are refitted: s_j = 1 / [H^-1]_jj if all others are kept, H_jj if
+    none is. Of a density d, with D = diag(H) and g = (1 - d) / sqrt(d), s_j = 1 / [(H + g D)^-1]_jj - g D_j, at least
+    `floor` D_j: OBS's metric at d = 1, magnitude's in diag(H) at d = 0. With B = sqrt(s) W and A = H / sqrt(s s^T),
+    the projection that ADMM needs is then the constraint's selection by b^2. In Douglas-Rachford form, with B0 the
     dense weights, M the mask of the projection of T and r the relaxation, each iteration is
 
         B = B0 + rho (A + rho I)^-1 ((2 M - 1) T - B0),    T <- T + r (B - M T).
@@ -36,8 +39,9 @@ class ADMM(Solver):
 
     rho: first and last. levels, iterations: of rho, and at each; on n > 4 m inputs, m outputs, where products cost
         little beside the inverses, sqrt(n / 4m) times as many iterations, up to 4 times. relaxation: r in (0, 2).
-    metric: p. metric_block: takes [H^-1]_jj from the inverses of H's diagonal blocks of at most so many inputs, at a
-        fraction of the cost of the whole inverse (None); the metric alone depends on it.
+    density: d; None: what the constraint keeps of the weights of live inputs. metric_block: takes the inverse's
+        diagonal from those of H's diagonal blocks of at most so many inputs, at a fraction of the cost of the whole
+        inverse (None); the metric alone depends on it.
     damping: relative, of A; refit_damping: relative, of the refit. Neither enters the objective.
     products: of the iterations; None takes bfloat16 where the device multiplies it fast, else float32. Float64
         weights are solved in float64.
@@ -52,15 +56,16 @@ class ADMM(Solver):
     turn, share them. Others are made one at a time.
     stats: condition (of the damped H, estimated from below), dead_inputs, factors ("float32", "float64" where the probe
     of the first failed, with more damping where that failed too), factor_damping, products.
-    Source: ALPS (Meng et al. 2024, algorithm 1), with the metric of OBS (Hassibi and Stork 1993) in place of diag(H),
-    and a fixed schedule of rho.
+    Source: ALPS (Meng et al. 2024, algorithm 1), with the metric of OBS (Hassibi and Stork 1993) for the density that
+    is kept in place of diag(H), and a fixed schedule of rho. g and the constants: head_to_head/presets.py.
     """
 
     rho: tuple[float, float] = (0.9, 1.5)
     levels: int = 2
     iterations: int = 6
     relaxation: float = 1.2
-    metric: float = 0.8
+    density: float | None = None
+    floor: float = 0.1
     metric_block: int | None = None
     damping: float = 0.01
     refit: int = 4
@@ -76,11 +81,11 @@ class ADMM(Solver):
         check_whole(self, 0, "refit")
         if self.metric_block is not None:
             check_whole(self, 1, "metric_block")
-        check_not_negative(self, "damping", "refit_damping")
+        check_not_negative(self, "damping", "refit_damping", "floor")
         if not 0 < self.relaxation < 2:
             raise ValueError(f"relaxation={self.relaxation!r} is outside (0, 2), where ADMM converges; pass about 1.2")
-        if not 0 <= self.metric <= 1:
-            raise ValueError(f"metric={self.metric!r} is outside [0, 1]; 0 is diag(H), 1 the inverse diagonal")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density!r} is outside (0, 1]; pass the part of the weights that is kept")
         if self.products not in (None, "bfloat16", "float32"):
             raise ValueError(f"products={self.products!r}: pass 'bfloat16', 'float32' or None")
         if self.refine not in ("never", "hard", "always"):
@@ -110,7 +115,8 @@ class ADMM(Solver):
         ready = prepared(problem)
         dtype = ready.gram.dtype
         masking = projection(problem.subject_to, ready.center.shape, dtype)
-        wanted = Wanted(self.damping, self.metric, self.metric_block, self.rho, self.levels, self.products)
+        density = kept_density(problem.subject_to, ready) if self.density is None else self.density
+        wanted = Wanted(self.damping, density, self.floor, self.metric_block, self.rho, self.levels, self.products)
         factors, facts = factored(problem, ready, wanted)
         t = ready.center
         if not ready.blank:
@@ -138,6 +144,12 @@ class ADMM(Solver):
             facts |= more
         facts |= {"dead_inputs": int(np.count_nonzero(np.asarray(ready.dead))), "products": factors.products.name}
         return outcome(problem, ready, value, support, stats=facts)
+
+
+def kept_density(constraint: Constraint, ready: Layer) -> float:
+    """The part of the weights of live inputs that a constraint keeps, a hundredth of one input at least."""
+    n, live = len(ready.gone), len(ready.gone) - int(np.count_nonzero(np.asarray(ready.gone)))
+    return float(np.clip(constraint.density(ready.center) * n / max(live, 1), 0.01 / n, 1.0))
 
 
 class State(NamedTuple):
