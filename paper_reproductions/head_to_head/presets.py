@@ -153,6 +153,8 @@ class Layers:
                 objective = Reconstruction(jnp.asarray(w0), Gram.checked(jnp.asarray(h)))
                 exact = np.asarray(h, np.float64), np.asarray(w0, np.float64)
                 for spec in specs:
+                    if isinstance(spec, tuple) and len(w0) % spec[1]:
+                        continue
                     constraint = NM(*spec) if isinstance(spec, tuple) else Cardinality(sparsity=spec)
                     self.tasks[network, name, spec] = po.Problem(objective, subject_to=constraint), exact
         for key in self.tasks:

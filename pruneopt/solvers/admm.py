@@ -18,7 +18,7 @@ from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.factors import Wanted, factored
-from pruneopt.solvers.refine import is_hard, is_small, refined
+from pruneopt.solvers.refine import is_hard, is_small, is_tiny, refined
 from pruneopt.solvers.threshold import Masking, projection, selected
 
 
@@ -46,8 +46,9 @@ class ADMM(Solver):
     products: of the iterations; None takes bfloat16 where the device multiplies it fast, else float32. Float64
         weights are solved in float64.
     refine: exchanges of single weights with exact refits until none helps, on problems of at most 1,024 inputs and 16
-        outputs whose constraint lets them: "hard" where at most a 16th of the inputs is kept or H is singular, "always"
-        on all of them, and also from the supports of forward selection and `GreedyOBS`, the best of the three.
+        outputs, or of 64 inputs and 16,384 weights, whose constraint lets them: "hard" on the latter and where at most
+        a 16th of the inputs is kept or H is singular, "always" on all of them, and also from the supports of forward
+        selection and `GreedyOBS`, the best of the three.
 
     From `init` it starts where its weights would be a fixed point; the result is never worse than a feasible init.
     Cost: (levels * iterations + refit + 1) products of n^2 m, (levels + 1) inverses of about 0.7 n^3, on n inputs and m
@@ -60,14 +61,14 @@ class ADMM(Solver):
     is kept in place of diag(H), and a fixed schedule of rho. g and the constants: head_to_head/presets.py.
     """
 
-    rho: tuple[float, float] = (0.9, 1.5)
-    levels: int = 2
-    iterations: int = 6
+    rho: tuple[float, float] = (0.5, 1.1)
+    levels: int = 3
+    iterations: int = 4
     relaxation: float = 1.2
     density: float | None = None
     floor: float = 0.1
     metric_block: int | None = None
-    damping: float = 0.01
+    damping: float = 0.001
     refit: int = 4
     refit_damping: float = 0.001
     products: Literal["bfloat16", "float32"] | None = None
@@ -76,7 +77,7 @@ class ADMM(Solver):
     def __post_init__(self) -> None:
         first, last = self.rho
         if not 0 < first <= last < float("inf"):
-            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.9, 1.5)")
+            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.5, 1.1)")
         check_whole(self, 1, "levels", "iterations")
         check_whole(self, 0, "refit")
         if self.metric_block is not None:
@@ -107,7 +108,7 @@ class ADMM(Solver):
     def _refines(self, problem: Problem, ready: Layer, support: Bool[np.ndarray, "n m"]) -> bool:
         if self.refine == "never" or ready.blank or not is_small(problem, support.shape):
             return False
-        return self.refine == "always" or is_hard(ready, support)
+        return self.refine == "always" or is_tiny(support.shape) or is_hard(ready, support)
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Prepare, factor, iterate, select, refit."""
