@@ -15,6 +15,7 @@ from pruneopt.plans.path import Path, at_sparsity, path
 from pruneopt.plans.penalised import penalised
 from pruneopt.plans.prune import prune
 from pruneopt.plans.recalibrate import recalibrate
+from pruneopt.plans.refine import refine
 from pruneopt.plans.refit_products import refit_products
 from pruneopt.plans.retrain import retrain
 from pruneopt.plans.schedules import CoarseThenFine, Cubic, Iterative, OneShot, Schedule, Stage
@@ -58,6 +59,7 @@ __all__ = [
     "penalised",
     "prune",
     "recalibrate",
+    "refine",
     "refit_products",
     "retrain",
     "sensitivity",
