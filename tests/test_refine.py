@@ -115,6 +115,8 @@ def test_what_cannot_be_refined_is_refused(words, match):
 
 def test_held_out_examples_that_are_trained_on_are_refused():
     params, pruned, batches, held_out = made()
+    with pytest.raises(ValueError, match="16 of the 16 examples of held_out are among batches"):
+        po.plans.refine(mlp, params, pruned, batches, batches[2:3])
     mixed = [jnp.concatenate([held_out[0], batches[2][:3]])]
-    with pytest.raises(ValueError, match="3 of its 43 examples are among batches"):
-        po.plans.refine(mlp, params, pruned, batches, mixed)
+    found = po.plans.refine(mlp, params, pruned, batches, mixed)
+    assert found.history[-1]["notes"] == ["3 of the 43 examples of held_out are among batches"]
