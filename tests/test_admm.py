@@ -31,12 +31,20 @@ def problem(constraint, x=None, dtype=np.float64, m=M, damping=0.0, weights=None
     return po.Problem(Reconstruction(jnp.asarray(w, dtype), gram, damping), subject_to=constraint)
 
 
+def by_density(damped, density, floor, ends=None):
+    """What removing an input costs where that part of the others is kept: OBS's Schur complement in noise."""
+    diagonal, noise = np.diag(damped), (1 - density) / np.sqrt(density) * np.diag(damped)
+    noisy = damped + np.diag(noise)
+    blocks = [noisy[i:j, i:j] for i, j in itertools.pairwise(ends or [0, len(damped)])]
+    removed = np.concatenate([1 / np.diag(np.linalg.inv(block)) for block in blocks])
+    return np.maximum(removed - noise, floor * diagonal)
+
+
 def by_hand(x, w0, solver):
     """ADMM with B, D and the dual V apart, in NumPy, under 2:4 along the inputs; the mask."""
     h = x.T @ x / len(x)
     damped = h + solver.damping * np.mean(np.diag(h)) * np.eye(len(h))
-    inverse = np.linalg.inv(damped)
-    s = (1 / np.diag(inverse)) ** solver.metric * np.diag(damped) ** (1 - solver.metric)
+    s = by_density(damped, 0.5, solver.floor)
     a, b0 = damped / np.sqrt(np.outer(s, s)), np.sqrt(s)[:, None] * w0
 
     def mask(t):
@@ -187,7 +195,7 @@ def test_a_failed_factor_is_redone_in_double_and_said():
     w = np.random.default_rng(1).standard_normal((N, M))
     f = Reconstruction(jnp.asarray(w, jnp.float32), Gram.checked(jnp.asarray(gram, jnp.float32)))
     task = po.Problem(f, subject_to=Cardinality(sparsity=0.7))
-    solution = po.solve(task, ADMM(damping=0.0))
+    solution = po.solve(task, ADMM(damping=0.0, density=1.0))
     assert solution.stats["factors"] == "float64"
     assert solution.stats["factor_damping"] > 0
     assert solution.status.is_usable
@@ -199,10 +207,10 @@ def test_layers_that_share_a_gram_share_its_factors(monkeypatch):
     inner = factors._metric_on_host
     monkeypatch.setattr(factors, "_metric_on_host", lambda *a: calls.append(1) or inner(*a))
     f = problem(Cardinality(sparsity=0.6), m=N).objective
-    for sparsity in (0.5, 0.7):
-        po.solve(po.Problem(f, subject_to=Cardinality(sparsity=sparsity)), ADMM())
+    for constraint in (Cardinality(sparsity=0.6), Cardinality(sparsity=0.6, per="out")):
+        po.solve(po.Problem(f, subject_to=constraint), ADMM(density=0.4))
     other = Reconstruction(f.center * 3, f.curvature)
-    po.solve(po.Problem(other, subject_to=Cardinality(sparsity=0.6)), ADMM())
+    po.solve(po.Problem(other, subject_to=Cardinality(sparsity=0.6)), ADMM(density=0.4))
     assert len(calls) == 1
     po.solve(po.Problem(f, subject_to=Cardinality(sparsity=0.6)), ADMM(damping=0.1))
     po.solve(problem(Cardinality(sparsity=0.6), m=N), ADMM(damping=0.1))
@@ -236,14 +244,13 @@ def test_inverse_is_the_inverse(n):
 @pytest.mark.slow
 def test_a_host_and_a_device_find_the_same_factors(n, block):
     ready = prepared(problem(Cardinality(sparsity=0.6), inputs(n=n, rows=2 * n, spread=0.3)))
-    wanted = factors.Wanted(0.01, 0.8, block, (1.0, 1.0), 1, None)
+    wanted = factors.Wanted(0.01, 0.4, 0.05, block, (1.0, 1.0), 1, None)
     (host, scale, known), (device, other, estimate) = (
         metric(ready, wanted, 0.01, ready.gram.dtype) for metric in (factors._metric_on_host, factors._metric_on_device)
     )
     damped = np.asarray(ready.damped(0.01))
     ends = {None: [0, n], 10: [0, 8, 16, 24], 299: [0, 150, 300]}[block]
-    inverses = [np.linalg.inv(damped[i:j, i:j]) for i, j in itertools.pairwise(ends)]
-    s = (1 / np.concatenate([np.diag(inverse) for inverse in inverses])) ** 0.8 * np.diag(damped) ** 0.2
+    s = by_density(damped, 0.4, 0.05, ends)
     for found, root in ((host, scale), (device, other)):
         np.testing.assert_allclose(root[:, 0], np.sqrt(s), rtol=1e-9)
         np.testing.assert_allclose(found, damped / np.sqrt(np.outer(s, s)), rtol=1e-9, atol=1e-12)
@@ -313,7 +320,9 @@ def test_presets_on_real_layers(folder, layer, spec, sparsegpt, alps):
         ({"iterations": 1.5}, r"iterations=1\.5"),
         ({"refit": -1}, "refit=-1"),
         ({"relaxation": 2.0}, "relaxation="),
-        ({"metric": 1.5}, "metric="),
+        ({"density": 1.5}, "density="),
+        ({"density": 0.0}, "density="),
+        ({"floor": -0.1}, "floor="),
         ({"damping": float("nan")}, "damping="),
         ({"refit_damping": -0.1}, "refit_damping="),
         ({"products": "float16"}, "products="),

@@ -37,7 +37,7 @@ LADDER = [
 # What a room gave away keeps its public name there: {room: the rooms above whose names its __init__ passes on}.
 GIVEN_AWAY = {"structure": {"capture"}}
 OUTSIDE = {"threadpoolctl", "jax", "numpy", "scipy", "jaxtyping", "optax", "tqdm", "safetensors", "matplotlib"}
-OPTAX = {"solvers/descent.py", "plans/retrain.py"}
+OPTAX = {"solvers/descent.py", "plans/retrain.py", "plans/refine.py", "plans/refine_windows.py"}
 JAX_EXTEND = {"network/calls.py", "structure/graph.py", "program/primitives.py"}
 STANDARD = __import__("sys").stdlib_module_names
 

@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import pruneopt as po
-from paper_reproductions.networks import checkpoint, decoder, llama, stories
+from paper_reproductions.networks import decoder, gguf_llama, llama, stories
 from pruneopt.constraints import NM, ByPath, Cardinality
 from pruneopt.plans import LAYER_METHODS
 
@@ -115,8 +115,7 @@ def checkpoint_in(options):
     if options.test is None or options.calibrate is None:
         raise SystemExit("--model needs --test and --calibrate: texts, a C4 shard (.json.gz), or token ids (.npy)")
     network = decoder.load(options.model)
-    limit = checkpoint.config(options.model)["max_position_embeddings"]
-    length = options.length or min(2048, limit)
+    length = options.length or min(2048, decoder.positions(options.model))
     draws = [
         list(decoder.calibration(options.model, options.calibrate, options.segments, length, seed)[:, None])
         for seed in range(options.draws)
@@ -125,9 +124,21 @@ def checkpoint_in(options):
     return network, draws, list(test[:, None])
 
 
+def smollm2(options):
+    """--model smollm2: the installed package, WikiText-2 of PRUNEOPT_DATA, 24 segments of 256 tokens by 16 of them."""
+    if options.model != Path("smollm2"):
+        return
+    texts = Path(os.environ["PRUNEOPT_DATA"]) / "text"
+    options.model, options.name = gguf_llama.installed(), options.name or "smollm2"
+    options.test, options.calibrate = texts / "wikitext2_test.txt.gz", texts / "wikitext2_valid.txt.gz"
+    options.length, options.test_segments = options.length or 256, options.test_segments or 24
+
+
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a folder with config.json and safetensors")
+    parser.add_argument(
+        "--model", type=Path, help="a folder with config.json and safetensors, a .gguf file, or smollm2"
+    )
     parser.add_argument("--name", help="the checkpoint's name in claimed.json; the folder's by default")
     parser.add_argument("--test", type=Path)
     parser.add_argument("--calibrate", type=Path)
@@ -138,8 +149,9 @@ def main(words=None):
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=tuple(LEVELS))
     options = parser.parse_args(words)
-    options.segments = options.segments or (128 if options.model else 16)
+    options.segments = options.segments or (128 if options.model and options.model != Path("smollm2") else 16)
     options.draws = options.draws or (1 if options.model else 3)
+    smollm2(options)
     network, draws, test = (checkpoint_in if options.model else story)(options)
     name = (options.name or (options.model.resolve().name if options.model else "stories260K")).lower()
     claimed = json.loads((Path(__file__).parent / "claimed.json").read_text(encoding="utf-8"))["perplexity"]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paper_reproductions.networks import checkpoint, llama, opt
+from paper_reproductions.networks import checkpoint, gguf_llama, llama, opt
 
 FAMILIES = {"llama": llama, "opt": opt}
 
@@ -25,11 +25,28 @@ class Decoder(NamedTuple):
 
 
 def load(folder, dtype=jnp.float32):
-    """The decoder in a folder with config.json and safetensors (families: opt, llama)."""
+    """The decoder in a folder with config.json and safetensors (families: opt, llama), or in a .gguf file (llama)."""
+    if is_gguf(folder):
+        return Decoder(*gguf_llama.load(folder, dtype), llama.PROJECTIONS)
     family = checkpoint.config(folder).get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type is {family!r}; the families known here are {', '.join(FAMILIES)}")
     return Decoder(*FAMILIES[family].load(folder, dtype), FAMILIES[family].PROJECTIONS)
+
+
+def is_gguf(model):
+    """Whether a model is a file, not a folder."""
+    return Path(model).suffix == ".gguf"
+
+
+def positions(model):
+    """The longest text that a model was trained on, in tokens."""
+    return gguf_llama.positions(model) if is_gguf(model) else checkpoint.config(model)["max_position_embeddings"]
+
+
+def encoder(model):
+    """A function from a text to its token ids (n,) int32."""
+    return gguf_llama.encoder(model) if is_gguf(model) else checkpoint.encoder(model)
 
 
 def token_ids(folder, path):
@@ -37,7 +54,8 @@ def token_ids(folder, path):
     path = Path(path)
     if path.suffix == ".npy":
         return np.load(path, allow_pickle=False).astype(np.int32).reshape(-1)
-    return checkpoint.encoder(folder)(joined(path.read_text(encoding="utf-8")))
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return encoder(folder)(joined(raw.decode()))
 
 
 def joined(text):
@@ -62,7 +80,7 @@ def calibration(folder, path, count, length, seed=0):
         return sampled(token_ids(folder, path), count, length, seed)
     with gzip.open(path) as lines:
         documents = list(lines)
-    encode, rng, found = checkpoint.encoder(folder), np.random.default_rng(seed), []
+    encode, rng, found = encoder(folder), np.random.default_rng(seed), []
     for i in rng.permutation(len(documents)):
         ids = encode(json.loads(documents[i])["text"])
         if len(ids) > length:

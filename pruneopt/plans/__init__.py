@@ -15,6 +15,8 @@ from pruneopt.plans.path import Path, at_sparsity, path
 from pruneopt.plans.penalised import penalised
 from pruneopt.plans.prune import prune
 from pruneopt.plans.recalibrate import recalibrate
+from pruneopt.plans.refine import refine
+from pruneopt.plans.refine_windows import refine_windows
 from pruneopt.plans.refit_products import refit_products
 from pruneopt.plans.retrain import retrain
 from pruneopt.plans.schedules import CoarseThenFine, Cubic, Iterative, OneShot, Schedule, Stage
@@ -58,6 +60,8 @@ __all__ = [
     "penalised",
     "prune",
     "recalibrate",
+    "refine",
+    "refine_windows",
     "refit_products",
     "retrain",
     "sensitivity",

@@ -170,9 +170,9 @@ LAYER_METHODS: dict[str, LayerMethod] = {
         centred=True,
     ),
     "fast": LayerMethod(
-        FAST, "ADMM in the metric of the inverse diagonal, one level of rho; towards the dense network's outputs"
+        FAST, "ADMM in OBS's metric for the density kept, one level of rho; towards the dense network's outputs"
     ),
-    "balanced": LayerMethod(BALANCED, "the same, two levels"),
+    "balanced": LayerMethod(BALANCED, "the same, three levels"),
     "best": LayerMethod(BEST, "the same, five levels, more iterations"),
     "auto": LayerMethod(Auto(), "the preset that the layer's size allows"),
 }

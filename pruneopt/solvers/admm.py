@@ -13,11 +13,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from pruneopt import _linalg
+from pruneopt.constraints.base import Constraint
 from pruneopt.objectives.prepared import Layer
 from pruneopt.problem import Problem
 from pruneopt.solvers.base import Outcome, Solver, Start, check_not_negative, check_whole, layer_only, outcome, prepared
 from pruneopt.solvers.factors import Wanted, factored
-from pruneopt.solvers.refine import is_hard, is_small, refined
+from pruneopt.solvers.refine import is_hard, is_small, is_tiny, refined
 from pruneopt.solvers.threshold import Masking, projection, selected
 
 
@@ -25,8 +26,10 @@ from pruneopt.solvers.threshold import Masking, projection, selected
 class ADMM(Solver):
     """minimise 1/2 tr((W - W0)^T (H + lambda I) (W - W0)) over W in the constraint, by splitting W = D, D feasible.
 
-    With s_j = (1 / [H^-1]_jj)^p H_jj^(1-p), B = sqrt(s) W and A = H / sqrt(s s^T), removing b alone costs about b^2,
-    so the projection that ADMM needs is the constraint's selection by b^2. In Douglas-Rachford form, with B0 the
+    Removing w_j costs s_j w_j^2 / 2 where the others are refitted: s_j = 1 / [H^-1]_jj if all others are kept, H_jj if
+    none is. Of a density d, with D = diag(H) and g = (1 - d) / sqrt(d), s_j = 1 / [(H + g D)^-1]_jj - g D_j, at least
+    `floor` D_j: OBS's metric at d = 1, magnitude's in diag(H) at d = 0. With B = sqrt(s) W and A = H / sqrt(s s^T),
+    the projection that ADMM needs is then the constraint's selection by b^2. In Douglas-Rachford form, with B0 the
     dense weights, M the mask of the projection of T and r the relaxation, each iteration is
 
         B = B0 + rho (A + rho I)^-1 ((2 M - 1) T - B0),    T <- T + r (B - M T).
@@ -36,14 +39,16 @@ class ADMM(Solver):
 
     rho: first and last. levels, iterations: of rho, and at each; on n > 4 m inputs, m outputs, where products cost
         little beside the inverses, sqrt(n / 4m) times as many iterations, up to 4 times. relaxation: r in (0, 2).
-    metric: p. metric_block: takes [H^-1]_jj from the inverses of H's diagonal blocks of at most so many inputs, at a
-        fraction of the cost of the whole inverse (None); the metric alone depends on it.
+    density: d; None: what the constraint keeps of the weights of live inputs. metric_block: takes the inverse's
+        diagonal from those of H's diagonal blocks of at most so many inputs, at a fraction of the cost of the whole
+        inverse (None); the metric alone depends on it.
     damping: relative, of A; refit_damping: relative, of the refit. Neither enters the objective.
     products: of the iterations; None takes bfloat16 where the device multiplies it fast, else float32. Float64
         weights are solved in float64.
     refine: exchanges of single weights with exact refits until none helps, on problems of at most 1,024 inputs and 16
-        outputs whose constraint lets them: "hard" where at most a 16th of the inputs is kept or H is singular, "always"
-        on all of them, and also from the supports of forward selection and `GreedyOBS`, the best of the three.
+        outputs, or of 64 inputs and 16,384 weights, whose constraint lets them: "hard" on the latter and where at most
+        a 16th of the inputs is kept or H is singular, "always" on all of them, and also from the supports of forward
+        selection and `GreedyOBS`, the best of the three.
 
     From `init` it starts where its weights would be a fixed point; the result is never worse than a feasible init.
     Cost: (levels * iterations + refit + 1) products of n^2 m, (levels + 1) inverses of about 0.7 n^3, on n inputs and m
@@ -52,17 +57,18 @@ class ADMM(Solver):
     turn, share them. Others are made one at a time.
     stats: condition (of the damped H, estimated from below), dead_inputs, factors ("float32", "float64" where the probe
     of the first failed, with more damping where that failed too), factor_damping, products.
-    Source: ALPS (Meng et al. 2024, algorithm 1), with the metric of OBS (Hassibi and Stork 1993) in place of diag(H),
-    and a fixed schedule of rho.
+    Source: ALPS (Meng et al. 2024, algorithm 1), with the metric of OBS (Hassibi and Stork 1993) for the density that
+    is kept in place of diag(H), and a fixed schedule of rho. g and the constants: head_to_head/presets.py.
     """
 
-    rho: tuple[float, float] = (0.9, 1.5)
-    levels: int = 2
-    iterations: int = 6
+    rho: tuple[float, float] = (0.5, 1.1)
+    levels: int = 3
+    iterations: int = 4
     relaxation: float = 1.2
-    metric: float = 0.8
+    density: float | None = None
+    floor: float = 0.1
     metric_block: int | None = None
-    damping: float = 0.01
+    damping: float = 0.001
     refit: int = 4
     refit_damping: float = 0.001
     products: Literal["bfloat16", "float32"] | None = None
@@ -71,16 +77,16 @@ class ADMM(Solver):
     def __post_init__(self) -> None:
         first, last = self.rho
         if not 0 < first <= last < float("inf"):
-            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.9, 1.5)")
+            raise ValueError(f"rho={self.rho!r}: pass the first and the last, 0 < first <= last, such as (0.5, 1.1)")
         check_whole(self, 1, "levels", "iterations")
         check_whole(self, 0, "refit")
         if self.metric_block is not None:
             check_whole(self, 1, "metric_block")
-        check_not_negative(self, "damping", "refit_damping")
+        check_not_negative(self, "damping", "refit_damping", "floor")
         if not 0 < self.relaxation < 2:
             raise ValueError(f"relaxation={self.relaxation!r} is outside (0, 2), where ADMM converges; pass about 1.2")
-        if not 0 <= self.metric <= 1:
-            raise ValueError(f"metric={self.metric!r} is outside [0, 1]; 0 is diag(H), 1 the inverse diagonal")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density!r} is outside (0, 1]; pass the part of the weights that is kept")
         if self.products not in (None, "bfloat16", "float32"):
             raise ValueError(f"products={self.products!r}: pass 'bfloat16', 'float32' or None")
         if self.refine not in ("never", "hard", "always"):
@@ -102,7 +108,7 @@ class ADMM(Solver):
     def _refines(self, problem: Problem, ready: Layer, support: Bool[np.ndarray, "n m"]) -> bool:
         if self.refine == "never" or ready.blank or not is_small(problem, support.shape):
             return False
-        return self.refine == "always" or is_hard(ready, support)
+        return self.refine == "always" or is_tiny(support.shape) or is_hard(ready, support)
 
     def run(self, problem: Problem, init: Start | None, key: jax.Array) -> Outcome:
         """Prepare, factor, iterate, select, refit."""
@@ -110,7 +116,8 @@ class ADMM(Solver):
         ready = prepared(problem)
         dtype = ready.gram.dtype
         masking = projection(problem.subject_to, ready.center.shape, dtype)
-        wanted = Wanted(self.damping, self.metric, self.metric_block, self.rho, self.levels, self.products)
+        density = kept_density(problem.subject_to, ready) if self.density is None else self.density
+        wanted = Wanted(self.damping, density, self.floor, self.metric_block, self.rho, self.levels, self.products)
         factors, facts = factored(problem, ready, wanted)
         t = ready.center
         if not ready.blank:
@@ -138,6 +145,12 @@ class ADMM(Solver):
             facts |= more
         facts |= {"dead_inputs": int(np.count_nonzero(np.asarray(ready.dead))), "products": factors.products.name}
         return outcome(problem, ready, value, support, stats=facts)
+
+
+def kept_density(constraint: Constraint, ready: Layer) -> float:
+    """The part of the weights of live inputs that a constraint keeps, a hundredth of one input at least."""
+    n, live = len(ready.gone), len(ready.gone) - int(np.count_nonzero(np.asarray(ready.gone)))
+    return float(np.clip(constraint.density(ready.center) * n / max(live, 1), 0.01 / n, 1.0))
 
 
 class State(NamedTuple):

@@ -10,10 +10,13 @@ from pruneopt.problem import Problem
 from pruneopt.solvers.admm import ADMM
 from pruneopt.solvers.base import Outcome, Solver, Start, layer_only
 
-# On n <= 4 m inputs and m outputs, in products of n^2 m and inverses of 0.7 n^3: 9 and 1, 17 and 3, 50 and 6.
-FAST = ADMM(rho=(1.3, 1.3), levels=1, iterations=5, relaxation=1.3, metric_block=400, refit=3, refit_damping=0.01)
+# On n <= 4 m inputs and m outputs, in products of n^2 m and inverses of 0.7 n^3: 9 and 1, 17 and 4, 50 and 6.
+# Chosen on 27 layers of six networks, each network by the others: paper_reproductions/head_to_head/presets.py.
+FAST = ADMM(
+    rho=(1.0, 1.0), levels=1, iterations=5, relaxation=1.3, metric_block=400, damping=0.003, refit=3, refit_damping=0.01
+)
 BALANCED = ADMM(refine="hard")
-BEST = ADMM(rho=(0.45, 2.3), levels=5, iterations=8, damping=0.003, refit=9, refit_damping=3e-4, refine="always")
+BEST = ADMM(rho=(0.3, 1.6), levels=5, iterations=8, floor=0.05, refit=9, refit_damping=3e-4, refine="always")
 PRESETS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
 
 # Multiply-adds a second that `Auto` reckons with: one core of a CPU, or an accelerator.

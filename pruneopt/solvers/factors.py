@@ -22,10 +22,11 @@ PROBE_ERROR = 0.05  # of a factor: |A A^-1 z - z| / |z|; the iterations stand mo
 
 
 class Wanted(NamedTuple):
-    """Relative damping of H, the metric's power p and its blocks, and how many rhos from the first to the last."""
+    """Relative damping of H, the density and floor of the metric and its blocks, how many rhos from first to last."""
 
     damping: float
-    metric: float
+    density: float
+    floor: float
     metric_block: int | None
     rho: tuple[float, float]
     levels: int
@@ -35,8 +36,7 @@ class Wanted(NamedTuple):
 class Factors(NamedTuple):
     """scale: sqrt(s), (n, 1). rhos: (levels,). inverses: rho (A + rho I)^-1 for each, (n, n), in the dtype `products`.
 
-    s_j = (1 / [H^-1]_jj)^p H_jj^(1 - p) and A = H / sqrt(s s^T), H damped, H^-1 that of its diagonal blocks where they
-    are wanted. The inverses can be gone through once.
+    s as `metric` has it and A = H / sqrt(s s^T), H damped. The inverses can be gone through once.
     """
 
     scale: Float[Array, "n 1"]
@@ -102,26 +102,40 @@ def _blocks(n: int, most: int | None) -> list[slice]:
     return [slice(*ends[i : i + 2]) for i in range(count)]
 
 
+def _spread(density: float) -> float:
+    """g: in the mean over supports of that density, what a kept input's diagonal stands for of those that go."""
+    return (1 - density) / density**0.5
+
+
 def _metric_on_host(ready: Layer, wanted: Wanted, damping: float, dtype: Any) -> tuple[Any, Any, float] | None:
-    """A, sqrt(s) and the condition number of the damped H; None where a factor does not exist or its probe fails."""
+    """A, sqrt(s) and the condition number of H + g D; None where a factor does not exist or its probe fails.
+
+    What removing input j costs where a random part d of the others, the density, is kept and refitted lies between the
+    Schur complement 1 / [H^-1]_jj of all of them (d = 1) and H_jj of none (d = 0). With D = diag(H), g = (1 - d) /
+    sqrt(d): s_j = 1 / [(H + g D)^-1]_jj - g D_j, at least a floor of D_j; H damped, the inverse that of the diagonal
+    blocks where they are wanted.
+    """
     gram = np.array(ready.gram, dtype)
     np.einsum("ii->i", gram)[:] += dtype.type(damping * float(ready.mean))
     probe, blocks = _probe(len(gram), dtype), _blocks(len(gram), wanted.metric_block)
-    removed, smallest = [], []  # 1 / [H^-1]_jj, and the inverse of each block's smallest eigenvalue
+    noise = dtype.type(_spread(wanted.density)) * np.diagonal(gram)
+    removed, smallest = [], []  # 1 / [(H + g D)^-1]_jj, and the inverse of each block's smallest eigenvalue
     for at in blocks:
-        factor = _linalg.inverse_factor_on_host(gram[at, at])
+        noisy = gram[at, at].copy()
+        np.einsum("ii->i", noisy)[:] += noise[at]
+        factor = _linalg.inverse_factor_on_host(noisy)
         if factor is None:
             return None
 
         def inverse(x, factor=factor):
             return factor.T @ (factor @ x)
 
-        if _is_wrong(gram[at, at], inverse):
+        if _is_wrong(noisy, inverse):
             return None
         removed.append(1 / np.einsum("ij,ij->j", factor, factor))
         smallest.append(_linalg.largest_eigenvalue(inverse, probe[at]))
     condition = _linalg.largest_eigenvalue(gram.__matmul__, probe) * max(smallest)
-    s = np.concatenate(removed) ** wanted.metric * np.diagonal(gram) ** (1 - wanted.metric)
+    s = np.maximum(np.concatenate(removed) - noise, dtype.type(wanted.floor) * np.diagonal(gram))
     scale = np.sqrt(s)[:, None]
     gram /= scale
     gram /= scale.T
@@ -152,7 +166,9 @@ def _inverse_on_host(scaled: np.ndarray, rho: float) -> np.ndarray:
 
 def _metric_on_device(ready: Layer, wanted: Wanted, damping: float, dtype: Any) -> tuple[Any, Any, float] | None:
     """`_metric_on_host` in JAX, in the layer's precision."""
-    scaled, scale, condition, error = _metric(ready, damping, wanted.metric, wanted.metric_block)
+    scaled, scale, condition, error = _metric(
+        ready, damping, _spread(wanted.density), wanted.floor, wanted.metric_block
+    )
     return (scaled, scale, float(condition)) if float(error) <= PROBE_ERROR else None
 
 
@@ -163,24 +179,27 @@ def _inverse_on_device(scaled: Float[Array, "n n"], rho: float) -> Any:
 
 
 # One program an inverse: XLA runs several of them in one program at half the speed.
-@partial(jax.jit, static_argnums=3)
-def _metric(ready: Layer, damping: float, metric: float, block: int | None) -> tuple[Array, Array, Array, Array]:
-    """A without rho, sqrt(s), the condition number of the damped H, and the largest error of an inverse on a probe."""
+@partial(jax.jit, static_argnums=4)
+def _metric(
+    ready: Layer, damping: float, spread: float, floor: float, block: int | None
+) -> tuple[Array, Array, Array, Array]:
+    """A without rho, sqrt(s), the condition number of H + g D, and the largest error of an inverse on a probe."""
     gram = ready.damped(damping)
+    noise = jnp.asarray(spread, gram.dtype) * jnp.diagonal(gram)
     probe = jnp.asarray(_probe(gram.shape[0], gram.dtype))
     removed, smallest, errors = [], [], []
     for at in _blocks(gram.shape[0], block):
-        factor = _linalg.inverse_factor(gram[at, at])  # U with U^T U the inverse, and more exact at the same cost
+        noisy = gram[at, at] + jnp.diag(noise[at])
+        factor = _linalg.inverse_factor(noisy)  # U with U^T U the inverse, and more exact at the same cost
 
         def inverse(x, factor=factor):
             return _linalg.matmul(_linalg.matmul(factor, x).T, factor).T  # no transposed copy of the factor
 
         removed.append(1 / jnp.sum(factor * factor, axis=0))
         smallest.append(_linalg.largest_eigenvalue(inverse, probe[at]))
-        error = jnp.linalg.norm(_linalg.matmul(gram[at, at], inverse(probe[at])) - probe[at])
+        error = jnp.linalg.norm(_linalg.matmul(noisy, inverse(probe[at])) - probe[at])
         errors.append(error / jnp.linalg.norm(probe[at]))
-    power = jnp.asarray(metric, gram.dtype)
-    s = jnp.concatenate(removed) ** power * jnp.diagonal(gram) ** (1 - power)
+    s = jnp.maximum(jnp.concatenate(removed) - noise, jnp.asarray(floor, gram.dtype) * jnp.diagonal(gram))
     scale = jnp.sqrt(s)[:, None]
     condition = _linalg.largest_eigenvalue(partial(_linalg.matmul, gram), probe) * jnp.max(jnp.stack(smallest))
     return gram / (scale * scale.T), scale, condition, jnp.max(jnp.stack(errors))

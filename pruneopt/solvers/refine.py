@@ -18,14 +18,20 @@ from pruneopt.solvers.greedy_obs import GreedyOBS
 from pruneopt.solvers.swap import Swap, exchanged, refitted
 
 INPUTS, OUTPUTS = 1024, 16  # up to which a problem is small: seconds on the host, whatever is kept
+TINY, ENTRIES = 64, 1 << 14  # inputs and weights up to which it is tiny: tenths of a second
 _FEW = 1 / 16  # of the inputs kept: then ADMM's metric, which takes all others for kept, misleads
 _STEPS = 1000
 
 
+def is_tiny(shape: tuple[int, ...]) -> bool:
+    """Whether exchanges cost tenths of a second."""
+    return shape[0] <= TINY and shape[0] * shape[1] <= ENTRIES
+
+
 def is_small(problem: Problem, shape: tuple[int, ...]) -> bool:
     """Whether exchanges are allowed and cost seconds at most."""
-    n, m = shape
-    return n <= INPUTS and m <= OUTPUTS and parts.exchanges(problem.subject_to, shape) is not None
+    few = shape[0] <= INPUTS and shape[1] <= OUTPUTS
+    return (few or is_tiny(shape)) and parts.exchanges(problem.subject_to, shape) is not None
 
 
 def is_hard(ready: Layer, support: Bool[np.ndarray, "n m"]) -> bool:

@@ -20,8 +20,8 @@ from pruneopt import _store, _tree
 from pruneopt.network.batches import shared_length
 from pruneopt.network.readable import readable
 from pruneopt.program.axes import Reader
+from pruneopt.program.bottlenecks import bottlenecks
 from pruneopt.program.flatten import flatten
-from pruneopt.program.forms import PRODUCTS
 from pruneopt.program.primitives import column
 from pruneopt.program.program import Program
 from pruneopt.program.rewrite import Rewritten, Rules, gone_units
@@ -157,7 +157,7 @@ def latency(
     values = dict(_tree.named_leaves(params))
     given = {var: values[path] for path, var in program.leaves.items()}
     given.update(zip(program.batch, [leaf for leaf in jax.tree.leaves(batch) if hasattr(leaf, "dtype")], strict=True))
-    plans = [_Stretch(units, *ends, given) for ends in itertools.pairwise(_cuts(program))]
+    plans = [_Stretch(units, *ends, given) for ends in itertools.pairwise(bottlenecks(program))]
     calls: dict[Any, Callable[[], Any]] = {"whole": whole, "empty": empty}
     places = [plan.prepared(grid, calls) for plan in plans]
     measured = race(calls, repeats, limit, clock)
@@ -266,32 +266,6 @@ class _Call:
 
     def __call__(self) -> Any:
         return self._compiled(*self._inputs)
-
-
-def _cuts(program: Program) -> list[tuple[Any, ...]]:
-    """Nothing, the variables through which all of the batch's way goes, and the outputs.
-
-    Of a row of such variables without a product with a leaf between them, the last.
-    """
-    outputs = [atom for atom in program.outputs if isinstance(atom, int)]
-    equations = closure(program, outputs, set())
-    last: dict[int, int] = dict.fromkeys(outputs, len(equations))
-    for i, equation in enumerate(equations):
-        last.update({a: max(i, last.get(a, 0)) for a in equation.inputs if isinstance(a, int)})
-    live: set[int] = set()
-    found: list[tuple[Any, ...]] = [()]
-    waiting: int | None = None
-    multiplied = False  # since the cut before
-    for i, equation in enumerate(equations):
-        if equation.primitive.name in PRODUCTS and any(map(program.is_parametric, equation.inputs)):
-            if waiting is not None and multiplied:
-                found.append((waiting,))
-                waiting, multiplied = None, False
-            multiplied = True
-        live |= {v for v in equation.outputs if v in program.data and v in program.parametric}
-        live = {v for v in live if last.get(v, -1) > i}
-        waiting = next(iter(live)) if len(live) == 1 else waiting if live and waiting in live else None
-    return [*found, tuple(program.outputs)]
 
 
 def _grid(units: Units, groups: Any) -> dict[Group, tuple[int, ...]]:
