@@ -24,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import pruneopt as po
 from paper_reproductions.networks import minilm, mlpnet, resnet20, stories
+from pruneopt import _tree
 from pruneopt.capture.statistics import capture
 from pruneopt.constraints import NM, Cardinality
 from pruneopt.curvature import Gram
@@ -46,7 +47,7 @@ def from_network(fn, params, batches, leaves, weights=None):
     """Layers of a network: the inputs of the operators that read these leaves."""
     seen = capture(fn, params, batches, leaves=leaves, weights=weights)
     graph = po.structure.trace(fn, params, batches[0])
-    named = dict(po._tree.named_leaves(params))
+    named = dict(_tree.named_leaves(params))
     of = {name: np.asarray(graph.operator(name).to_matrix(named)[0]) for name in seen}
     return {name: (np.asarray(s.gram[0], np.float32), of[name]) for name, s in seen.items()}
 
@@ -97,10 +98,9 @@ NETWORKS = {
 # What is chosen from: every product of these fields around a preset.
 FIELDS = {
     "fast": {
-        "rho": [(0.7, 0.7), (1.0, 1.0), (1.3, 1.3)],
-        "damping": [0.001, 0.01],
+        "rho": [(0.8, 0.8), (1.0, 1.0), (1.3, 1.3)],
+        "damping": [0.001, 0.003, 0.01],
         "floor": [0.1, 0.2],
-        "relaxation": [1.3, 1.5],
     },
     "balanced": {
         "rho,levels,iterations": [((0.5, 1.1), 3, 4), ((0.7, 1.2), 2, 6), ((0.5, 1.1), 2, 6), ((0.4, 1.4), 3, 4)],
