@@ -256,3 +256,15 @@ def test_an_amount_that_is_none_is_refused(amount):
         meet(tables, {"r0": tables.largest("r0")}, "r0", lambda found: amount)
     with pytest.raises(ValueError, match=r"resource is 'r1', the budget names r0"):
         meet(tables, {"r0": 1.0}, "r1", lambda found: 1.0)
+
+
+def test_budgets_that_nothing_can_meet_are_refused():
+    tables = drawn(0)
+    for limit in (0.0, math.nan):
+        with pytest.raises(ValueError, match=r"budget\['r0'\] is"):
+            meet(tables, {"r0": limit}, "r0", lambda found: 1.0)
+    with pytest.raises(ValueError, match="attempts=0"):
+        meet(tables, {"r0": 1.0}, "r0", lambda found: 1.0, attempts=0)
+    free = Tables({"g": [1.0, 0.0]}, {"r0": {"g": [0.0, 0.0]}})
+    with pytest.raises(ValueError, match="predict no r0"):
+        meet(free, {"r0": 1.0}, "r0", lambda found: 1.0)

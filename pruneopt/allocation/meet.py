@@ -40,11 +40,15 @@ def meet(
 
     measure: of an allocation, what it really spends, such as the seconds of the shrunk program; of untrained weights
     where that is all the same. Other resources of the budget are kept by the tables' word.
-    Raises Infeasible where the first allocation is, ValueError for a resource that the budget does not name and an
-    amount that is not finite and positive.
+    Raises Infeasible where the first allocation is, ValueError for a resource that the budget does not name, a budget or
+    an amount that is not finite and positive, a resource of which the tables predict none, and attempts that are none.
     """
     if resource not in budget:
         raise ValueError(f"resource is '{resource}', the budget names {', '.join(budget)}")
+    if not 0 < budget[resource] < math.inf:
+        raise ValueError(f"budget['{resource}'] is {budget[resource]}; pass an amount > 0 to meet")
+    if isinstance(attempts, bool) or not hasattr(attempts, "__index__") or attempts < 1:
+        raise ValueError(f"attempts={attempts!r} is not a whole number >= 1; pass how often to measure at most")
     limit, asked, ratios, tried = budget[resource], budget[resource], [], []
     best: tuple[float, Allocation, float] | None = None
     seen: list[dict[str, int]] = []
@@ -59,6 +63,8 @@ def meet(
             break
         seen.append(found.levels)
         measured = float(measure(found))
+        if not found.spent[resource] > 0:
+            raise ValueError(f"tables predict no {resource} for {found!r:.200}, so that nothing can be corrected")
         if not 0 < measured < math.inf:
             raise ValueError(f"measure: it is {measured} for {found!r:.200}; pass what the network spends")
         tried.append((asked, found.spent[resource], measured))
