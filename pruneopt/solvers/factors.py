@@ -36,7 +36,10 @@ class Wanted(NamedTuple):
 class Factors(NamedTuple):
     """scale: sqrt(s), (n, 1). rhos: (levels,). inverses: rho (A + rho I)^-1 for each, (n, n), in the dtype `products`.
 
-    s as `metric` has it and A = H / sqrt(s s^T), H damped. The inverses can be gone through once.
+    A = H / sqrt(s s^T), H damped. What removing input j costs where a random part d of the others, the density, is kept
+    and refitted lies between the Schur complement 1 / [H^-1]_jj of all of them (d = 1) and H_jj of none (d = 0). With
+    D = diag(H) and g = (1 - d) / sqrt(d): s_j = 1 / [(H + g D)^-1]_jj - g D_j, at least a floor of D_j, the inverse that
+    of the diagonal blocks where they are wanted. The inverses can be gone through once.
     """
 
     scale: Float[Array, "n 1"]
@@ -103,18 +106,12 @@ def _blocks(n: int, most: int | None) -> list[slice]:
 
 
 def _spread(density: float) -> float:
-    """g: in the mean over supports of that density, what a kept input's diagonal stands for of those that go."""
+    """g of `Factors`: how much of its diagonal H gains where a random part of the inputs alone is kept."""
     return (1 - density) / density**0.5
 
 
 def _metric_on_host(ready: Layer, wanted: Wanted, damping: float, dtype: Any) -> tuple[Any, Any, float] | None:
-    """A, sqrt(s) and the condition number of H + g D; None where a factor does not exist or its probe fails.
-
-    What removing input j costs where a random part d of the others, the density, is kept and refitted lies between the
-    Schur complement 1 / [H^-1]_jj of all of them (d = 1) and H_jj of none (d = 0). With D = diag(H), g = (1 - d) /
-    sqrt(d): s_j = 1 / [(H + g D)^-1]_jj - g D_j, at least a floor of D_j; H damped, the inverse that of the diagonal
-    blocks where they are wanted.
-    """
+    """A, sqrt(s) and the condition number of H + g D; None where a factor does not exist or its probe fails."""
     gram = np.array(ready.gram, dtype)
     np.einsum("ii->i", gram)[:] += dtype.type(damping * float(ready.mean))
     probe, blocks = _probe(len(gram), dtype), _blocks(len(gram), wanted.metric_block)
@@ -134,7 +131,7 @@ def _metric_on_host(ready: Layer, wanted: Wanted, damping: float, dtype: Any) ->
             return None
         removed.append(1 / np.einsum("ij,ij->j", factor, factor))
         smallest.append(_linalg.largest_eigenvalue(inverse, probe[at]))
-    condition = _linalg.largest_eigenvalue(gram.__matmul__, probe) * max(smallest)
+    condition = _linalg.largest_eigenvalue(lambda x: gram @ x + noise[:, None] * x, probe) * max(smallest)
     s = np.maximum(np.concatenate(removed) - noise, dtype.type(wanted.floor) * np.diagonal(gram))
     scale = np.sqrt(s)[:, None]
     gram /= scale
@@ -201,7 +198,8 @@ def _metric(
         errors.append(error / jnp.linalg.norm(probe[at]))
     s = jnp.maximum(jnp.concatenate(removed) - noise, jnp.asarray(floor, gram.dtype) * jnp.diagonal(gram))
     scale = jnp.sqrt(s)[:, None]
-    condition = _linalg.largest_eigenvalue(partial(_linalg.matmul, gram), probe) * jnp.max(jnp.stack(smallest))
+    largest = _linalg.largest_eigenvalue(lambda x: _linalg.matmul(gram, x) + noise[:, None] * x, probe)
+    condition = largest * jnp.max(jnp.stack(smallest))
     return gram / (scale * scale.T), scale, condition, jnp.max(jnp.stack(errors))
 
 

@@ -19,7 +19,7 @@ from pruneopt.solvers.swap import Swap, exchanged, refitted
 
 INPUTS, OUTPUTS = 1024, 16  # up to which a problem is small: seconds on the host, whatever is kept
 TINY, ENTRIES = 64, 1 << 14  # inputs and weights up to which it is tiny: tenths of a second
-_FEW = 1 / 16  # of the inputs kept: then ADMM's metric, which takes all others for kept, misleads
+_FEW = 1 / 16  # of the inputs kept: then exchanges find much that splitting leaves
 _STEPS = 1000
 
 
