@@ -40,8 +40,8 @@ def meet(
 
     measure: of an allocation, what it really spends, such as the seconds of the shrunk program; of untrained weights
     where that is all the same. Other resources of the budget are kept by the tables' word.
-    Raises Infeasible where the first allocation is, ValueError for a resource that the budget does not name, a budget or
-    an amount that is not finite and positive, a resource of which the tables predict none, and attempts that are none.
+    Raises Infeasible where the first allocation is, ValueError for a resource that the budget does not name, a budget
+    or an amount that is not finite and positive, a resource that the tables do not predict, and no attempts.
     """
     if resource not in budget:
         raise ValueError(f"resource is '{resource}', the budget names {', '.join(budget)}")

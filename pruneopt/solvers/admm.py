@@ -55,8 +55,8 @@ class ADMM(Solver):
     outputs; memory 4 n^2 + 8 n m numbers. Where levels n <= 2 (n + m) the inverses, levels n^2 numbers (half the bytes
     in bfloat16), stay with the Gram until it goes or is solved with other settings: layers that share a Gram, solved in
     turn, share them. Others are made one at a time.
-    stats: condition (of H + g D, damped, estimated from below), dead_inputs, factors ("float32", "float64" where the probe
-    of the first failed, with more damping where that failed too), factor_damping, products.
+    stats: condition (of H + g D, damped, estimated from below), dead_inputs, factors ("float32", "float64" where the
+    probe of the first failed, with more damping where that failed too), factor_damping, products.
     Source: ALPS (Meng et al. 2024, algorithm 1), with the metric of OBS (Hassibi and Stork 1993) for the density that
     is kept in place of diag(H), and a fixed schedule of rho. g and the constants: head_to_head/presets.py.
     """

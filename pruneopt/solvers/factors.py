@@ -38,8 +38,8 @@ class Factors(NamedTuple):
 
     A = H / sqrt(s s^T), H damped. What removing input j costs where a random part d of the others, the density, is kept
     and refitted lies between the Schur complement 1 / [H^-1]_jj of all of them (d = 1) and H_jj of none (d = 0). With
-    D = diag(H) and g = (1 - d) / sqrt(d): s_j = 1 / [(H + g D)^-1]_jj - g D_j, at least a floor of D_j, the inverse that
-    of the diagonal blocks where they are wanted. The inverses can be gone through once.
+    D = diag(H) and g = (1 - d) / sqrt(d): s_j = 1 / [(H + g D)^-1]_jj - g D_j, at least a floor of D_j, the inverse
+    that of the diagonal blocks where they are wanted. The inverses can be gone through once.
     """
 
     scale: Float[Array, "n 1"]
