@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from pruneopt import _tree
 from pruneopt.constraints.base import Constraint
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice
+from pruneopt.plans.held_out import HeldOut
 from pruneopt.plans.layerwise import layerwise
 from pruneopt.plans.levels import Measure, kl
 from pruneopt.plans.methods import LayerMethod
@@ -48,16 +48,14 @@ def best_of(
     """
     if not methods:
         raise ValueError("methods is empty; name some: {'near': LayerMethod(solver, damping=0.001), ...}")
-    probe, run, of = Batches(held_out, "held_out"), jax.jit(fn), jax.jit(measure)
-    before, sizes = [run(params, batch) for batch in probe], [probe.weight(batch) for batch in probe]
+    held = HeldOut(fn, params, Batches(held_out, "held_out"), measure)
     best: Pruned | None = None
     tried: dict[str, float] = {}
     chosen = ""
     for name, method in methods.items():
         words: dict[str, Any] = {"weights": weights, "leaves": leaves, "progress": progress}
         found = layerwise(fn, params, batches, constraint, method, **words)
-        each = [float(of(a, run(found.params, batch))) for a, batch in zip(before, probe, strict=True)]
-        tried[name] = float(np.average(each, weights=sizes))
+        tried[name] = held.lost(found.params)
         if np.isfinite(tried[name]) and (best is None or tried[name] < tried[chosen]):
             best, chosen = found, name
     if best is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pruneopt import _store, _tree
+from pruneopt import _tree
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, Rest, combine, is_trainable, partition
+from pruneopt.plans.held_out import HeldOut, check_apart
 from pruneopt.plans.levels import Measure, kl
 from pruneopt.solution import Pruned
+from pruneopt.solvers.descent import stepped
 
 Tree = Any
+UNCHANGED = "the loss on held_out did not fall: nothing was changed"
 
 
 @_tree.on_host
@@ -56,9 +59,9 @@ def refine(
     check_effort(rates, epochs)
     clock, stream, probe = time.perf_counter(), Batches(batches), Batches(held_out, "held_out")
     notes = check_apart(stream, probe)
-    task = _Task(fn, params, pruned, probe, measure, trained)
-    if not math.isfinite(task.before):
-        raise ValueError(f"measure: it is {task.before} on held_out before any step; check the network and the data")
+    held = HeldOut(fn, params, probe, measure)
+    before = loss_before(held, pruned)
+    task = _Task(fn, params, pruned, held, measure, trained)
     total = epochs * sum(1 for _ in stream)
     runs = {float(rate): _Run(task, optimizer(optax.cosine_decay_schedule(float(rate), total))) for rate in rates}
     for run in runs.values():
@@ -70,51 +73,37 @@ def refine(
         runs[rate].go(stream)
     after, best = min((run.best for run in runs.values()), key=lambda pair: pair[0])
     notes += [f"training diverged at a rate of {r:g}" for r, run in runs.items() if not np.all(np.isfinite(run.losses))]
-    if not after < task.before:
-        after, best, notes = task.before, None, [*notes, "no pass lowered the loss on held_out: nothing was changed"]
-    record = {"stage": len(pruned.history), "method": "refine", "held_out": (task.before, after), "rate": rate}
-    record |= {"losses": {r: run.losses for r, run in runs.items()}, "seconds": time.perf_counter() - clock}
-    last = pruned.history[-1] if pruned.history else {}
-    record = {k: last[k] for k in ("layers", "scope") if k in last} | record | ({"notes": notes} if notes else {})
-    values = pruned.params if best is None else task.whole(best)
-    return replace(pruned, params=values, history=[*pruned.history, record])
+    is_better = after < before
+    notes += [] if is_better else [UNCHANGED]
+    facts = {"method": "refine", "held_out": (before, after if is_better else before), "rate": rate}
+    facts |= {"losses": {r: run.losses for r, run in runs.items()}, "seconds": time.perf_counter() - clock}
+    return recorded(pruned, task.whole(best) if is_better else pruned.params, facts, notes)
 
 
 class _Task:
-    """What every run shares: the networks, the mask of what moves, and the loss on held-out data."""
+    """What every run shares: the networks, the support of what moves, and held-out data."""
 
     def __init__(
         self,
         fn: Callable[[Tree, Any], Any],
         params: Tree,
         pruned: Pruned,
-        probe: Batches,
+        held: HeldOut,
         measure: Measure,
         trained: Choice,
     ):
-        self.fn, self.dense, self.measure, self._probe = fn, params, measure, probe
+        self.fn, self.dense, self.measure, self.held = fn, params, measure, held
         self._pruned = pruned
         chosen, self.rest = partition(pruned.params, is_trainable if trained is None else trained)
-        self.start = jax.tree.map(lambda x: jnp.asarray(x).astype(_tree.wide(x.dtype)), chosen)
+        self.start = _tree.widened(jax.tree.map(jnp.asarray, chosen))
         masks = dict(_tree.named_leaves(pruned.support))
-        self.mask = _tree.map_named(lambda path, x: jnp.asarray(masks.get(path, True)), self.start)
-        self._run, self._of = jax.jit(fn), jax.jit(measure)
-        self._wanted = [self._run(params, batch) for batch in probe]
-        self._sizes = [probe.weight(batch) for batch in probe]
-        self.before = self.lost(pruned.params)
+        self.support = _tree.map_named(lambda path, _: masks.get(path), self.start)
 
     def whole(self, moved: Tree) -> Tree:
         """All of params with these leaves, in the dtypes and on the devices that they had."""
         named = dict(_tree.named_leaves(moved))
         back = lambda path, x: _tree.like(named[path].astype(x.dtype), x) if path in named else x  # noqa: E731
         return _tree.map_named(back, self._pruned.params)
-
-    def lost(self, params: Tree) -> float:
-        """The mean of the measure over held-out data."""
-        each = [
-            float(self._of(a, self._run(params, batch))) for a, batch in zip(self._wanted, self._probe, strict=True)
-        ]
-        return float(np.average(each, weights=self._sizes))
 
 
 class _Run:
@@ -130,9 +119,9 @@ class _Run:
         """A pass."""
         task = self._task
         for batch in stream:
-            given = (task.dense, task.rest, batch, task.mask)
+            given = (task.dense, task.rest, batch, task.support)
             self._moved, self._state = _step(task.fn, task.measure, self._optimizer, self._moved, self._state, *given)
-        loss = task.lost(task.whole(self._moved))
+        loss = task.held.lost(task.whole(self._moved))
         self.losses.append(loss if math.isfinite(loss) else math.inf)
         if self.losses[-1] < self.best[0]:
             self.best = self.losses[-1], self._moved
@@ -148,14 +137,20 @@ def _step(
     dense: Tree,
     rest: Rest,
     batch: Any,
-    mask: Tree,
+    support: Tree,
 ) -> tuple[Tree, Any]:
     def loss(leaves: Tree) -> jax.Array:
         return measure(jax.lax.stop_gradient(fn(dense, batch)), fn(combine(leaves, rest), batch))
 
-    masked = lambda tree: jax.tree.map(lambda x, m: jnp.where(m, x, jnp.zeros((), x.dtype)), tree, mask)  # noqa: E731
-    step, state = optimizer.update(masked(jax.grad(loss)(moved)), state, moved)
-    return masked(optax.apply_updates(moved, step)), state
+    return stepped(optimizer, jax.grad(loss)(moved), moved, state, support)
+
+
+def loss_before(held: HeldOut, pruned: Pruned) -> float:
+    """The loss of `pruned`. Raises ValueError where it is not finite."""
+    before = held.lost(pruned.params)
+    if not math.isfinite(before):
+        raise ValueError(f"measure: it is {before} on held_out before any step; check the network and the data")
+    return before
 
 
 def check_effort(rates: Sequence[float], epochs: int) -> None:
@@ -166,21 +161,9 @@ def check_effort(rates: Sequence[float], epochs: int) -> None:
         raise ValueError(f"epochs={epochs!r} is not a whole number >= 1; pass the number of passes to make")
 
 
-def check_apart(stream: Batches, probe: Batches) -> list[str]:
-    """What is said of held-out examples that are trained on. Raises ValueError where most are."""
-    trained = {example for batch in stream for example in _examples(batch)}
-    asked = [example for batch in probe for example in _examples(batch)]
-    shared = sum(example in trained for example in asked)
-    said = f"{shared} of the {len(asked)} examples of held_out are among batches"
-    if 2 * shared > len(asked):
-        raise ValueError(f"{said}, so that they cannot tell a fit from a gain; pass examples that no step sees")
-    return [said] if shared else []
-
-
-def _examples(batch: Any) -> list[str]:
-    """A digest of each example of a batch, or of the whole where its arrays do not agree on them."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(batch) if _tree.is_array(leaf)]
-    sizes = {len(leaf) if leaf.ndim else 0 for leaf in leaves}
-    if len(sizes) != 1 or sizes == {0}:
-        return [_store.digest(leaves)]
-    return [_store.digest([leaf[i] for leaf in leaves]) for i in range(sizes.pop())]
+def recorded(pruned: Pruned, values: Tree, facts: Mapping[str, Any], notes: Sequence[str]) -> Pruned:
+    """`pruned` with other values on its support, and one more record in its history."""
+    last = pruned.history[-1] if pruned.history else {}
+    record = {k: last[k] for k in ("layers", "scope") if k in last} | {"stage": len(pruned.history)} | dict(facts)
+    record |= {"notes": list(notes)} if notes else {}
+    return replace(pruned, params=values, history=[*pruned.history, record])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,16 +19,18 @@ from pruneopt import _tree
 from pruneopt.capture.walk import fixed
 from pruneopt.network.batches import Batches, Source
 from pruneopt.network.leaves import Choice, is_trainable, partition
+from pruneopt.plans.held_out import HeldOut, check_apart
 from pruneopt.plans.levels import Measure, kl, squared
-from pruneopt.plans.refine import check_apart, check_effort
+from pruneopt.plans.refine import UNCHANGED, check_effort, loss_before, recorded
 from pruneopt.program.bottlenecks import bottlenecks
 from pruneopt.program.segment import Segment, closure
 from pruneopt.solution import Pruned
+from pruneopt.solvers.descent import stepped
 from pruneopt.structure.defaults import network_of
 from pruneopt.structure.traced import Traced
 
 Tree = Any
-Leaves = dict[str, Any]
+Leaves = list[Any]
 
 
 @_tree.on_host
@@ -60,13 +62,15 @@ def refine_windows(
     check_effort(rates, epochs)
     clock, stream, probe = time.perf_counter(), Batches(batches), Batches(held_out, "held_out")
     notes = check_apart(stream, probe)
+    held = HeldOut(fn, params, probe, measure)
+    before = loss_before(held, pruned)
     traced = Traced(network_of(fn, params, batches, None), keep_derivatives=True)
     traced.of(stream.first)
     dense, now = dict(_tree.named_leaves(params)), dict(_tree.named_leaves(pruned.params))
     masks = dict(_tree.named_leaves(pruned.support))
     chosen, _ = partition(pruned.params, is_trainable if trained is None else trained)
     paths = {path for path, _ in _tree.named_leaves(chosen)}
-    ways = [[_Way(traced, batch) for batch in source] for source in (stream, probe)]
+    ways = [[_Way(traced, batch, source.weight(batch)) for batch in source] for source in (stream, probe)]
     count = len(ways[0][0].windows)
     read = [ways[0][0].reads(i) & paths for i in range(count)]
     windows = []
@@ -75,36 +79,28 @@ def refine_windows(
         last = i == count - 1
         for way in (*ways[0], *ways[1]):
             way.enter(i, dense, now)
-        fit = _Fit(ways, once, {p: masks.get(p, True) for p in once}, measure if last else squared, now)
-        before = fit.lost({path: now[path] for path in once})
-        found, after, rate = fit.best(rates, epochs, optimizer) if once else ({}, before, None)
-        if after < before:
-            now |= {path: _tree.like(found[path].astype(now[path].dtype), now[path]) for path in once}
-        windows.append((once, before, min(before, after), rate if after < before else None))
+        fit = _Fit(ways, once, [masks.get(path) for path in once], measure if last else squared, now)
+        alone = fit.lost([now[path] for path in once])
+        found, after, rate = fit.best(rates, epochs, optimizer) if once else ([], alone, None)
+        if after < alone:
+            now |= {path: _tree.like(x, now[path]) for path, x in zip(once, found, strict=True)}
+        windows.append((once, alone, min(alone, after), rate if after < alone else None))
         for way in (*ways[0], *ways[1]):
             way.leave(now)
     moved = _tree.map_named(lambda path, _: now[path], pruned.params)
-    run, of = jax.jit(fn), jax.jit(measure)
-    sizes = [probe.weight(batch) for batch in probe]
-
-    def lost(tree: Tree) -> float:
-        return float(np.average([float(of(run(params, b), run(tree, b))) for b in probe], weights=sizes))
-
-    before, after = lost(pruned.params), lost(moved)
+    after = held.lost(moved)
     is_better = after < before
-    record = {"stage": len(pruned.history), "method": "refine_windows", "held_out": (before, min(before, after))}
-    record |= {"windows": windows, "seconds": time.perf_counter() - clock}
-    notes += [] if is_better else ["the loss on held_out did not fall: nothing was changed"]
-    record |= {"notes": notes} if notes else {}
-    last_record = pruned.history[-1] if pruned.history else {}
-    record = {k: last_record[k] for k in ("layers", "scope") if k in last_record} | record
-    return replace(pruned, params=moved if is_better else pruned.params, history=[*pruned.history, record])
+    notes += [] if is_better else [UNCHANGED]
+    facts = {"method": "refine_windows", "held_out": (before, after if is_better else before), "windows": windows}
+    facts |= {"seconds": time.perf_counter() - clock}
+    return recorded(pruned, moved if is_better else pruned.params, facts, notes)
 
 
 class _Way:
     """One batch on its way through the windows, in the dense network and in the refitted one."""
 
-    def __init__(self, traced: Traced, batch: Any):
+    def __init__(self, traced: Traced, batch: Any, weight: float):
+        self.weight = weight
         self._program = program = traced.of(batch).program
         self.windows = list(pairwise(bottlenecks(program)))
         self._given = dict(zip(program.batch, jax.tree.leaves(batch), strict=True))
@@ -125,13 +121,8 @@ class _Way:
 
     def leave(self, now: Mapping[str, Any]) -> None:
         """Go on with the window as it is now."""
-        self._now = dict(
-            zip(
-                self.segment.outputs,
-                self.segment.run({v: self._value(v, self._now, now) for v in self.segment.inputs}),
-                strict=True,
-            )
-        )
+        found = self.segment.run({v: self._value(v, self._now, now) for v in self.segment.inputs})
+        self._now = dict(zip(self.segment.outputs, found, strict=True))
         self._dense = dict(zip(self.segment.outputs, self.wanted, strict=True))
 
     def _segment(self, i: int) -> Segment:
@@ -146,38 +137,33 @@ class _Way:
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """One window: its batches to train on and held out, which leaves move, their masks, and the loss."""
+    """One window: its batches to train on and held out, which leaves move, their support, and the loss."""
 
     ways: Sequence[Sequence[_Way]]
     paths: Sequence[str]
-    masks: Mapping[str, Any]
+    support: Sequence[Any]
     measure: Measure
     now: Mapping[str, Any]
 
     def lost(self, leaves: Leaves) -> float:
-        """The mean over held-out batches."""
-        given = [leaves[path] for path in self.paths]
-        losses = [
-            _loss(way.segment, self._at(way), self.measure, given, way.inputs, way.wanted) for way in self.ways[1]
-        ]
-        return float(np.mean(np.asarray(losses, np.float64)))
+        """The mean over held-out examples."""
+        each = [_loss(way.segment, self._at(way), self.measure, leaves, way.inputs, way.wanted) for way in self.ways[1]]
+        return float(np.average(np.asarray(each, np.float64), weights=[way.weight for way in self.ways[1]]))
 
     def best(self, rates: Any, epochs: int, optimizer: Any) -> tuple[Leaves, float, float | None]:
         """The best leaves of any rate after any pass, their loss on held-out data, and the rate."""
-        wide = lambda x: jnp.asarray(x).astype(_tree.wide(x.dtype))  # noqa: E731
-        found: tuple[Leaves, float, float | None] = {}, math.inf, None
-        masks = [jnp.asarray(self.masks[path]) for path in self.paths]
+        found: tuple[Leaves, float, float | None] = [], math.inf, None
         for rate in rates:
-            moved = [wide(self.now[path]) for path in self.paths]
+            moved = _tree.widened([jnp.asarray(self.now[path]) for path in self.paths])
             schedule = optax.cosine_decay_schedule(float(rate), epochs * len(self.ways[0]))
             step = optimizer(schedule)
             state = step.init(moved)
             for _ in range(epochs):
                 for way in self.ways[0]:
-                    given = (moved, state, masks, way.inputs, way.wanted)
+                    given = (moved, state, list(self.support), way.inputs, way.wanted)
                     moved, state = _step(way.segment, self._at(way), self.measure, step, *given)
-                leaves = dict(zip(self.paths, moved, strict=True))
-                loss = self.lost({path: x.astype(self.now[path].dtype) for path, x in leaves.items()})
+                leaves = [x.astype(self.now[path].dtype) for path, x in zip(self.paths, moved, strict=True)]
+                loss = self.lost(leaves)
                 if loss < found[1]:
                     found = leaves, loss, float(rate)
         return found
@@ -204,11 +190,9 @@ def _step(
     optimizer: optax.GradientTransformation,
     moved: list[Any],
     state: Any,
-    masks: list[Any],
+    support: list[Any],
     inputs: list[Any],
     wanted: list[Any],
 ) -> tuple[list[Any], Any]:
-    masked = lambda xs: [jnp.where(m, x, jnp.zeros((), x.dtype)) for x, m in zip(xs, masks, strict=True)]  # noqa: E731
     gradient = jax.grad(lambda leaves: _window(segment, at, measure, leaves, inputs, wanted))(moved)
-    step, state = optimizer.update(masked(gradient), state, moved)
-    return masked(optax.apply_updates(moved, step)), state
+    return stepped(optimizer, gradient, moved, state, support)

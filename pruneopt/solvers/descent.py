@@ -93,6 +93,13 @@ def _step(
     support: Tree,
 ) -> tuple[Tree, Any, Rest, jax.Array]:
     (loss, updates), gradient = jax.value_and_grad(calls.with_updates(fn, rest, batch, has_updates), has_aux=True)(w)
-    step, state = optimizer.update(_tree.masked(gradient, support), state, w)
-    w = _tree.masked(optax.apply_updates(w, step), support)
+    w, state = stepped(optimizer, gradient, w, state, support)
     return w, state, updated(rest, updates), loss
+
+
+def stepped(
+    optimizer: optax.GradientTransformation, gradient: Tree, w: Tree, state: Any, support: Tree
+) -> tuple[Tree, Any]:
+    """(w, state) a step on, with nothing off the support in the gradient that the optimiser sees nor in w."""
+    step, state = optimizer.update(_tree.masked(gradient, support), state, w)
+    return _tree.masked(optax.apply_updates(w, step), support), state
