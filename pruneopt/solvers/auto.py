@@ -11,7 +11,8 @@ from pruneopt.solvers.admm import ADMM
 from pruneopt.solvers.base import Outcome, Solver, Start, layer_only
 
 # On n <= 4 m inputs and m outputs, in products of n^2 m and inverses of 0.7 n^3: 9 and 1, 17 and 4, 50 and 6.
-# Chosen on 27 layers of six networks, each network by the others: paper_reproductions/head_to_head/presets.py.
+# BALANCED is what 27 layers of six networks choose, whichever network is left out; BEST and FAST were chosen on all of
+# them, BEST for its worst layer: paper_reproductions/head_to_head/presets.py and the README beside it.
 FAST = ADMM(
     rho=(1.0, 1.0), levels=1, iterations=5, relaxation=1.3, metric_block=400, damping=0.003, refit=3, refit_damping=0.01
 )
