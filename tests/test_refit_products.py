@@ -167,6 +167,35 @@ def test_batches_of_any_length_are_summed():
     np.testing.assert_allclose(several.params["q"], one.params["q"], rtol=1e-6, atol=1e-8)
 
 
+def test_inputs_that_the_data_leave_at_zero_are_turned_too():
+    """On other data, in which they are not zero, the heads are those of the turned weights, not of a mixture."""
+    fn, params, x, units = built("plain", 3)
+    dead = x.at[..., 2].set(0.0)
+    pruned = po.plans.refit_products(fn, params, [dead], units)
+    w, u = (np.asarray(p["k"]).reshape(INTO, HEADS, WIDTH) for p in (params, pruned.params))
+    for head in range(HEADS):
+        live = np.delete(np.arange(INTO), 2)
+        turn = np.linalg.lstsq(w[live, head], u[live, head], rcond=None)[0]
+        np.testing.assert_allclose(w[:, head] @ turn, u[:, head], atol=1e-6)
+
+
+def test_half_precision_leaves_are_read():
+    fn, params, x, units = built("plain", 3)
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    pruned = po.plans.refit_products(fn, half, [x.astype(jnp.bfloat16)], units)
+    exact = po.plans.refit_products(fn, params, [x], units)
+    error, wanted = (p.history[0]["layers"][0]["relative_error"] for p in (pruned, exact))
+    assert {a.dtype for a in jax.tree.leaves(pruned.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert error == pytest.approx(wanted, rel=0.05)
+
+
+def test_operands_of_zero_are_refused():
+    fn, params, x, units = built("plain", 3)
+    silent = params | {n: jnp.zeros_like(params[n]) for n in ("kb", "qb")}
+    with pytest.raises(ValueError, match="zero in all batches"):
+        po.plans.refit_products(fn, silent, [0 * x], units)
+
+
 def test_operands_that_are_not_linear_are_refused():
     fn, params, x, units = built("squashed", 3)
     with pytest.raises(ValueError, match=r"not linear .*unit_products"):

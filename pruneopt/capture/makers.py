@@ -18,7 +18,7 @@ from pruneopt.capture.walk import fixed
 from pruneopt.program.segment import Segment, closure
 from pruneopt.structure.graph import Graph
 
-_NEAR = 1e-3  # of an operand: how far a turned one may be from what its leaves, turned, make
+_NEAR, _ROUNDINGS = 1e-3, 8  # of an operand, or of its dtype: how far a turned one may be from what its leaves make
 Places = Mapping[tuple[str, int], np.ndarray]  # {(path, axis): for each entry of that axis its unit, -1 for none}
 
 
@@ -63,7 +63,7 @@ def makers(graph: Graph, product: Product, places: Places, batch: Any, leaves: M
         rng, inputs, own = np.random.default_rng(k), [], {}
         for at, var in enumerate(segment.inputs):
             kind = program.type_of(var)
-            if var in have and jnp.issubdtype(kind.dtype, jnp.floating):
+            if (var in have or var in given) and jnp.issubdtype(kind.dtype, jnp.floating):
                 inputs.append(jnp.asarray(rng.standard_normal(kind.shape), kind.dtype))  # dense, whatever the data
             else:
                 inputs.append(given[var] if var in given else fixed(program, var, leaves))
@@ -131,7 +131,8 @@ def _try(segment: Segment, own: Mapping[str, int], inputs: list[Any], made: Make
         moved[i] = jnp.asarray(changed[path])
     (after,) = segment.trace(moved)
     wanted = turned(np.asarray(before, np.float64), made, axes, by)
-    if not np.linalg.norm(np.asarray(after, np.float64) - wanted) <= _NEAR * np.linalg.norm(wanted):
+    near = max(_NEAR, _ROUNDINGS * float(jnp.finfo(before.dtype).eps))
+    if not np.linalg.norm(np.asarray(after, np.float64) - wanted) <= near * np.linalg.norm(wanted):
         raise ValueError("an operand of its product is not linear in them, such as one that turns units by position")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,16 +37,16 @@ def refit_products(
     """For each group and each of its products Q K^T, min ||Q K^T - Q L R^T K^T||^2 over L and R of r columns.
 
     Q and K are the operands, positions by units, as the dense network makes them; r is how many units live. What makes
-    the operands takes L and R in, on the r units of largest share, the first ones; the others go. No choice of units,
-    and no refit of those that stay, is better: with H_Q and H_K the Grams of the operands, summed over all batches, the
-    answer is the eigenvectors of H_K^(1/2) H_Q H_K^(1/2). Sums of Grams stand for sums over examples of their
-    products, so that this is the product's own least error for one example, and close to it for more.
+    the operands takes L and R in, on the first r units; the others go. With H_Q and H_K the Grams of the operands,
+    summed over all batches, the answer is the first r eigenvectors of H_K^(1/2) H_Q H_K^(1/2). Sums of Grams stand for
+    sums over examples of their products: for one example no choice of units and no refit of those that stay is better
+    (Eckart and Young 1936), but for the damping; for more it is close.
 
     units: groups that products contract (`plans.UNIT_METHODS`: "unit_products" ranks them), each with a budget of its
         own. Heads that share keys share R. damping: relative, of the mean diagonal of H_K.
     Returns a Pruned, whose "layers" count units and have the relative_error of their products. Raises ValueError for
-    groups that no product of two activations contracts, or whose operands are not linear in the leaves that hold them,
-    such as those that turn with the position.
+    groups that no product of two activations contracts, operands that are not linear in the leaves that hold them, such
+    as those that turn with the position, or that are zero in all batches.
     """
     clock, named, stream = time.perf_counter(), dict(_tree.named_leaves(params)), Batches(batches)
     traced, counts = Traced(network_of(fn, params, batches, None)), units.counts()
@@ -64,7 +65,8 @@ def refit_products(
                 _check_apart(group, makes, taken)
                 grams = _grams(traced, group.name, k, makes, stream, named)
                 which = _matrices(first.units().reader.program, product, makes)
-                turns, gone, of = _turns(which, grams, counts[group.name], damping)
+                with _about(group):
+                    turns, gone, of = _turns(which, grams, counts[group.name], damping)
                 for made, by in zip(makes, turns, strict=True):
                     now |= made.turned(now, _at_units(by, product, alive[group.name]))
                 lost, whole = lost + gone, whole + of
@@ -78,17 +80,24 @@ def refit_products(
         now[path] = _tree.masked(_tree.like(jnp.asarray(now[path]), named[path]), mask)
     values = _tree.map_named(lambda path, _: now[path], params)
     scope = units.scope(by_layer=True)
-    record = {"stage": 0, "cut": 1.0, "method": "refit_products", "scope": scope} | {"kept": _tree.kept(support)}
-    record |= {"sparsity": 1 - record["kept"] / _tree.size(support)}
-    record |= {"seconds": time.perf_counter() - clock, "layers": layers}
+    kept = _tree.kept(support)
+    record = {"stage": 0, "cut": 1.0, "method": "refit_products", "scope": scope, "kept": kept, "layers": layers}
+    record |= {"sparsity": 1 - kept / _tree.size(support), "seconds": time.perf_counter() - clock}
     return Pruned(values, support, {}, [record], scope)
 
 
 def _makers(graph: Any, product: Product, group: Members, batch: Any, named: Any) -> list[Maker]:
     if np.any(product.units < 0):
         raise ValueError(f"group '{group.name}': a product contracts more than its units; pass the group that it has")
-    try:
+    with _about(group):
         return makers(graph, product, group.places, batch, named)
+
+
+@contextmanager
+def _about(group: Members) -> Iterator[None]:
+    """Errors inside say which group they are about, and what else there is."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(
             f"group '{group.name}': {error}; choose its units by scores: prune(method='unit_products')"
@@ -157,13 +166,15 @@ def _turns(
     for matrix in sorted(set(mine)):
         heads = np.flatnonzero(mine == matrix)
         if not np.all(grams[shared][heads] == grams[shared][heads[:1]]) or len(set(other[heads])) < len(heads):
-            raise ValueError("both operands of a product share weights between heads; choose units by scores")
-        s = grams[shared][heads[0]]
+            raise ValueError("both operands of a product share weights between heads")
+        s, others = grams[shared][heads[0]], grams[1 - shared][heads].sum(0)
+        if not (np.any(s) and np.any(others)):
+            raise ValueError("an operand of its product is zero in all batches; check the data, or take it out")
         s = s + damping * np.mean(np.diagonal(s)) * np.eye(len(s))
         values, vectors = _linalg.eigh(s)
         root = np.sqrt(np.maximum(values, np.finfo(float).tiny))
         half, inverse = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-        energy, v = _linalg.eigh(half @ grams[1 - shared][heads].sum(0) @ half)
+        energy, v = _linalg.eigh(half @ others @ half)
         energy, v = np.maximum(energy[::-1], 0.0), v[:, ::-1][:, :count]
         each = np.sqrt(np.sqrt(np.maximum(energy[:count], np.finfo(float).tiny)))
         turns[shared][matrix] = inverse @ v * each
