@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,11 @@ from pruneopt.network.batches import Batches, Source
 from pruneopt.program.program import Program
 from pruneopt.solution import Pruned
 from pruneopt.structure.defaults import network_of
+from pruneopt.structure.graph import Graph
 from pruneopt.structure.traced import Traced
 
 Tree = Any
+Leaves = Mapping[str, Any]
 
 
 @_tree.on_host
@@ -51,25 +53,23 @@ def refit_products(
     clock, named, stream = time.perf_counter(), dict(_tree.named_leaves(params)), Batches(batches)
     traced, counts = Traced(network_of(fn, params, batches, None)), units.counts()
     first = traced.of(stream.first)
-    now, alive, layers = dict(named), {}, []
+    alive = {group.name: np.arange(group.size) < counts[group.name] for group in units.groups}
     for group in units.groups:
-        begun = time.perf_counter()
-        alive[group.name] = np.arange(group.size) < counts[group.name]
-        found = products(first, group.name)
-        if not found:
+        if not products(first, group.name):
             raise ValueError(f"group '{group.name}' is contracted in no product of two activations; take it out")
-        lost, whole, taken = 0.0, 0.0, dict[str, np.ndarray]()
-        if counts[group.name] < group.size:
-            for k, product in enumerate(found):
-                makes = _makers(first, product, group, stream.first, named)
-                _check_apart(group, makes, taken)
-                grams = _grams(traced, group.name, k, makes, stream, named)
-                which = _matrices(first.units().reader.program, product, makes)
-                with _about(group):
-                    turns, gone, of = _turns(which, grams, counts[group.name], damping)
-                for made, by in zip(makes, turns, strict=True):
-                    now |= made.turned(now, _at_units(by, product, alive[group.name]))
-                lost, whole = lost + gone, whole + of
+    narrower = [group for group in units.groups if counts[group.name] < group.size]
+    found = {group.name: _parts(first, group, stream.first, named) for group in narrower}
+    grams = _grams(traced, found, stream, named)
+    now, layers = dict(named), []
+    for group in units.groups:
+        begun, lost, whole = time.perf_counter(), 0.0, 0.0
+        for (product, makes), sums in zip(found.get(group.name, []), grams.get(group.name, []), strict=True):
+            which = _matrices(first.units().reader.program, product, makes)
+            with _about(group):
+                turns, gone, of = _turns(which, sums, counts[group.name], damping)
+            for made, by in zip(makes, turns, strict=True):
+                now |= made.turned(now, _at_units(by, product, alive[group.name]))
+            lost, whole = lost + gone, whole + of
         entry = {"layer": group.name, "kept": counts[group.name], "size": group.size}
         entry |= {"relative_error": lost / whole if whole else 0.0, "seconds": {"solve": time.perf_counter() - begun}}
         layers.append(entry)
@@ -86,11 +86,19 @@ def refit_products(
     return Pruned(values, support, {}, [record], scope)
 
 
-def _makers(graph: Any, product: Product, group: Members, batch: Any, named: Any) -> list[Maker]:
-    if np.any(product.units < 0):
-        raise ValueError(f"group '{group.name}': a product contracts more than its units; pass the group that it has")
-    with _about(group):
-        return makers(graph, product, group.places, batch, named)
+def _parts(graph: Graph, group: Members, batch: Any, named: Leaves) -> list[tuple[Product, list[Maker]]]:
+    """The products that contract a group, each with what makes its operands."""
+    found, taken = [], dict[str, np.ndarray]()
+    for product in products(graph, group.name):
+        if np.any(product.units < 0):
+            raise ValueError(
+                f"group '{group.name}': a product contracts more than its units; pass the group that it has"
+            )
+        with _about(group):
+            made = makers(graph, product, group.places, batch, named)
+            _check_apart(made, taken)
+        found.append((product, made))
+    return found
 
 
 @contextmanager
@@ -104,30 +112,34 @@ def _about(group: Members) -> Iterator[None]:
         ) from error
 
 
-def _check_apart(group: Members, makes: list[Maker], taken: dict[str, np.ndarray]) -> None:
+def _check_apart(makes: list[Maker], taken: dict[str, np.ndarray]) -> None:
     """Raise ValueError where weights make more than one operand."""
     for made in makes:
         for path, places in made.entries.items():
             taken[path] = np.concatenate([taken.get(path, np.zeros(0, int)), places.reshape(-1)])
             if len(np.unique(taken[path])) < len(taken[path]):
-                raise ValueError(f"group '{group.name}': entries of '{path}' make several operands; choose by scores")
+                raise ValueError(f"entries of '{path}' make several operands")
 
 
 def _grams(
-    traced: Traced, name: str, k: int, makes: list[Maker], stream: Batches, named: Any
-) -> list[Float[np.ndarray, "heads units units"]]:
-    """The Gram of each operand, head by head along the axes on which either differs, summed over all positions."""
-    sums: list[Any] = [0.0, 0.0]
+    traced: Traced, found: Mapping[str, list[tuple[Product, list[Maker]]]], stream: Batches, named: Leaves
+) -> dict[str, list[list[Any]]]:
+    """For each product of each group the Grams of its operands, (heads, units, units), in one pass over the data: head
+    by head along the axes on which either differs, summed over all positions.
+    """
+    sums: dict[str, list[list[Any]]] = {name: [[0.0, 0.0] for _ in parts] for name, parts in found.items()}
     for batch in stream:
         graph = traced.of(batch)
-        product = products(graph, name)[k]
-        arrays = operands(graph, [product], batch, named)
-        split = _heads(product, makes)
-        for side, (operand, axes) in enumerate(zip(product.operands, product.axes, strict=True)):
-            x = np.asarray(arrays[operand], np.float64)
-            x = np.moveaxis(x, (*(axes[i] for i in split), axes[-1]), (*range(len(split)), -1))
-            x = x.reshape(int(np.prod(x.shape[: len(split)])), -1, x.shape[-1])
-            sums[side] = sums[side] + x.transpose(0, 2, 1) @ x
+        here = {name: products(graph, name) for name in found}
+        arrays = operands(graph, [product for one in here.values() for product in one], batch, named)
+        for name, one in here.items():
+            for product, (_, makes), totals in zip(one, found[name], sums[name], strict=True):
+                split = _heads(product, makes)
+                for side, (operand, axes) in enumerate(zip(product.operands, product.axes, strict=True)):
+                    x = np.asarray(arrays[operand], np.float64)
+                    x = np.moveaxis(x, (*(axes[i] for i in split), axes[-1]), (*range(len(split)), -1))
+                    x = x.reshape(int(np.prod(x.shape[: len(split)])), -1, x.shape[-1])
+                    totals[side] = totals[side] + x.transpose(0, 2, 1) @ x
     return sums
 
 
